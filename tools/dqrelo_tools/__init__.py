@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The offline side: fine-tuned checkpoints to delta folders and back."""

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of bits in a packed sign matrix, on disk and in memory.
+
+A row of K signs is cut into blocks of 256. A block of width k is stored in
+w = ceil(k / 16) words of 16 bits, and
+
+    bit j of word i  <->  column  block * 256 + j * w + i        (set: +1, clear: -1)
+
+so the words of a full block hold its 16 bit planes: one 32-byte load gives, bit
+by bit, the signs of 16 *consecutive* columns. A tensor core takes them as one
+k = 16 operand and a vector unit as one mask, each word is loaded once, and the
+activations are read in their natural order. Only the last block of a row may be
+narrower. Columns at or beyond K are padding and must be clear.
+"""
+
+import torch
+
+WORD_BITS = 16
+BLOCK = 256
+
+
+def words_per_row(columns: int) -> int:
+    """Number of 16-bit words that hold one row of ``columns`` signs."""
+    return -(-columns // WORD_BITS)
+
+
+def _blocks(columns: int) -> list[tuple[int, int]]:
+    """(first word, words) of the full blocks as one run, then of the narrower one."""
+    full, rest = divmod(columns, BLOCK)
+    runs = [(0, full * WORD_BITS)] if full else []
+    return runs + ([(full * WORD_BITS, words_per_row(rest))] if rest else [])
+
+
+def pack_signs(positive: torch.Tensor) -> torch.Tensor:
+    """Pack a matrix of signs.
+
+    Semantics: ``out[n, word(k)]`` has ``bit(k)`` set iff ``positive[n, k]``.
+
+    Args:
+        positive: [N, K] bool, any device; True stands for +1, False for -1.
+
+    Returns:
+        [N, ceil(K / 16)] int16 on the same device.
+    """
+    rows, columns = positive.shape
+    out = torch.empty(
+        rows, words_per_row(columns), dtype=torch.int16, device=positive.device
+    )
+    weights = (1 << torch.arange(WORD_BITS, device=positive.device)).to(torch.int32)
+    for first, words in _blocks(columns):
+        width = min(words, WORD_BITS)
+        bits = positive[:, first * WORD_BITS : (first + words) * WORD_BITS]
+        missing = words * WORD_BITS - bits.shape[1]
+        bits = torch.nn.functional.pad(bits, (0, missing))
+        planes = bits.reshape(rows, words // width, WORD_BITS, width)
+        packed = (planes * weights[:, None]).sum(dim=2, dtype=torch.int32)
+        out[:, first : first + words] = packed.reshape(rows, words).to(torch.int16)
+    return out
+
+
+def unpack_signs(words: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Unpack what :func:`pack_signs` packed.
+
+    Semantics: ``out[n, k] = +1 if bit(k) of words[n, word(k)] else -1``.
+
+    Args:
+        words: [N, ceil(columns / 16)] int16, any device.
+        columns: K, the number of signs in a row.
+        dtype: floating dtype of the result.
+
+    Returns:
+        [N, columns] of ``dtype`` on the same device, every element +1 or -1.
+    """
+    rows = words.shape[0]
+    shifts = torch.arange(WORD_BITS - 1, -1, -1, dtype=torch.int16, device=words.device)
+    parts = []
+    for first, count in _blocks(columns):
+        width = min(count, WORD_BITS)
+        run = words[:, first : first + count].reshape(rows, count // width, 1, width)
+        # Bit j moves to the sign bit of a bfloat16 whose other bits spell 1.0.
+        ones = ((run << shifts[:, None]) & -0x8000) ^ -0x4080
+        parts.append(ones.view(torch.bfloat16).reshape(rows, count * WORD_BITS))
+    signs = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return signs[:, :columns].to(dtype)
+
+
+def padding_is_clear(words: torch.Tensor, columns: int) -> bool:
+    """Whether the bits of ``words`` that stand for no column are all clear."""
+    last = columns % BLOCK
+    if not last or last % WORD_BITS == 0:
+        return True
+    width = words_per_row(last)
+    columns_of_bits = torch.arange(WORD_BITS)[:, None] * width + torch.arange(width)
+    weights = 1 << torch.arange(WORD_BITS)[:, None]
+    mask = ((columns_of_bits >= last) * weights).sum(dim=0).to(torch.int16)
+    return not bool((words[:, -width:] & mask.to(words.device)).any())

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public API: ``torch.ops.dqrelo.*``, which add deltas to a base's results.
+
+Arguments shared by all ops:
+
+    arena       uint8 [bytes]: the tensors of all resident deltas
+    table       int64 [slots, slices, Field]: where they lie (table.py)
+    rows        int32 [capacity]: row numbers grouped by slot, -1 behind (rows.py)
+    slots       int32 [capacity]: the slot of each of them, -1 behind
+    starts      int32 [slots + 1]: where the group of each slot starts in ``rows``
+    num_active  int32 [1] on the CPU: distinct slots in this step
+
+Everything else is on the device of the activations. No op waits for the device,
+takes anything but tensors that differs between layers, or touches a row that
+belongs to no delta; with ``num_active`` 0 an op does nothing at all.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from dqrelo_kernels import reference
+
+_library = torch.library.Library("dqrelo", "DEF")
+
+
+def delta_linear_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    slices: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    starts: torch.Tensor,
+    num_active: torch.Tensor,
+) -> None:
+    """Add every row's delta to the output of a linear layer.
+
+    Semantics, for row m with delta d, in slice j of the output features:
+    ``y[m, j] += scale_dj * (S_dj x[m]) + B_dj (A_dj x[m]) + bias_dj``
+    (arXiv 2604.16940, equation 15), accumulated in float32, rounded once.
+
+    Args:
+        y: [M, N] float, the base's output. Mutated.
+        x: [M, K] float, the layer's input.
+        slices: int32 [slices + 1]: first output feature of each slice, then N.
+    """
+    if int(num_active):
+        reference.delta_linear_(y, x, arena, table, slices, rows, slots)
+
+
+def delta_embedding_(
+    y: torch.Tensor,
+    ids: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    vocab: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    num_active: torch.Tensor,
+) -> None:
+    """Add every row's delta to the rows of an embedding.
+
+    Semantics: ``y[m] += scale_d * S_d[ids[m]] + B_d[ids[m]] A_d``.
+
+    Args:
+        y: [M, K] float, the base's embeddings. Mutated.
+        ids: int [M], token ids below the vocabulary size.
+        vocab: int32 [2]: 0 and the number of rows N of the embedding.
+    """
+    if int(num_active):
+        reference.delta_embedding_(y, ids, arena, table, vocab, rows, slots)
+
+
+def delta_norm_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    num_active: torch.Tensor,
+    eps: float,
+) -> None:
+    """Redo an RMS norm with the weight of every row's delta.
+
+    Semantics: ``y[m, g] = x[m, g] / sqrt(mean(x[m, g]^2) + eps) * weight_d``; rows
+    whose delta has no weight for this norm keep what the base computed.
+
+    Args:
+        y: [M, ..., K] float, the base's output. Mutated.
+        x: [M, ..., K] float, what the base normalised (with the residual added).
+        eps: the same for all norms of a model.
+    """
+    if int(num_active):
+        reference.delta_norm_(y, x, arena, table, rows, slots, eps)
+
+
+def _register(op: Callable[..., None]) -> None:
+    schema = torch.library.infer_schema(op, mutates_args=("y",))
+    _library.define(f"{op.__name__}{schema}")
+    _library.impl(op.__name__, op, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"dqrelo::{op.__name__}", lambda *args, **kwargs: None, lib=_library
+    )
+
+
+for _op in (delta_linear_, delta_embedding_, delta_norm_):
+    _register(_op)

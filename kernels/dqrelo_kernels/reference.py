@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each op computes, in plain fp32 torch. This is the specification.
+
+M rows, N output features, K input features, R rank. The launch arguments are
+described in ``ops``; ``table`` says what a table row means.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from dqrelo_kernels.layout import unpack_signs, words_per_row
+from dqrelo_kernels.table import ABSENT, FACTOR_DTYPES, Field, read
+
+
+def groups(
+    rows: torch.Tensor, slots: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(slot, its row numbers) for each slot that has rows, in slot order."""
+    active = slots[slots >= 0]
+    for slot in active.unique().tolist():
+        yield slot, rows[: len(active)][active == slot].long()
+
+
+def factors(
+    arena: torch.Tensor, entry: list[int], n: int, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B [N, R] and A [R, K] of a table row, in the dtype they are stored in."""
+    rank, dtype = entry[Field.RANK], FACTOR_DTYPES[entry[Field.FACTOR_DTYPE]]
+    return (
+        read(arena, entry[Field.LORA_B], dtype, n, rank),
+        read(arena, entry[Field.LORA_A], dtype, rank, k),
+    )
+
+
+def linear(
+    x: torch.Tensor, arena: torch.Tensor, entry: list[int], n: int
+) -> torch.Tensor:
+    """One matrix of one delta: ``scale * (S x) + B (A x) + bias``, float32 [M, N]."""
+    k = x.shape[1]
+    out = torch.zeros(x.shape[0], n, dtype=torch.float32, device=x.device)
+    if entry[Field.SIGNS] != ABSENT:
+        words = read(arena, entry[Field.SIGNS], torch.int16, n, words_per_row(k))
+        scale = read(arena, entry[Field.SCALE], torch.float32, 1)
+        out += scale * (x @ unpack_signs(words, k, x.dtype).T).float()
+    if entry[Field.RANK] != ABSENT:
+        b, a = factors(arena, entry, n, k)
+        out += ((x @ a.to(x.dtype).T) @ b.to(x.dtype).T).float()
+    if entry[Field.BIAS] != ABSENT:
+        out += read(arena, entry[Field.BIAS], torch.float32, n)
+    return out
+
+
+def delta_linear_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    slices: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """``y[m] += scale * (S x[m]) + B (A x[m]) + bias`` of row m's delta, per slice."""
+    ends = slices.tolist()
+    for slot, group in groups(rows, slots):
+        x_group = x[group].float()
+        for j, entry in enumerate(table[slot].tolist()):
+            columns = slice(ends[j], ends[j + 1])
+            change = linear(x_group, arena, entry, ends[j + 1] - ends[j])
+            y[group, columns] = (y[group, columns].float() + change).to(y.dtype)
+
+
+def delta_embedding_(
+    y: torch.Tensor,
+    ids: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    vocab: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """``y[m] += scale * S[ids[m]] + B[ids[m]] A`` of row m's delta."""
+    n, k = int(vocab[-1]), y.shape[1]
+    for slot, group in groups(rows, slots):
+        entry = table[slot, 0].tolist()
+        token = ids[group].long()
+        change = torch.zeros(len(group), k, dtype=torch.float32, device=y.device)
+        if entry[Field.SIGNS] != ABSENT:
+            words = read(arena, entry[Field.SIGNS], torch.int16, n, words_per_row(k))
+            scale = read(arena, entry[Field.SCALE], torch.float32, 1)
+            change += scale * unpack_signs(words[token], k, torch.float32)
+        if entry[Field.RANK] != ABSENT:
+            b, a = factors(arena, entry, n, k)
+            change += b[token].float() @ a.float()
+        y[group] = (y[group].float() + change).to(y.dtype)
+
+
+def delta_norm_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    eps: float,
+) -> None:
+    """``y[m] = x[m] / rms(x[m]) * weight`` with the weight of row m's delta."""
+    for slot, group in groups(rows, slots):
+        offset = int(table[slot, 0, Field.WEIGHT])
+        if offset != ABSENT:
+            x_group = x[group].float()
+            variance = x_group.square().mean(dim=-1, keepdim=True)
+            weight = read(arena, offset, torch.float32, x.shape[-1])
+            y[group] = (x_group * torch.rsqrt(variance + eps) * weight).to(y.dtype)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the tensors of each resident delta lie.
+
+All resident deltas share one buffer of bytes, the *arena*. A *site* is one module
+of the model; fused modules (q/k/v, gate/up) have one *slice* per checkpoint matrix.
+The table of a site is int64 ``[slots, slices, Field]``: for each delta slot and each
+slice, the byte offsets of its tensors in the arena. A field of ``ABSENT`` means
+that this delta leaves that part of the matrix alone.
+
+To add a factor dtype: append it to ``FACTOR_DTYPES`` and teach ``reference`` and
+the kernels to read it.
+"""
+
+from enum import IntEnum
+
+import torch
+
+ABSENT = -1
+ALIGNMENT = 64  # bytes; every tensor in the arena starts on a multiple of it
+
+# The code stored in Field.FACTOR_DTYPE is the index in this tuple.
+FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Field(IntEnum):
+    """Columns of a table row. Offsets are bytes from the start of the arena."""
+
+    SIGNS = 0  # offset of int16 [N, ceil(K / 16)], see layout.py
+    SCALE = 1  # offset of float32 [1]
+    LORA_A = 2  # offset of factor dtype [R, K]
+    LORA_B = 3  # offset of factor dtype [N, R]
+    RANK = 4  # R, a number; ABSENT without low-rank residual
+    FACTOR_DTYPE = 5  # index into FACTOR_DTYPES
+    BIAS = 6  # offset of float32 [N], added to the output
+    WEIGHT = 7  # offset of float32 [K], a norm's whole weight
+
+
+OFFSETS = (
+    Field.SIGNS,
+    Field.SCALE,
+    Field.LORA_A,
+    Field.LORA_B,
+    Field.BIAS,
+    Field.WEIGHT,
+)
+
+
+def empty_table(slots: int, slices: int, device: torch.device | str) -> torch.Tensor:
+    """A table int64 [slots, slices, Field] in which every slot changes nothing."""
+    return torch.full(
+        (slots, slices, len(Field)), ABSENT, dtype=torch.int64, device=device
+    )
+
+
+def rebase(entries: torch.Tensor, offset: int) -> torch.Tensor:
+    """Move the offsets of ``entries`` [slices, Field] by ``offset`` bytes.
+
+    Returns a new tensor; absent fields stay absent.
+    """
+    moved = entries.clone()
+    columns = list(OFFSETS)
+    offsets = moved[:, columns]
+    moved[:, columns] = torch.where(offsets == ABSENT, ABSENT, offsets + offset)
+    return moved
+
+
+def read(
+    arena: torch.Tensor, offset: int, dtype: torch.dtype, *shape: int
+) -> torch.Tensor:
+    """The tensor of ``dtype`` and ``shape`` at byte ``offset``, as a view."""
+    count = dtype.itemsize
+    for size in shape:
+        count *= size
+    return arena[offset : offset + count].view(dtype).view(shape)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``dqrelo``: convert, inspect, verify, export, serve."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from vllm_dqrelo.format.errors import DqreloError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Returns:
+        0, or 1 after an error that one line on stderr explains. argparse exits
+        with 2 when the command line itself is wrong.
+    """
+    arguments, rest = parser().parse_known_args(argv)
+    if rest and arguments.run is not serve:
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.vllm_arguments = rest
+    try:
+        return arguments.run(arguments)
+    except (DqreloError, OSError) as error:
+        print(f"dqrelo: error: {error}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    root = argparse.ArgumentParser(prog="dqrelo", description=__doc__)
+    version = metadata.version("vllm-dqrelo")
+    root.add_argument("--version", action="version", version=version)
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "convert", help="write the delta from a base to its fine-tune"
+    )
+    add_models(command, "--base", "--model")
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="DELTA", help="a new folder"
+    )
+    command.add_argument(
+        "--ratio",
+        type=float,
+        default=0.125,
+        help="size as a fraction of 16 bits per weight (default: 0.125)",
+    )
+    command.set_defaults(run=convert)
+
+    command = commands.add_parser("inspect", help="show what a delta folder holds")
+    command.add_argument("delta", type=Path, metavar="DELTA")
+    command.add_argument("--json", action="store_true")
+    command.set_defaults(run=inspect)
+
+    command = commands.add_parser(
+        "verify", help="check a delta against its base, and its error"
+    )
+    add_models(command, "--base", "--delta")
+    command.add_argument("--model", help="the fine-tune, to measure the error")
+    command.add_argument("--json", action="store_true")
+    command.set_defaults(run=verify)
+
+    command = commands.add_parser(
+        "export", help="write base + delta as an ordinary checkpoint"
+    )
+    add_models(command, "--base", "--delta")
+    command.add_argument("--output", type=Path, required=True, help="a new folder")
+    command.set_defaults(run=export)
+
+    command = commands.add_parser(
+        "serve",
+        help="serve a base and its deltas; takes every option of vllm serve",
+        usage="dqrelo serve BASE [--delta NAME=DELTA ...] [vllm serve options]",
+    )
+    command.add_argument("base", metavar="BASE", help="a folder or a Hub id")
+    command.add_argument(
+        "--delta",
+        action="append",
+        default=[],
+        metavar="NAME=DELTA",
+        help="a delta folder and the model name that reaches it; repeatable",
+    )
+    command.set_defaults(run=serve)
+    return root
+
+
+def add_models(command: argparse.ArgumentParser, *options: str) -> None:
+    """Add the options that name models and deltas."""
+    texts = {
+        "--base": "the base model: a folder or a Hub id",
+        "--model": "the fine-tune: a folder or a Hub id",
+        "--delta": "a delta folder",
+    }
+    for option in options:
+        kind = Path if option == "--delta" else str
+        command.add_argument(option, type=kind, required=True, help=texts[option])
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Write a delta and print what it cost."""
+    from dqrelo_tools.convert import convert
+
+    report = convert(arguments.base, arguments.model, arguments.output, arguments.ratio)
+    print(report.to_text())
+    print(f"written to {arguments.output}")
+    return 0
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """Print configuration and contents of a delta."""
+    from dqrelo_tools.describe import describe, to_text
+
+    description = describe(arguments.delta)
+    text = json.dumps(description, indent=2) if arguments.json else to_text(description)
+    print(text)
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Check a delta and print its error."""
+    from dqrelo_tools.verify import verify
+
+    report = verify(arguments.base, arguments.delta, arguments.model)
+    if arguments.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print(f"{arguments.delta} is sound and belongs to {arguments.base}")
+        if arguments.model:
+            print(report.to_text())
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Write the merged checkpoint."""
+    from dqrelo_tools.export import export
+
+    size = export(arguments.base, arguments.delta, arguments.output)
+    print(f"{size:,} bytes of tensors written to {arguments.output}")
+    return 0
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Hand over to vLLM."""
+    from vllm_dqrelo.serve import serve
+
+    return serve(arguments.base, arguments.delta, arguments.vllm_arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a delta folder says of itself, without its base."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vllm_dqrelo.format.delta import WEIGHTS_NAME, Delta
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Open a delta and list its configuration and parameters.
+
+    Raises:
+        DqreloError: it is damaged. FileNotFoundError: it is not there.
+    """
+    delta = Delta(folder)
+    matrices = {}
+    for name in delta.matrices:
+        matrix = delta.matrix(name)
+        matrices[name] = {
+            "shape": list(matrix.shape),
+            "rank": matrix.rank,
+            "scale": float(matrix.scale),
+            "factor_dtype": str(matrix.lora_a.dtype).removeprefix("torch."),
+        }
+    return {
+        **asdict(delta.config),
+        "bytes": (folder / WEIGHTS_NAME).stat().st_size,
+        "matrices": matrices,
+        "exact": {name: list(delta.parameter(name).shape) for name in delta.exact},
+        "other_files": sorted(
+            path.name
+            for path in folder.iterdir()
+            if path.name not in (WEIGHTS_NAME, "delta_config.json")
+        ),
+    }
+
+
+def to_text(description: dict[str, Any]) -> str:
+    """The description for people: one line a matrix."""
+    lines = []
+    for key, value in description.items():
+        if not isinstance(value, dict | list):
+            lines.append(
+                f"{key:<26}{value:,}" if key == "bytes" else f"{key:<26}{value}"
+            )
+    lines += [f"{'exact parameters':<26}{len(description['exact'])}"]
+    lines += [f"{'other files':<26}{', '.join(description['other_files']) or 'none'}"]
+    lines += ["", f"{'shape':>14}{'rank':>6}{'scale':>12}  matrix"]
+    for name, matrix in description["matrices"].items():
+        n, k = matrix["shape"]
+        lines.append(
+            f"{f'{n} x {k}':>14}{matrix['rank']:>6}{matrix['scale']:>12.3e}  {name}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a conversion or a check found about each parameter, and in all."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from vllm_dqrelo.format.tensors import MatrixDelta
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of the fine-tune.
+
+    Attributes:
+        name: as in the checkpoint.
+        kind: "matrix" (compressed), "exact" (stored as it is) or "unchanged".
+        weights: number of elements.
+        model_bytes: their size in the fine-tune.
+        rank: of the low-rank residual; 0 unless a matrix.
+        change: squared Frobenius norm of fine-tune minus base.
+        missed: squared Frobenius norm of what the delta misses of it.
+    """
+
+    name: str
+    kind: str
+    weights: int
+    model_bytes: int
+    rank: int = 0
+    change: float = 0.0
+    missed: float = 0.0
+
+    @property
+    def module(self) -> str:
+        """``q_proj`` of ``model.layers.0.self_attn.q_proj.weight``."""
+        return self.name.split(".")[-2] if "." in self.name else self.name
+
+
+def matrix_entry(
+    name: str, tensor: torch.Tensor, change: torch.Tensor, matrix: MatrixDelta
+) -> Entry:
+    """The entry of a compressed matrix ``tensor`` that differs by ``change``."""
+    missed = (change - matrix.dense()).square().sum(dtype=torch.float64)
+    total = change.square().sum(dtype=torch.float64)
+    return Entry(
+        name,
+        "matrix",
+        tensor.numel(),
+        tensor.nbytes,
+        matrix.rank,
+        float(total),
+        float(missed),
+    )
+
+
+def relative_error(entries: list[Entry]) -> float:
+    """``||change - delta|| / ||change||`` over all of them (Frobenius)."""
+    change = sum(entry.change for entry in entries)
+    missed = sum(entry.missed for entry in entries)
+    return (missed / change) ** 0.5 if change else float(missed > 0)
+
+
+@dataclass
+class Report:
+    """All parameters of a delta and the size of its tensor file in bytes."""
+
+    entries: list[Entry] = field(default_factory=list)
+    delta_bytes: int = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Size of the delta over the number of weights of the fine-tune."""
+        return 8 * self.delta_bytes / sum(entry.weights for entry in self.entries)
+
+    def modules(self) -> dict[str, list[Entry]]:
+        """The compressed matrices by module type, in order of appearance."""
+        found: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            if entry.kind == "matrix":
+                found.setdefault(entry.module, []).append(entry)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "delta_bytes": self.delta_bytes,
+            "model_bytes": sum(entry.model_bytes for entry in self.entries),
+            "bits_per_weight": self.bits_per_weight,
+            "relative_error": {
+                module: relative_error(entries)
+                for module, entries in self.modules().items()
+            },
+            "parameters": [asdict(entry) for entry in self.entries],
+        }
+
+    def to_text(self) -> str:
+        """For people."""
+        lines = [f"{'module':<16}{'matrices':>9}{'rank':>9}{'relative error':>16}"]
+        for module, entries in self.modules().items():
+            ranks = sorted({entry.rank for entry in entries})
+            rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+            error = relative_error(entries)
+            lines.append(f"{module:<16}{len(entries):>9}{rank:>9}{error:>16.4f}")
+        kinds = [entry.kind for entry in self.entries]
+        model_bytes = sum(entry.model_bytes for entry in self.entries)
+        counts = (
+            f"{kinds.count('matrix')} matrices compressed, {kinds.count('exact')} "
+            f"vectors exact, {kinds.count('unchanged')} parameters unchanged"
+        )
+        size = (
+            f"{self.delta_bytes:,} bytes, {self.bits_per_weight:.3f} bits per weight, "
+            f"1/{model_bytes / self.delta_bytes:.2f} of the fine-tune's "
+            f"{model_bytes:,} bytes"
+        )
+        lines += ["", counts, size]
+        return "\n".join(lines)

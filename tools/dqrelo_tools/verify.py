@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check a delta against its base and, when it is at hand, the fine-tune."""
+
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dqrelo_tools.report import Entry, Report, matrix_entry
+from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
+from vllm_dqrelo.format.delta import WEIGHTS_NAME, Delta
+from vllm_dqrelo.format.errors import refuse
+
+
+def open_for_base(delta: Path, base: Checkpoint) -> Delta:
+    """Open a delta and make sure that it fits ``base``, tensor by tensor."""
+    opened = Delta(delta)
+    opened.check_base(base.fingerprint(), str(base.folder))
+    problems = []
+    shapes = {name: list(opened.matrix(name).shape) for name in opened.matrices}
+    shapes |= {name: list(opened.parameter(name).shape) for name in opened.exact}
+    for name, shape in shapes.items():
+        if name not in base:
+            problems.append(f"{name} is not in the base")
+        elif base.spec(name)[1] != shape:
+            problems.append(f"{name} is {shape}, the base has {base.spec(name)[1]}")
+    refuse(f"{delta} does not fit {base.folder}:", problems)
+    return opened
+
+
+def verify(base: str, delta: Path, model: str | None) -> Report:
+    """Check digest, fingerprint and shapes; with ``model`` also every error.
+
+    Returns:
+        The sizes, and with ``model`` the error of each parameter.
+
+    Raises:
+        DqreloError: the delta is damaged, or belongs to another base, or is not
+            what a conversion of ``model`` gives.
+        FileNotFoundError: one of them is not there.
+    """
+    before = Checkpoint(resolve(base))
+    opened = open_for_base(delta, before)
+    report = Report(delta_bytes=(delta / WEIGHTS_NAME).stat().st_size)
+    after = Checkpoint(resolve(model)) if model else before
+    refuse(
+        f"{after.folder} has other parameters than {before.folder}:",
+        sorted(set(before) ^ set(after)),
+    )
+    wrong = []
+    for name in tqdm(list(after), desc="verify", unit=" tensors", disable=None):
+        tensor = after.get(name)
+        entry = check_parameter(name, before.get(name), tensor, opened)
+        if model and entry.kind != "matrix" and entry.missed:
+            wrong.append(f"{name} is stored as {entry.kind}, {model} has other values")
+        report.entries.append(entry)
+    refuse(f"{delta} is not the delta of {model}:", wrong)
+    return report
+
+
+def check_parameter(
+    name: str, before: torch.Tensor, after: torch.Tensor, delta: Delta
+) -> Entry:
+    """What the delta makes of one parameter, against ``after``."""
+    change = after.float() - before.float()
+    if name in delta.matrices:
+        return matrix_entry(name, after, change, delta.matrix(name))
+    kind = "exact" if name in delta.exact else "unchanged"
+    got = delta.parameter(name) if kind == "exact" else before
+    missed = float((after.double() - got.double()).square().sum())
+    size = (after.numel(), after.nbytes)
+    return Entry(name, kind, *size, 0, float(change.square().sum()), missed)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""delta_config.json: what a delta is and which base it belongs to."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from vllm_dqrelo.format.errors import DqreloError, refuse
+
+CONFIG_NAME = "delta_config.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """The keys of delta_config.json, all of them required.
+
+    Attributes:
+        format_version: 1.
+        base_model_name_or_path: the base as it was named to the converter.
+        base_fingerprint: ``checkpoint.fingerprint`` of the base.
+        digest: ``delta.digest`` of the tensors and of the other keys.
+        method: how the matrices were compressed, for the reader.
+        ratio: the size aimed at, as a fraction of 16 bits per weight.
+    """
+
+    base_model_name_or_path: str
+    base_fingerprint: str
+    digest: str
+    method: str
+    ratio: float
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def from_dict(cls, raw: object, where: str) -> "DeltaConfig":
+        """Check the parsed JSON ``raw`` of the file named ``where``."""
+        if not isinstance(raw, dict):
+            raise DqreloError(f"{where} is not a JSON object")
+        # The version first: a newer one explains every other difference.
+        if raw.get("format_version") != FORMAT_VERSION:
+            raise DqreloError(
+                f"{where} has format_version {raw.get('format_version')!r}; this "
+                f"vllm-dqrelo reads version {FORMAT_VERSION}. Upgrade vllm-dqrelo, or "
+                "convert the fine-tune again."
+            )
+        expected: dict[str, Any] = {field.name: field.type for field in fields(cls)}
+        problems = [f"unknown key {key!r}" for key in sorted(raw.keys() - expected)]
+        problems += [f"missing key {key!r}" for key in sorted(expected - raw.keys())]
+        for key in expected.keys() & raw.keys():
+            kind = expected[key]
+            if not isinstance(raw[key], (int, float) if kind is float else kind):
+                problems.append(f"{key} must be a {kind.__name__}, got {raw[key]!r}")
+        refuse(f"{where} cannot be used:", problems)
+        return cls(**raw)
+
+    @classmethod
+    def read(cls, folder: Path) -> "DeltaConfig":
+        """Read and check the delta_config.json of ``folder``."""
+        path = folder / CONFIG_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is not a delta folder: no {CONFIG_NAME}")
+        try:
+            raw = json.loads(path.read_text())
+        except ValueError as error:
+            raise DqreloError(f"{path} is not valid JSON: {error}") from error
+        return cls.from_dict(raw, str(path))
+
+    def to_json(self) -> str:
+        """The file's text: sorted keys, two spaces, newline at the end."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A delta folder: checked as a whole when opened, written in one piece."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from vllm_dqrelo.format.checkpoint import (
+    SafetensorsFiles,
+    open_safetensors,
+    tensor_bytes,
+)
+from vllm_dqrelo.format.config import CONFIG_NAME, DeltaConfig
+from vllm_dqrelo.format.errors import DqreloError, refuse
+from vllm_dqrelo.format.tensors import (
+    MatrixDelta,
+    exact_problems,
+    group,
+    matrix_problems,
+)
+
+WEIGHTS_NAME = "delta_model.safetensors"
+
+
+def digest(config: DeltaConfig, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Identify a delta by its content.
+
+    Semantics: SHA-256 over the keys of delta_config.json but ``digest``, as one
+    line of JSON with sorted keys, and, for each tensor, the JSON line
+    ``[name, dtype, shape]`` and its bytes.
+
+    Args:
+        config: the delta's configuration; its ``digest`` is not read.
+        tensors: (name, tensor) in order of the names.
+    """
+    keys = {key: value for key, value in asdict(config).items() if key != "digest"}
+    hasher = hashlib.sha256(json.dumps(keys, sort_keys=True).encode() + b"\n")
+    for name, tensor in tensors:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        hasher.update(json.dumps([name, dtype, list(tensor.shape)]).encode() + b"\n")
+        hasher.update(tensor_bytes(tensor))
+    return f"sha256:{hasher.hexdigest()}"
+
+
+class Delta:
+    """An opened delta folder.
+
+    Args:
+        folder: has delta_config.json and delta_model.safetensors.
+
+    Attributes:
+        config: the parsed delta_config.json.
+        matrices: names of the parameters stored as a compressed change.
+        exact: names of the parameters stored as they are.
+
+    Raises:
+        FileNotFoundError: it is no delta folder.
+        DqreloError: something in it is damaged or unknown; lists all of it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = DeltaConfig.read(folder)
+        path = folder / WEIGHTS_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is not a delta folder: no {path.name}")
+        self._files = SafetensorsFiles(
+            dict.fromkeys(open_safetensors(path).keys(), path)
+        )
+        suffixes, self.exact = group(self._files)
+        self.matrices = sorted(suffixes)
+        problems = []
+        for name, present in suffixes.items():
+            stored = {name + s: self._files.get(name + s) for s in present}
+            problems += matrix_problems(name, present, stored)
+        for name in self.exact:
+            problems += exact_problems(name, self._files.get(name))
+        refuse(f"{folder} is not a sound delta:", problems)
+        self._suffixes = suffixes
+        if (found := self.content_digest()) != self.config.digest:
+            raise DqreloError(
+                f"{folder} was changed after it was written: its digest is {found}, "
+                f"{CONFIG_NAME} says {self.config.digest}. Fetch or convert it again."
+            )
+
+    def content_digest(self) -> str:
+        """The digest of what is on disk."""
+        tensors = ((name, self._files.get(name)) for name in self._files)
+        return digest(self.config, tensors)
+
+    def matrix(self, name: str) -> MatrixDelta:
+        """The compressed change of the matrix ``name``."""
+        suffixes = self._suffixes[name]
+        return MatrixDelta.from_tensors(
+            name, {name + s: self._files.get(name + s) for s in suffixes}
+        )
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """The exactly stored parameter ``name``."""
+        return self._files.get(name)
+
+    def check_base(self, fingerprint: str, base: str) -> None:
+        """Refuse a base other than the one this delta was made from."""
+        if fingerprint != self.config.base_fingerprint:
+            raise DqreloError(
+                f"{self.folder} belongs to another base: it was made from "
+                f"{self.config.base_model_name_or_path} "
+                f"({self.config.base_fingerprint}), but {base} is {fingerprint}. "
+                "Serve it with that base, or convert the fine-tune against this one."
+            )
+
+
+def write_delta(
+    folder: Path, config: DeltaConfig, tensors: Mapping[str, torch.Tensor]
+) -> DeltaConfig:
+    """Write delta_config.json and delta_model.safetensors into ``folder``.
+
+    Args:
+        folder: exists; see ``folder.new_folder`` for all or nothing.
+        config: ``digest`` is filled in here.
+        tensors: as ``tensors.MatrixDelta.tensors`` and exact parameters give them.
+
+    Returns:
+        The configuration as written.
+    """
+    config = replace(config, digest=digest(config, sorted(tensors.items())))
+    save_file(
+        {name: t.contiguous() for name, t in tensors.items()},
+        folder / WEIGHTS_NAME,
+        metadata={"format": "pt"},
+    )
+    (folder / CONFIG_NAME).write_text(config.to_json())
+    return config

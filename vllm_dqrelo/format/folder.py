@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a folder so that it is there whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from vllm_dqrelo.format.errors import DqreloError
+
+
+def require_free(output: Path, size: int) -> None:
+    """Refuse an output that is taken, or a disk without ``size`` bytes for it."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DqreloError(
+            f"{output} exists and is not an empty folder; remove it or choose another"
+        )
+    parent = next(p for p in output.absolute().parents if p.exists())
+    if (free := shutil.disk_usage(parent).free) < size:
+        raise DqreloError(
+            f"{output} needs {size:,} bytes, {parent} has {free:,} left; free some "
+            "space or choose another disk"
+        )
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A scratch folder that becomes ``output`` when the block ends without error.
+
+    ``output`` may exist as an empty folder. After an error nothing is left behind;
+    a full disk becomes a DqreloError.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{output.name}.partial-"
+    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)  # mkdtemp and safetensors make private ones
+        for path in scratch.iterdir():
+            path.chmod(0o644)
+        os.replace(scratch, output)
+    except (OSError, SafetensorError) as error:
+        if "No space left" in str(error):
+            raise DqreloError(
+                f"the disk of {output} is full; nothing was written"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
