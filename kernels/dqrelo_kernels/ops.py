@@ -26,6 +26,7 @@ _library = torch.library.Library("dqrelo", "DEF")
 
 def delta_linear_(
     y: torch.Tensor,
+    scratch: torch.Tensor,
     x: torch.Tensor,
     arena: torch.Tensor,
     table: torch.Tensor,
@@ -43,6 +44,8 @@ def delta_linear_(
 
     Args:
         y: [M, N] float, the base's output. Mutated.
+        scratch: float32 [>= M, ranks], ranks at least the sum of the ranks of the
+            slices of any slot. Mutated: holds A x between two kernels.
         x: [M, K] float, the layer's input.
         slices: int32 [slices + 1]: first output feature of each slice, then N.
     """
@@ -97,8 +100,8 @@ def delta_norm_(
         reference.delta_norm_(y, x, arena, table, rows, slots, eps)
 
 
-def _register(op: Callable[..., None]) -> None:
-    schema = torch.library.infer_schema(op, mutates_args=("y",))
+def _register(op: Callable[..., None], *mutated: str) -> None:
+    schema = torch.library.infer_schema(op, mutates_args=mutated)
     _library.define(f"{op.__name__}{schema}")
     _library.impl(op.__name__, op, "CompositeExplicitAutograd")
     torch.library.register_fake(
@@ -106,5 +109,6 @@ def _register(op: Callable[..., None]) -> None:
     )
 
 
-for _op in (delta_linear_, delta_embedding_, delta_norm_):
-    _register(_op)
+_register(delta_linear_, "y", "scratch")
+_register(delta_embedding_, "y")
+_register(delta_norm_, "y")

@@ -15,7 +15,7 @@ from vllm_dqrelo.format.errors import refuse
 def open_for_base(delta: Path, base: Checkpoint) -> Delta:
     """Open a delta and make sure that it fits ``base``, tensor by tensor."""
     opened = Delta(delta)
-    opened.check_base(base.fingerprint(), str(base.folder))
+    opened.config.check_base(base.fingerprint(), str(base.folder), str(delta))
     problems = []
     shapes = {name: list(opened.matrix(name).shape) for name in opened.matrices}
     shapes |= {name: list(opened.parameter(name).shape) for name in opened.exact}

@@ -66,6 +66,16 @@ class DeltaConfig:
             raise DqreloError(f"{path} is not valid JSON: {error}") from error
         return cls.from_dict(raw, str(path))
 
+    def check_base(self, fingerprint: str, base: str, delta: str) -> None:
+        """Refuse a base other than the one that ``delta`` was made from."""
+        if fingerprint != self.base_fingerprint:
+            raise DqreloError(
+                f"{delta} belongs to another base: it was made from "
+                f"{self.base_model_name_or_path} ({self.base_fingerprint}), but "
+                f"{base} is {fingerprint}. Serve it with that base, or convert the "
+                "fine-tune against this one."
+            )
+
     def to_json(self) -> str:
         """The file's text: sorted keys, two spaces, newline at the end."""
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"

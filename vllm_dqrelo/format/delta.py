@@ -104,16 +104,6 @@ class Delta:
         """The exactly stored parameter ``name``."""
         return self._files.get(name)
 
-    def check_base(self, fingerprint: str, base: str) -> None:
-        """Refuse a base other than the one this delta was made from."""
-        if fingerprint != self.config.base_fingerprint:
-            raise DqreloError(
-                f"{self.folder} belongs to another base: it was made from "
-                f"{self.config.base_model_name_or_path} "
-                f"({self.config.base_fingerprint}), but {base} is {fingerprint}. "
-                "Serve it with that base, or convert the fine-tune against this one."
-            )
-
 
 def write_delta(
     folder: Path, config: DeltaConfig, tensors: Mapping[str, torch.Tensor]

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bytes that all resident deltas share on the device."""
+
+import torch
+
+from dqrelo_kernels.table import ALIGNMENT
+
+
+def aligned(size: int) -> int:
+    """``size`` rounded up to the alignment of the arena's tensors."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class Arena:
+    """One buffer, handed out in extents: one extent is one delta.
+
+    Args:
+        size: bytes.
+        device: where they are.
+
+    Attributes:
+        data: uint8 [size]. Never reallocated, so that captured graphs stay valid.
+    """
+
+    def __init__(self, size: int, device: torch.device | str) -> None:
+        self.data = torch.empty(aligned(size), dtype=torch.uint8, device=device)
+        self._extents: dict[int, tuple[int, int]] = {}  # key -> offset, size
+
+    def allocate(self, key: int, size: int) -> int | None:
+        """The offset of a new extent of ``size`` bytes, or None if no gap has it."""
+        size, start = aligned(size), 0
+        for offset, taken in sorted(self._extents.values()):
+            if offset - start >= size:
+                break
+            start = offset + taken
+        if start + size > self.data.numel():
+            return None
+        self._extents[key] = (start, size)
+        return start
+
+    def free(self, key: int) -> None:
+        """Give the extent of ``key`` back."""
+        del self._extents[key]
+
+    def compact(self) -> dict[int, int]:
+        """Move all extents to the front, so that what is free is one gap.
+
+        Returns:
+            The new offset of every key. The caller rebases its tables.
+        """
+        end = 0
+        for key, (offset, size) in sorted(self._extents.items(), key=lambda e: e[1]):
+            if offset != end:
+                # Source and target overlap; a copy in between keeps it right.
+                moved = self.data[offset : offset + size].clone()
+                self.data[end : end + size].copy_(moved)
+                self._extents[key] = (end, size)
+            end += size
+        return {key: offset for key, (offset, _) in self._extents.items()}

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin's options, and the engine configurations that it refuses."""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from vllm.config import VllmConfig
+
+from dqrelo_kernels.layout import words_per_row
+from vllm_dqrelo.arena import aligned
+from vllm_dqrelo.sites import Sites
+
+# Without an option, the arena has room for --max-loras deltas of this ratio.
+DEFAULT_RATIO = 1 / 8
+
+
+@dataclass(frozen=True)
+class Options:
+    """``--additional-config '{"dqrelo": {...}}'``.
+
+    Attributes:
+        delta_memory_gib: device memory for resident deltas; by default what
+            ``--max-loras`` deltas of ratio 1/8 take.
+        version: of the plugin, put there by it.
+    """
+
+    delta_memory_gib: float | None = None
+    version: str = ""
+
+    @classmethod
+    def from_config(cls, vllm_config: VllmConfig) -> "Options":
+        """Read and check the options of an engine."""
+        given = vllm_config.additional_config.get("dqrelo", {})
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(given.keys() - known):
+            raise ValueError(
+                f"additional_config has unknown dqrelo options {unknown}; known: "
+                f"{sorted(known - {'version'})}"
+            )
+        return cls(**given)
+
+    def arena_bytes(self, sites: Sites, slots: int) -> int:
+        """Size of the arena for a model with these sites."""
+        if self.delta_memory_gib is not None:
+            return int(self.delta_memory_gib * 2**30)
+        total = 0
+        for site in sites.by_name.values():
+            for n in site.sizes:
+                total += aligned(4 * n)  # a bias or a norm in float32
+                if k := site.columns:
+                    rank = math.ceil(n * k * (DEFAULT_RATIO - 1 / 16) / (n + k))
+                    total += aligned(2 * n * words_per_row(k)) + aligned(4)
+                    total += aligned(2 * rank * n) + aligned(2 * rank * k)
+        return slots * total
+
+
+def refuse_unsupported(vllm_config: VllmConfig, device: torch.device) -> None:
+    """Refuse, at start, what would not be right with deltas."""
+    parallel = vllm_config.parallel_config
+    problems = {
+        f"runs on the CPU only so far, not on {device.type}": device.type != "cpu",
+        "cannot split a model over several workers yet: use --tensor-parallel-size 1 "
+        "and --pipeline-parallel-size 1": parallel.world_size > 1,
+        "cannot be used with speculative decoding": vllm_config.speculative_config
+        is not None,
+        "has no deltas for mixtures of experts yet": vllm_config.model_config.is_moe,
+    }
+    if found := [problem for problem, present in problems.items() if present]:
+        raise ValueError("--quantization dqrelo " + "; it ".join(found))

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A delta ready for the device: one run of bytes and a table of where things are."""
+
+from dataclasses import dataclass
+
+import torch
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm
+
+from dqrelo_kernels.table import FACTOR_DTYPES, Field, empty_table
+from vllm_dqrelo.arena import aligned
+from vllm_dqrelo.format.delta import Delta
+from vllm_dqrelo.format.errors import refuse
+from vllm_dqrelo.sites import Place, Sites
+
+
+@dataclass(frozen=True)
+class PackedDelta:
+    """A registered delta in host memory.
+
+    Attributes:
+        digest: of its content.
+        extent: uint8 [bytes], copied as a whole into the arena.
+        entries: int64 [slices of all sites, Field], offsets from the extent's start.
+    """
+
+    digest: str
+    extent: torch.Tensor
+    entries: torch.Tensor
+
+    @property
+    def size(self) -> int:
+        """Bytes it takes in the arena."""
+        return self.extent.numel()
+
+
+class _Extent:
+    """Collects tensors and the offsets that they will have."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[int, torch.Tensor]] = []
+        self._size = 0
+
+    def add(self, tensor: torch.Tensor) -> int:
+        """The byte offset of ``tensor``."""
+        offset = self._size
+        self._parts.append((offset, tensor.contiguous().flatten().view(torch.uint8)))
+        self._size = aligned(offset + tensor.nbytes)
+        return offset
+
+    def bytes(self, pinned: bool) -> torch.Tensor:
+        """All of it, uint8."""
+        data = torch.zeros(self._size, dtype=torch.uint8, pin_memory=pinned)
+        for offset, part in self._parts:
+            data[offset : offset + part.numel()].copy_(part)
+        return data
+
+
+def pack(delta: Delta, sites: Sites, pinned: bool = False) -> PackedDelta:
+    """Lay a delta out for the sites of a model.
+
+    Raises:
+        DqreloError: it has a parameter that no site takes, or of another shape; a
+            delta is served as a whole or not at all.
+    """
+    extent, problems = _Extent(), []
+    entries = empty_table(1, sites.count, "cpu")[0]
+    for name in [*delta.matrices, *delta.exact]:
+        places = sites.places(name)
+        if not places:
+            problems.append(f"{name}: the model has no place for it")
+            continue
+        fields, shape = (
+            _matrix(delta, name, extent)
+            if name in delta.matrices
+            else _vector(delta, name, places[0], extent)
+        )
+        for place in places:
+            if shape != place.shape:
+                problems.append(f"{name} is {shape}, {place.site.name} {place.shape}")
+            elif not fields:
+                problems.append(f"{name} is stored exactly: only vectors can be")
+            for field, value in fields.items():
+                entries[place.slice, field] = value
+    refuse(f"{delta.folder} does not fit the served model:", problems)
+    return PackedDelta(delta.config.digest, extent.bytes(pinned), entries)
+
+
+def _matrix(
+    delta: Delta, name: str, extent: _Extent
+) -> tuple[dict[Field, int], tuple[int, ...]]:
+    matrix = delta.matrix(name)
+    fields = {
+        Field.SIGNS: extent.add(matrix.signs),
+        Field.SCALE: extent.add(matrix.scale),
+    }
+    if matrix.rank:
+        fields[Field.RANK] = matrix.rank
+        fields[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(matrix.lora_a.dtype)
+        fields[Field.LORA_A] = extent.add(matrix.lora_a)
+        fields[Field.LORA_B] = extent.add(matrix.lora_b)
+    return fields, matrix.shape
+
+
+def _vector(
+    delta: Delta, name: str, place: Place, extent: _Extent
+) -> tuple[dict[Field, int], tuple[int, ...]]:
+    value = delta.parameter(name).float()
+    shape = tuple(value.shape)
+    if place.site.is_norm:
+        # Gemma's norm multiplies by 1 + weight; the op multiplies by what it is given.
+        gemma = isinstance(place.site.module, GemmaRMSNorm)
+        return {Field.WEIGHT: extent.add(value + 1 if gemma else value)}, shape
+    if place.leaf == "bias" and shape == place.shape:
+        change = value - place.site.base_bias(place.index)
+        return {Field.BIAS: extent.add(change)}, shape
+    return {}, shape

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the plugin does to a vLLM process, and when.
+
+``register`` runs in every process of every vLLM in this environment, also in
+those that never use a delta. It therefore only makes ``--quantization dqrelo``
+known. The rest waits until that option is given: the control plane is switched
+on when the engine's configuration is made, and a worker is patched when its
+model is built (quantization.py).
+"""
+
+from vllm.logger import init_logger
+
+from vllm_dqrelo import __version__, compat
+
+logger = init_logger(__name__)
+
+# vLLM's default for --max-loras is 1, which would serve the deltas one by one.
+DEFAULT_MAX_DELTAS = 8
+
+
+def register() -> None:
+    """Make ``--quantization dqrelo`` known. Safe to call again."""
+    if problem := compat.version_problem():
+        logger.error("%s. --quantization dqrelo is not available.", problem)
+        return
+    from vllm.model_executor.layers.quantization import (
+        QUANTIZATION_METHODS,
+        register_quantization_config,
+    )
+
+    if "dqrelo" in QUANTIZATION_METHODS:
+        return
+    from vllm_dqrelo.quantization import DqreloConfig
+
+    register_quantization_config("dqrelo")(DqreloConfig)
+    compat.after_create_model_config(switch_on)
+
+
+def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) -> None:
+    """Turn on vLLM's LoRA control plane, which deltas use, for a dqrelo engine."""
+    if model_config.quantization != "dqrelo":
+        return
+    engine_args.enable_lora = True
+    if engine_args.max_loras == 1:
+        engine_args.max_loras = DEFAULT_MAX_DELTAS
+    # additional_config is part of vLLM's compile cache key; the plugin must be too.
+    options = dict(engine_args.additional_config.get("dqrelo", {}))
+    engine_args.additional_config = {
+        **engine_args.additional_config,
+        "dqrelo": {**options, "version": __version__},
+    }
+
+
+def patch_worker() -> None:
+    """Put the delta manager in the place of LoRA's. Safe to call again."""
+    from vllm_dqrelo.manager import DeltaManager, prompt_rows
+
+    def choose(vllm_config: compat.VllmConfig) -> type[DeltaManager] | None:
+        dqrelo = vllm_config.model_config.quantization == "dqrelo"
+        return DeltaManager if dqrelo else None
+
+    compat.choose_lora_manager(choose)
+    compat.around_prompt_logprobs(prompt_rows)

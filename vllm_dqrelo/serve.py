@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dqrelo serve``: ``vllm serve`` with deltas, checked before it starts."""
+
+import os
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
+from vllm_dqrelo.format.config import DeltaConfig
+from vllm_dqrelo.format.errors import DqreloError
+
+
+def serve(base: str, deltas: Sequence[str], vllm_arguments: Sequence[str]) -> int:
+    """Serve ``base`` and its deltas with vLLM's OpenAI-compatible server.
+
+    A wrong base, a missing delta or an inactive plugin ends it here, before vLLM
+    spends time on loading; the workers check everything again.
+
+    Args:
+        base: a folder or a Hub id.
+        deltas: "NAME=DELTA" each.
+        vllm_arguments: passed on to ``vllm serve``.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        DqreloError: vLLM cannot be used, or a delta does not belong to ``base``.
+        FileNotFoundError: the base or a delta is not there.
+    """
+    folders = parse_deltas(deltas)
+    if folders:
+        fingerprint = Checkpoint(resolve(base)).fingerprint()
+    for folder in folders.values():
+        DeltaConfig.read(Path(folder)).check_base(fingerprint, base, folder)
+    check_plugin()
+    from vllm_dqrelo import compat
+
+    arguments = [base, "--quantization", "dqrelo"]
+    if folders:
+        modules = [f"{name}={folder}" for name, folder in folders.items()]
+        arguments += ["--lora-modules", *modules]
+    compat.run_serve([*arguments, *vllm_arguments])
+    return 0
+
+
+def parse_deltas(deltas: Sequence[str]) -> dict[str, str]:
+    """Name -> folder of "NAME=DELTA" arguments."""
+    folders: dict[str, str] = {}
+    for argument in deltas:
+        name, equals, folder = argument.partition("=")
+        if not (name and equals and folder):
+            raise DqreloError(f"--delta {argument}: expected NAME=DELTA")
+        if name in folders:
+            raise DqreloError(f"--delta {argument}: {name} is {folders[name]} already")
+        folders[name] = folder
+    return folders
+
+
+def check_plugin() -> None:
+    """Make sure that vLLM will know ``--quantization dqrelo``.
+
+    vLLM only logs a plugin that it cannot load.
+    """
+    try:
+        from vllm_dqrelo import compat
+    except ImportError as error:
+        raise DqreloError(
+            f"vLLM cannot be imported ({error}); install it with "
+            'pip install "vllm-dqrelo[vllm]"'
+        ) from error
+    if problem := compat.version_problem():
+        raise DqreloError(problem)
+    found = metadata.entry_points(group="vllm.general_plugins", name="dqrelo")
+    if not found:
+        raise DqreloError(
+            "vLLM does not see the plugin: vllm-dqrelo is not installed in this "
+            "environment; run pip install vllm-dqrelo"
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "dqrelo" not in allowed.split(","):
+        raise DqreloError(
+            f"VLLM_PLUGINS={allowed} keeps vLLM from loading the plugin; add dqrelo"
+        )

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where in the model a delta applies: each module is a site, with its table.
+
+A fused module (q/k/v, gate/up) is one site with a slice for each checkpoint
+matrix. A tied LM head is a site of its own: the same stored change feeds it and
+the embedding, but it sees the sampled rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+
+from vllm_dqrelo import compat
+
+# What the q/k/v slices of a fused attention projection are called.
+QKV = {"q": 0, "k": 1, "v": 2}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module of the model that deltas can change.
+
+    Attributes:
+        name: path of the module in the model.
+        module: the module itself.
+        first: index of its first slice among the slices of all sites.
+        sizes: output features (rows of the checkpoint matrix) of each slice; for
+            a norm the length of its weight.
+        columns: input features of its matrices; 0 for a norm.
+    """
+
+    name: str
+    module: torch.nn.Module
+    first: int
+    sizes: tuple[int, ...]
+    columns: int
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether the site has one vector instead of matrices."""
+        return not self.columns
+
+    def slices(self, device: torch.device) -> torch.Tensor:
+        """int32 [slices + 1]: the first output feature of each slice, then N."""
+        ends = torch.tensor((0, *self.sizes)).cumsum(0)
+        return ends.to(dtype=torch.int32, device=device)
+
+    def base_bias(self, index: int) -> torch.Tensor:
+        """The base's bias of one slice, float32 on the CPU."""
+        start = sum(self.sizes[:index])
+        bias = self.module.get_parameter("bias")
+        return bias[start : start + self.sizes[index]].detach().float().cpu()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one parameter of the fine-tune goes: ``leaf`` is "weight" or "bias"."""
+
+    site: Site
+    index: int
+    leaf: str
+
+    @property
+    def slice(self) -> int:
+        """Among the slices of all sites."""
+        return self.site.first + self.index
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What the parameter must look like."""
+        size = self.site.sizes[self.index]
+        matrix = self.leaf == "weight" and not self.site.is_norm
+        return (size, self.site.columns) if matrix else (size,)
+
+
+class Sites:
+    """All sites of a loaded model.
+
+    Attributes:
+        by_name: module path -> site, in the order of the model.
+        count: slices in all.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.by_name: dict[str, Site] = {}
+        self.count = 0
+        for name, module in model.named_modules():
+            if shape := _slices_of(module):
+                sizes, columns = shape
+                self.by_name[name] = Site(name, module, self.count, sizes, columns)
+                self.count += len(sizes)
+
+    def places(self, parameter: str) -> list[Place]:
+        """Where the fine-tune's ``parameter`` goes; empty if nowhere."""
+        mapped = compat.map_name(self.model, parameter)
+        if mapped is None:
+            return []
+        name, shard = mapped
+        module, _, leaf = name.rpartition(".")
+        site = self.by_name.get(module)
+        if site is None or leaf not in ("weight", "bias"):
+            return []
+        if leaf == "bias" and getattr(site.module, "bias", None) is None:
+            return []
+        places = [Place(site, _index(shard), leaf)]
+        if isinstance(site.module, VocabParallelEmbedding) and leaf == "weight":
+            shared = site.module.weight.data_ptr()
+            places += [
+                Place(other, 0, leaf)
+                for other in self.by_name.values()
+                if isinstance(other.module, ParallelLMHead)
+                and other is not site
+                and other.module.weight.data_ptr() == shared
+            ]
+        return places
+
+
+def _slices_of(module: torch.nn.Module) -> tuple[tuple[int, ...], int] | None:
+    """Sizes and columns of a site; None when the module is none."""
+    if isinstance(module, LinearBase):
+        return tuple(module.output_partition_sizes), module.input_size
+    if isinstance(module, VocabParallelEmbedding):
+        return (module.org_vocab_size,), module.embedding_dim
+    if isinstance(module, RMSNorm | GemmaRMSNorm) and module.weight is not None:
+        return (module.weight.numel(),), 0
+    return None
+
+
+def _index(shard: Any) -> int:
+    """The slice that a vLLM shard id means."""
+    return QKV[shard] if isinstance(shard, str) else shard or 0

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows of the running step belong to which delta slot."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from dqrelo_kernels.rows import RowGroups
+
+
+class Step:
+    """The rows of one forward pass, as its layers see them.
+
+    Attributes:
+        tokens: all scheduled tokens, for every layer but the LM head.
+        samples: the rows that are sampled from, for the LM head.
+    """
+
+    def __init__(self, max_tokens: int, slots: int, device: torch.device | str) -> None:
+        self.tokens = RowGroups(max_tokens, slots, device)
+        self.samples = RowGroups(max_tokens, slots, device)
+        self._prompt = RowGroups(max_tokens, slots, device)
+        self._token_slots = np.empty(0, dtype=np.int32)
+        self._prompt_hidden: torch.Tensor | None = None
+
+    def set(self, token_slots: np.ndarray, sample_slots: np.ndarray) -> None:
+        """Start a step: the slot of each token and of each sampled row."""
+        self._token_slots = token_slots
+        self.tokens.set(token_slots)
+        self.samples.set(sample_slots)
+
+    @contextmanager
+    def prompt_rows(self, hidden_states: torch.Tensor) -> Iterator[None]:
+        """Within it the LM head is called with slices of ``hidden_states`` [M, K]."""
+        self._prompt_hidden = hidden_states
+        try:
+            yield
+        finally:
+            self._prompt_hidden = None
+
+    def head_rows(self, x: torch.Tensor) -> RowGroups:
+        """The rows that the LM head sees: the sampled ones, or a slice of a prompt."""
+        hidden = self._prompt_hidden
+        if hidden is None:
+            return self.samples
+        first, rest = divmod(x.data_ptr() - hidden.data_ptr(), hidden[:1].nbytes)
+        if rest or not 0 <= first <= first + len(x) <= len(hidden):
+            raise RuntimeError(
+                "prompt logprobs are computed from rows that are no slice of the "
+                "hidden states: this vLLM is not one that vllm-dqrelo is tested with"
+            )
+        self._prompt.set(self._token_slots[first : first + len(x)])
+        return self._prompt
