@@ -20,7 +20,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 
 from dqrelo_kernels.rows import BASE
-from dqrelo_kernels.table import ABSENT, empty_table, rebase
+from dqrelo_kernels.table import ABSENT, Field, empty_table, rebase
 from vllm_dqrelo.arena import Arena, aligned
 from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
 from vllm_dqrelo.format.delta import Delta
@@ -68,7 +68,8 @@ class DeltaManager:
         size = self.options.arena_bytes(self.sites, self.slots)
         self.arena = Arena(size, self.device)
         self.table = empty_table(self.slots, self.sites.count, self.device)
-        self.step = Step(self.max_tokens, self.slots, self.device)
+        self.ranks = self.options.scratch_ranks(self.sites)
+        self.step = Step(self.max_tokens, self.slots, self.ranks, self.device)
         for site in self.sites.by_name.values():
             slices = slice(site.first, site.first + len(site.sizes))
             install(model, site, self.arena.data, self.table[:, slices], self.step)
@@ -108,6 +109,15 @@ class DeltaManager:
             self._base_fingerprint(), self.model_config.model, request.lora_path
         )
         packed = pack(delta, self.sites, pinned=self.device.type == "cuda")
+        ranks = packed.entries[:, Field.RANK].clamp_min(0)
+        for site in self.sites.by_name.values():
+            if (rank := int(ranks[site.first : site.first + len(site.sizes)].sum())) > (
+                self.ranks
+            ):
+                raise DqreloError(
+                    f"{delta.folder} has rank {rank} in {site.name}, this server has "
+                    f"room for {self.ranks}; convert with a lower --ratio"
+                )
         sizes = {i: other.size for i, other in self.registered.items()}
         sizes[request.lora_int_id] = packed.size
         largest = sorted(sizes.values(), reverse=True)[: self.slots]

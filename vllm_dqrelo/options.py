@@ -49,10 +49,27 @@ class Options:
             for n in site.sizes:
                 total += aligned(4 * n)  # a bias or a norm in float32
                 if k := site.columns:
-                    rank = math.ceil(n * k * (DEFAULT_RATIO - 1 / 16) / (n + k))
+                    rank = default_rank(n, k)
                     total += aligned(2 * n * words_per_row(k)) + aligned(4)
                     total += aligned(2 * rank * n) + aligned(2 * rank * k)
         return slots * total
+
+    def scratch_ranks(self, sites: Sites) -> int:
+        """The largest sum of ranks in one site that is served.
+
+        Four times that of the default ratio: as much as factors of 4 bits in the
+        same bytes would have.
+        """
+        return 4 * max(
+            sum(default_rank(n, site.columns) for n in site.sizes)
+            for site in sites.by_name.values()
+            if site.columns
+        )
+
+
+def default_rank(n: int, k: int) -> int:
+    """Rank of an n x k matrix at the default ratio (equation 12 of the paper)."""
+    return math.ceil(n * k * (DEFAULT_RATIO - 1 / 16) / (n + k))
 
 
 def refuse_unsupported(vllm_config: VllmConfig, device: torch.device) -> None:

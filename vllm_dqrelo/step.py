@@ -16,9 +16,13 @@ class Step:
     Attributes:
         tokens: all scheduled tokens, for every layer but the LM head.
         samples: the rows that are sampled from, for the LM head.
+        scratch: float32 [max_tokens, ranks], for dqrelo::delta_linear_.
     """
 
-    def __init__(self, max_tokens: int, slots: int, device: torch.device | str) -> None:
+    def __init__(
+        self, max_tokens: int, slots: int, ranks: int, device: torch.device | str
+    ) -> None:
+        self.scratch = torch.empty(max_tokens, ranks, device=device)
         self.tokens = RowGroups(max_tokens, slots, device)
         self.samples = RowGroups(max_tokens, slots, device)
         self._prompt = RowGroups(max_tokens, slots, device)
