@@ -5,6 +5,8 @@ vLLM's model runner talks to this class as it talks to its own LoRA manager
 (vllm/lora/worker_manager.py); tests/test_contract.py compares the two.
 """
 
+import json
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -109,27 +111,33 @@ class DeltaManager:
             self._base_fingerprint(), self.model_config.model, request.lora_path
         )
         packed = pack(delta, self.sites, pinned=self.device.type == "cuda")
-        ranks = packed.entries[:, Field.RANK].clamp_min(0)
-        for site in self.sites.by_name.values():
-            if (rank := int(ranks[site.first : site.first + len(site.sizes)].sum())) > (
-                self.ranks
-            ):
-                raise DqreloError(
-                    f"{delta.folder} has rank {rank} in {site.name}, this server has "
-                    f"room for {self.ranks}; convert with a lower --ratio"
-                )
+        self._admit(request, packed)
+        return packed
+
+    def _admit(self, request: LoRARequest, packed: PackedDelta) -> None:
+        """Refuse a delta that a later step could have no room for."""
+        if (rank := max(self._site_ranks(packed))) > self.ranks:
+            raise DqreloError(
+                f"{request.lora_path} has rank {rank} in one layer, there is room for "
+                f"{self.ranks}; convert it with a lower --ratio"
+            )
         sizes = {i: other.size for i, other in self.registered.items()}
         sizes[request.lora_int_id] = packed.size
         largest = sorted(sizes.values(), reverse=True)[: self.slots]
         if (needed := sum(map(aligned, largest))) > self.arena.data.numel():
+            option = {"dqrelo": {"delta_memory_gib": math.ceil(needed / 2**20) / 1024}}
             raise DqreloError(
-                f"{delta.folder} takes {packed.size:,} bytes; the {len(largest)} "
-                f"largest deltas together {needed:,}, but there is room for "
-                f"{self.arena.data.numel():,}. Serve with a lower --max-loras, or "
-                f'with --additional-config \'{{"dqrelo": {{"delta_memory_gib": '
-                f"{needed / 2**30:.3f}}}}}' or more"
+                f"{request.lora_path} takes {packed.size:,} bytes; the {len(largest)} "
+                f"largest deltas take {needed:,} together, and there is room for "
+                f"{self.arena.data.numel():,}. Serve with a lower --max-loras, or with "
+                f"--additional-config '{json.dumps(option)}'"
             )
-        return packed
+
+    def _site_ranks(self, packed: PackedDelta) -> list[int]:
+        """The sum of ranks in each site."""
+        ranks = packed.entries[:, Field.RANK].clamp_min(0)
+        starts = [site.first for site in self.sites.by_name.values()]
+        return [int(part.sum()) for part in ranks.tensor_split(starts[1:])]
 
     def _base_fingerprint(self) -> str:
         if self._fingerprint is None:

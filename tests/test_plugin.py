@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hooks: what vLLM calls and what we patch, on the vLLM that is installed."""
+
+import inspect
+import re
+import subprocess
+import sys
+
+import pytest
+
+vllm = pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+
+def test_the_manager_has_all_that_vllm_calls():
+    """Every use of the LoRA manager in vLLM's workers, found in their source."""
+    import vllm.v1.worker
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+    from vllm_dqrelo.manager import DeltaManager
+
+    used = set()
+    for folder in vllm.v1.worker.__path__:
+        for path in __import__("pathlib").Path(folder).rglob("*.py"):
+            used |= set(re.findall(r"lora_manager\.(\w+)", path.read_text()))
+    assert {"set_active_adapters", "add_adapter", "remove_all_adapters"} <= used
+    missing = {name for name in used if not hasattr(DeltaManager, name)}
+    assert not missing, f"vLLM calls {missing} of its LoRA manager"
+    for name in sorted(used):
+        stock = getattr(LRUCacheWorkerLoRAManager, name)
+        if callable(stock):
+            theirs = inspect.signature(stock).parameters
+            ours = inspect.signature(getattr(DeltaManager, name)).parameters
+            assert len(ours) == len(theirs), name
+
+
+def test_the_contract_test_can_fail(monkeypatch):
+    from vllm_dqrelo.manager import DeltaManager
+
+    monkeypatch.delattr(DeltaManager, "pin_adapter")
+    with pytest.raises(AssertionError, match="pin_adapter"):
+        test_the_manager_has_all_that_vllm_calls()
+
+
+def test_register_twice_and_the_method_is_known():
+    import vllm_dqrelo
+    from vllm_dqrelo.quantization import DqreloConfig
+
+    vllm_dqrelo.register()
+    from vllm.engine.arg_utils import EngineArgs
+
+    create = EngineArgs.create_model_config
+    vllm_dqrelo.register()
+    assert EngineArgs.create_model_config is create
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    assert get_quantization_config("dqrelo") is DqreloConfig
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0rc1"])
+def test_vllm_outside_the_tested_range(monkeypatch, caplog, version):
+    from vllm.model_executor.layers import quantization
+
+    from vllm_dqrelo import plugin
+    from vllm_dqrelo.format.errors import DqreloError
+    from vllm_dqrelo.serve import check_plugin
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    monkeypatch.setattr(quantization, "QUANTIZATION_METHODS", [])
+    logged = []
+    monkeypatch.setattr(plugin.logger, "error", lambda *args: logged.append(args))
+    plugin.register()
+    assert quantization.QUANTIZATION_METHODS == []
+    assert f"tested with vLLM >=0.32,<0.33, this is {version}" in str(logged)
+    with pytest.raises(DqreloError, match="tested with vLLM >=0.32,<0.33"):
+        check_plugin()
+
+
+def test_a_hook_that_is_gone_is_named():
+    from vllm_dqrelo.compat import _find
+
+    with pytest.raises(RuntimeError, match="has no math.pie, which vllm-dqrelo needs"):
+        _find(__import__("math"), "pie")
+
+
+def test_plugin_not_installed_or_not_allowed(monkeypatch):
+    from importlib import metadata
+
+    from vllm_dqrelo.format.errors import DqreloError
+    from vllm_dqrelo.serve import check_plugin
+
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    with pytest.raises(DqreloError, match="VLLM_PLUGINS=other"):
+        check_plugin()
+    monkeypatch.delenv("VLLM_PLUGINS")
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: [])
+    with pytest.raises(DqreloError, match="vllm-dqrelo is not installed"):
+        check_plugin()
+
+
+def test_without_vllm_serve_says_what_to_install(monkeypatch):
+    from vllm_dqrelo.format.errors import DqreloError
+    from vllm_dqrelo.serve import check_plugin
+
+    monkeypatch.delitem(sys.modules, "vllm_dqrelo.compat", raising=False)
+    monkeypatch.delattr(__import__("vllm_dqrelo"), "compat", raising=False)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(DqreloError, match=r'pip install "vllm-dqrelo\[vllm\]"'):
+        check_plugin()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel_size": 2}, "--tensor-parallel-size 1"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "speculative decoding",
+        ),
+    ],
+)
+def test_what_is_not_right_with_deltas_is_refused(family, options, message):
+    import torch
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_dqrelo.manager import DeltaManager
+
+    made = family("llama")
+    config = EngineArgs(
+        model=str(made.base), quantization="dqrelo", skip_tokenizer_init=True, **options
+    ).create_engine_config()
+    assert config.lora_config.max_loras == 8
+    with pytest.raises(ValueError, match=message):
+        DeltaManager(config, torch.device("cpu"))
+
+
+def test_a_gpu_is_refused_until_there_are_kernels(family):
+    import torch
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_dqrelo.manager import DeltaManager
+
+    made = family("llama")
+    config = EngineArgs(
+        model=str(made.base), quantization="dqrelo", skip_tokenizer_init=True
+    ).create_engine_config()
+    with pytest.raises(ValueError, match="runs on the CPU only so far, not on cuda"):
+        DeltaManager(config, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--delta", "math=/nowhere"], "no delta_config.json"),
+        (["--delta", "/nowhere"], "expected NAME=DELTA"),
+    ],
+)
+def test_serve_ends_before_vllm_starts(family, arguments, message):
+    command = [sys.executable, "-m", "dqrelo_tools.cli", "serve"]
+    made = family("llama")
+    done = subprocess.run(
+        [*command, str(made.base), *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_serve_refuses_another_base_and_a_name_twice(family, capsys):
+    from dqrelo_tools import cli
+
+    made = family("llama")
+    delta = f"math={made.deltas[0]}"
+    assert cli.main(["serve", str(made.models[1]), "--delta", delta]) == 1
+    assert "belongs to another base" in capsys.readouterr().err
+    assert cli.main(["serve", str(made.base), "--delta", delta, "--delta", delta]) == 1
+    assert "math is" in capsys.readouterr().err

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops against dense float64 arithmetic, written without the packed format."""
+
+import numpy as np
+import pytest
+import torch
+
+from dqrelo_kernels import ops as _  # noqa: F401
+from dqrelo_kernels.layout import pack_signs
+from dqrelo_kernels.rows import RowGroups
+from dqrelo_kernels.table import ABSENT, FACTOR_DTYPES, Field, empty_table, rebase
+
+EPS = torch.finfo(torch.float32).eps
+POPULARITY = {
+    "base": [-1, -1, -1, -1],
+    "identical": [1, 1, 1, 1, 1, 1],
+    "distinct": [0, 1, 2],
+    "mixed": [2, -1, 0, 2, 1, -1, 2],
+    "skewed": [0] * 9 + [2, 1, -1],
+    "nothing": [],
+}
+
+
+class Arena:
+    """Tensors behind one another in one buffer, and dense copies of what they mean."""
+
+    def __init__(self, slots: int, sizes: list[int], seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.parts = [torch.zeros(64, dtype=torch.uint8)]
+        self.table = empty_table(slots, len(sizes), "cpu")
+        self.sizes = sizes
+
+    def put(self, tensor: torch.Tensor) -> int:
+        offset = sum(part.numel() for part in self.parts)
+        data = tensor.contiguous().flatten().view(torch.uint8)
+        self.parts.append(torch.nn.functional.pad(data, (0, -data.numel() % 64)))
+        return offset
+
+    @property
+    def data(self) -> torch.Tensor:
+        return torch.cat(self.parts)
+
+    def matrix(self, slot, index, k, rank, dtype=torch.bfloat16, signs=True):
+        """Put a random matrix there; returns it dense in float64."""
+        n = self.sizes[index]
+        row = self.table[slot, index]
+        dense = torch.zeros(n, k, dtype=torch.float64)
+        if signs:
+            positive = torch.rand(n, k, generator=self.generator) > 0.5
+            scale = torch.rand(1, generator=self.generator)
+            row[Field.SIGNS] = self.put(pack_signs(positive))
+            row[Field.SCALE] = self.put(scale)
+            dense += torch.where(positive, 1.0, -1.0).double() * scale.double()
+        if rank:
+            a = torch.randn(rank, k, generator=self.generator).to(dtype)
+            b = torch.randn(n, rank, generator=self.generator).to(dtype)
+            row[Field.RANK], row[Field.LORA_A] = rank, self.put(a)
+            row[Field.LORA_B] = self.put(b)
+            row[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(dtype)
+            dense += b.double() @ a.double()
+        return dense
+
+    def vector(self, slot, index, field, length):
+        value = torch.randn(length, generator=self.generator)
+        self.table[slot, index, field] = self.put(value)
+        return value.double()
+
+
+def groups_of(slot_of_row, slots=3):
+    groups = RowGroups(32, slots, "cpu")
+    groups.set(np.array(slot_of_row, dtype=np.int32))
+    return groups
+
+
+@pytest.mark.parametrize("popularity", POPULARITY)
+@pytest.mark.parametrize("k", [5, 96, 272, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_linear(popularity, k, dtype):
+    slot_of_row, sizes = POPULARITY[popularity], [7, 48, 1]
+    arena = Arena(3, sizes, seed=k)
+    change = {slot: torch.zeros(sum(sizes), k).double() for slot in (-1, 0, 1, 2)}
+    bias = {slot: torch.zeros(sum(sizes)).double() for slot in (-1, 0, 1, 2)}
+    for slot, (ranks, signs) in enumerate(
+        [((3, 5, 1), True), ((0, 2, 0), True), ((0, 4, 0), False)]
+    ):
+        start = 0
+        for index, n in enumerate(sizes):
+            if ranks[index] or signs:
+                change[slot][start : start + n] = arena.matrix(
+                    slot, index, k, ranks[index], FACTOR_DTYPES[slot], signs
+                )
+            start += n
+    bias[2][:7] = arena.vector(2, 0, Field.BIAS, 7)  # a bias without a matrix
+
+    m = len(slot_of_row)
+    x = torch.randn(m, k, generator=arena.generator).to(dtype)
+    y = torch.randn(m, sum(sizes), generator=arena.generator).to(dtype)
+    expected, magnitude = y.double(), y.double().abs()
+    for i, slot in enumerate(slot_of_row):
+        expected[i] += change[slot] @ x[i].double() + bias[slot]
+        magnitude[i] += change[slot].abs() @ x[i].double().abs() + bias[slot].abs()
+    before, groups = y.clone(), groups_of(slot_of_row)
+    torch.ops.dqrelo.delta_linear_(
+        y,
+        torch.full((32, 64), torch.nan),
+        x,
+        arena.data,
+        arena.table,
+        torch.tensor([0, 7, 55, 56], dtype=torch.int32),
+        groups.rows,
+        groups.slots,
+        groups.starts,
+        groups.num_active,
+    )
+    # A float32 sum of k + rank terms, then one rounding to the output dtype.
+    bound = (k + 8) * EPS * magnitude + torch.finfo(dtype).eps * expected.abs()
+    assert ((y.double() - expected).abs() <= bound).all()
+    for i, slot in enumerate(slot_of_row):
+        assert slot != -1 or torch.equal(y[i], before[i]), "a base row was touched"
+
+
+@pytest.mark.parametrize("popularity", POPULARITY)
+def test_embedding(popularity):
+    slot_of_row, n, k = POPULARITY[popularity], 33, 80
+    arena = Arena(3, [n], seed=1)
+    change = {-1: torch.zeros(n, k).double(), 2: torch.zeros(n, k).double()}
+    change[0] = arena.matrix(0, 0, k, 5)
+    change[1] = arena.matrix(1, 0, k, 0)  # slot 2 leaves the embedding alone
+    m = len(slot_of_row)
+    ids = torch.randint(0, n, (m,), generator=arena.generator)
+    y = torch.randn(m, k, generator=arena.generator)
+    rows = [change[slot][ids[i]] for i, slot in enumerate(slot_of_row)]
+    expected = y.double() + (torch.stack(rows) if rows else 0)
+    groups = groups_of(slot_of_row)
+    torch.ops.dqrelo.delta_embedding_(
+        y,
+        ids,
+        arena.data,
+        arena.table,
+        torch.tensor([0, n], dtype=torch.int32),
+        groups.rows,
+        groups.slots,
+        groups.num_active,
+    )
+    # 8 terms, each at most about 10.
+    assert ((y.double() - expected).abs() <= 8 * EPS * 10).all()
+
+
+@pytest.mark.parametrize("popularity", POPULARITY)
+@pytest.mark.parametrize("heads", [None, 4])
+def test_norm(popularity, heads):
+    slot_of_row, k = POPULARITY[popularity], 48
+    arena = Arena(3, [k], seed=2)
+    weight = {s: arena.vector(s, 0, Field.WEIGHT, k) for s in (0, 2)}  # 1 has none
+    m = len(slot_of_row)
+    shape = (m, k) if heads is None else (m, heads, k)
+    x = torch.randn(shape, generator=arena.generator)
+    y = torch.randn(shape, generator=arena.generator)
+    expected = y.double().clone()
+    for i, slot in enumerate(slot_of_row):
+        if slot in weight:
+            rms = x[i].double().square().mean(-1, keepdim=True).add(1e-5).sqrt()
+            expected[i] = x[i].double() / rms * weight[slot]
+    groups = groups_of(slot_of_row)
+    torch.ops.dqrelo.delta_norm_(
+        y,
+        x,
+        arena.data,
+        arena.table,
+        groups.rows,
+        groups.slots,
+        groups.num_active,
+        1e-5,
+    )
+    # The mean of k squares, a square root and two products, of numbers below 20.
+    assert ((y.double() - expected).abs() <= (k + 4) * EPS * 20).all()
+
+
+def test_rebase_moves_offsets_and_nothing_else():
+    entries = empty_table(1, 2, "cpu")[0]
+    entries[0, Field.SIGNS], entries[0, Field.RANK] = 64, 5
+    entries[0, Field.FACTOR_DTYPE], entries[1, Field.BIAS] = 1, 0
+    moved = rebase(entries, 1 << 33)
+    assert moved[0, Field.SIGNS] == (1 << 33) + 64 and moved[1, Field.BIAS] == 1 << 33
+    assert moved[0, Field.RANK] == 5 and moved[0, Field.FACTOR_DTYPE] == 1
+    assert (moved == ABSENT).sum() == (entries == ABSENT).sum()

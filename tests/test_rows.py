@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import pytest
+
+from dqrelo_kernels.rows import RowGroups
+
+
+def test_the_example_of_the_docstring():
+    groups = RowGroups(capacity=6, slots=3, device="cpu")
+    groups.set(np.array([2, -1, 0, 2], dtype=np.int32))
+    assert groups.rows.tolist() == [2, 0, 3, -1, -1, -1]
+    assert groups.slots.tolist() == [0, 2, 2, -1, -1, -1]
+    assert groups.starts.tolist() == [0, 1, 1, 3]
+    assert groups.num_active.tolist() == [2]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_against_a_plain_loop_and_reused_buffers(seed):
+    random = np.random.default_rng(seed)
+    groups = RowGroups(capacity=40, slots=5, device="cpu")
+    addresses = [t.data_ptr() for t in (groups.rows, groups.slots, groups.starts)]
+    for _ in range(5):
+        slot_of_row = random.integers(-1, 5, random.integers(0, 41)).astype(np.int32)
+        groups.set(slot_of_row)
+        rows, starts = [], [0]
+        for slot in range(5):
+            rows += [i for i, s in enumerate(slot_of_row) if s == slot]
+            starts.append(len(rows))
+        tail = [-1] * (40 - len(rows))
+        assert groups.rows.tolist() == rows + tail
+        assert groups.slots.tolist() == [int(slot_of_row[i]) for i in rows] + tail
+        assert groups.starts.tolist() == starts
+        assert groups.num_active.item() == len(set(slot_of_row.tolist()) - {-1})
+    assert addresses == [
+        t.data_ptr() for t in (groups.rows, groups.slots, groups.starts)
+    ]
+
+
+def test_too_many_rows():
+    with pytest.raises(ValueError, match="3 rows, room for 2"):
+        RowGroups(2, 1, "cpu").set(np.zeros(3, dtype=np.int32))

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixed batches in one engine against each merged checkpoint run alone, in fp32."""
+
+import gc
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+vllm = pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+# fp32 sums of up to 320 terms in another order, through two layers.
+TOLERANCE = 1e-4
+PROMPTS = [
+    [1, 5, 9, 33, 200, 77, 3, 8],
+    [4, 4, 100, 300, 2],
+    [7] * 40,  # two full blocks of 16 for the prefix cache
+    [7] * 40 + [11, 12],
+]
+KINDS = ["llama-tied", "llama", "qwen2", "qwen3"]
+
+
+def engine(model, **options):
+    """A model alone, or with quantization="dqrelo" a base with room for its deltas."""
+    if "quantization" in options:
+        room = {"dqrelo": {"delta_memory_gib": 0.001}}
+        options.setdefault("additional_config", room)
+    return vllm.LLM(
+        str(model),
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        dtype="float32",
+        max_model_len=128,
+        max_num_seqs=32,
+        enable_prefix_caching=True,
+        **options,
+    )
+
+
+@pytest.fixture(autouse=True)
+def free_engines():
+    yield
+    gc.collect()
+
+
+def answers(llm, prompts, requests=None, prompt_logprobs=None):
+    """Tokens, their logprobs and the prompt's logprobs, of each prompt."""
+    sampling = vllm.SamplingParams(
+        max_tokens=8,
+        temperature=0,
+        logprobs=1,
+        prompt_logprobs=prompt_logprobs,
+        detokenize=False,
+    )
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        sampling,
+        lora_request=requests,
+        use_tqdm=False,
+    )
+    found = []
+    for output in outputs:
+        completion = output.outputs[0]
+        tokens = list(completion.token_ids)
+        logprobs = [
+            step[token].logprob
+            for token, step in zip(tokens, completion.logprobs, strict=True)
+        ]
+        prompt = [
+            step[token].logprob
+            for token, step in zip(
+                output.prompt_token_ids, output.prompt_logprobs or [], strict=False
+            )
+            if step
+        ]
+        found.append((tokens, logprobs, prompt))
+    return found
+
+
+def difference(got, expected) -> float:
+    """Largest difference of two answers' logprobs; infinite if the tokens differ."""
+    if got[0] != expected[0]:
+        return float("inf")
+    pairs = [*zip(got[1], expected[1], strict=True)]
+    if got[2]:  # prompt logprobs were asked for
+        pairs += zip(got[2], expected[2], strict=True)
+    return max(abs(one - other) for one, other in pairs)
+
+
+@pytest.fixture(scope="module")
+def alone(family):
+    """``alone(kind)``: the answers of the base and of each merged checkpoint."""
+    known = {}
+
+    def get(kind):
+        if kind not in known:
+            made, known[kind] = family(kind), []
+            for folder in [made.base, *made.merged]:
+                llm = engine(folder)
+                known[kind].append(answers(llm, PROMPTS, prompt_logprobs=1))
+                del llm
+                gc.collect()
+        return known[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixed_batch_equals_each_model_alone(family, alone, kind):
+    made = family(kind)
+    expected = alone(kind)
+    # The test can fail: the models differ by far more than the tolerance.
+    for i, one in enumerate(expected):
+        for other in expected[:i]:
+            assert min(map(difference, one, other)) > 10 * TOLERANCE
+
+    llm = engine(made.base, quantization="dqrelo", max_loras=2)
+    requests = [None] + [
+        _load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)
+    ]
+    # Every prompt to the base and to three deltas over two slots, interleaved; then
+    # again, with prompt logprobs (which bypass the prefix cache), then again from it.
+    order = [(p, m) for p in range(len(PROMPTS)) for m in range(len(requests))]
+    for prompt_logprobs in (None, 1, None):
+        got = answers(
+            llm,
+            [PROMPTS[p] for p, _ in order],
+            [requests[m] for _, m in order],
+            prompt_logprobs,
+        )
+        for (p, m), answer in zip(order, got, strict=True):
+            assert difference(answer, expected[m][p]) <= TOLERANCE, (p, m)
+            assert bool(answer[2]) == (prompt_logprobs is not None)
+
+
+def _load(llm, name, folder):
+    from vllm_dqrelo import load_delta
+
+    return load_delta(llm, name, str(folder))
+
+
+def manager_of(llm):
+    """The worker's delta manager, in this process."""
+    core = llm.llm_engine.engine_core.engine_core
+    return core.model_executor.driver_worker.worker.model_runner.lora_manager
+
+
+def test_requests_that_arrive_one_after_another(family, alone):
+    """Continuous batching: each step has other rows, prefill beside decode."""
+    made = family("llama")
+    expected = alone("llama")
+    llm = engine(made.base, quantization="dqrelo", max_loras=3)
+    requests = [None] + [
+        _load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)
+    ]
+    sampling = vllm.SamplingParams(
+        max_tokens=8, temperature=0, logprobs=1, detokenize=False
+    )
+    pending = [(p, m) for m in range(4) for p in range(4)]
+    finished = {}
+    while pending or llm.llm_engine.has_unfinished_requests():
+        if pending:
+            p, m = pending.pop()
+            llm.llm_engine.add_request(
+                f"{p} {m}",
+                {"prompt_token_ids": PROMPTS[p]},
+                sampling,
+                lora_request=requests[m],
+            )
+        for output in llm.llm_engine.step():
+            if output.finished:
+                finished[output.request_id.split("-")[0]] = output
+    assert len(finished) == 16
+    for key, output in finished.items():
+        p, m = map(int, key.split())
+        assert list(output.outputs[0].token_ids) == expected[m][p][0]
+
+
+def test_memory_is_compacted_when_sizes_do_not_fit(family, alone):
+    """Three deltas of different sizes in an arena that just has room for two."""
+    made = family("llama")
+    expected = alone("llama")
+    sizes = [_packed_size(made, i) for i in range(3)]
+    room = sum(sorted(sizes)[1:]) / 2**30 + 1e-6
+    options = {"dqrelo": {"delta_memory_gib": room}}
+    llm = engine(
+        made.base, quantization="dqrelo", max_loras=2, additional_config=options
+    )
+    requests = [None] + [
+        _load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)
+    ]
+    for pair in [(1, 2), (3, 1), (2, 3), (3, 2), (1, 3), (2, 1), (1, 2)]:
+        got = answers(llm, [PROMPTS[0]] * 2, [requests[m] for m in pair])
+        for m, answer in zip(pair, got, strict=True):
+            assert difference(answer, expected[m][0]) <= TOLERANCE
+    assert len(manager_of(llm).resident) == 2
+
+
+def _packed_size(made, index):
+    """Bytes of a delta in the arena: its tensors, vectors in fp32, aligned to 64."""
+    total = 0
+    for name, tensor in load_file(
+        made.deltas[index] / "delta_model.safetensors"
+    ).items():
+        if not name.endswith("_shape"):
+            total += -(-tensor.nbytes // 64) * 64
+    return total
+
+
+def test_a_delta_that_cannot_be_served_is_refused_and_the_engine_goes_on(
+    family, alone, tmp_path
+):
+    from vllm_dqrelo.format.delta import Delta, write_delta
+
+    made = family("llama")
+    expected = alone("llama")
+    llm = engine(made.base, quantization="dqrelo", max_loras=2)
+    good = _load(llm, "good", made.deltas[0])
+
+    unknown = tmp_path / "unknown"
+    shutil.copytree(made.deltas[1], unknown)
+    tensors = load_file(unknown / "delta_model.safetensors")
+    tensors["model.layers.9.input_layernorm.weight"] = torch.ones(96)
+    write_delta(unknown, Delta(made.deltas[1]).config, tensors)
+
+    shape = tmp_path / "shape"
+    shutil.copytree(made.deltas[1], shape)
+    tensors = load_file(shape / "delta_model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(97)
+    write_delta(shape, Delta(made.deltas[1]).config, tensors)
+
+    matrix = tmp_path / "matrix"
+    shutil.copytree(made.deltas[1], matrix)
+    tensors = {"lm_head.weight": torch.ones(320, 96)}
+    write_delta(matrix, Delta(made.deltas[1]).config, tensors)
+
+    flipped = tmp_path / "flipped"
+    shutil.copytree(made.deltas[1], flipped)
+    path = flipped / "delta_model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight_packed"][3, 2] ^= 1
+    save_file(tensors, path)
+
+    other_base = family("llama-tied").deltas[0]
+    for folder, message in [
+        (unknown, "layers.9.input_layernorm.weight: the model has no place for it"),
+        (shape, r"model.norm.weight is \(97,\), model.norm \(96,\)"),
+        (matrix, "lm_head.weight is stored exactly: only vectors can be"),
+        (flipped, "was changed after it was written"),
+        (other_base, "belongs to another base"),
+        (tmp_path / "none", "none"),
+    ]:
+        with pytest.raises(Exception, match=message):
+            _load(llm, "bad", folder)
+        got = answers(llm, PROMPTS[:1], [good])
+        assert difference(got[0], expected[1][0]) <= TOLERANCE
+    assert len(manager_of(llm).registered) == 1
+
+
+def test_a_delta_stays_served_when_its_folder_is_gone(family, alone, tmp_path):
+    made = family("llama")
+    expected = alone("llama")
+    copies = []
+    for i, folder in enumerate(made.deltas):
+        copies.append(tmp_path / str(i))
+        shutil.copytree(folder, copies[i])
+    llm = engine(made.base, quantization="dqrelo", max_loras=2)
+    requests = [_load(llm, f"delta-{i}", folder) for i, folder in enumerate(copies)]
+    shutil.rmtree(tmp_path)
+    for m in (0, 1, 2, 0):  # evicts and activates again
+        got = answers(llm, PROMPTS[:1], [requests[m]])
+        assert difference(got[0], expected[m + 1][0]) <= TOLERANCE
+
+
+def test_too_little_memory_and_unknown_options_are_refused(family):
+    made = family("llama")
+    options = {"dqrelo": {"delta_memory_gib": 1e-5}}
+    llm = engine(made.base, quantization="dqrelo", additional_config=options)
+    with pytest.raises(Exception, match="delta_memory_gib"):
+        _load(llm, "large", made.deltas[0])
+    with pytest.raises(Exception, match=r"unknown dqrelo options \['delta_memory'\]"):
+        engine(
+            made.base,
+            quantization="dqrelo",
+            additional_config={"dqrelo": {"delta_memory": 1}},
+        )
+
+
+def test_an_engine_without_deltas_is_vllms_own(family):
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+    made = family("llama")
+    llm = engine(made.base, quantization="dqrelo")  # patches this process
+    del llm
+    gc.collect()
+    llm = engine(made.base, enable_lora=True)
+    assert type(manager_of(llm)) is LRUCacheWorkerLoRAManager
