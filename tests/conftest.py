@@ -88,9 +88,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = {f"w{i}": i for i in range(SHAPE["vocab_size"])}
     made = Tokenizer(models.WordLevel(words, unk_token="w0"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="w0", bos_token="w1"
-    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=made)
     wrapped.chat_template = (
         "{% for m in messages %}w2 {{ m['content'] }} {% endfor %}w3"
     )

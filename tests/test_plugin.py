@@ -109,41 +109,52 @@ def test_without_vllm_serve_says_what_to_install(monkeypatch):
         check_plugin()
 
 
+@pytest.fixture
+def config(family):
+    """The configuration of a dqrelo engine, made as vLLM makes it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        model=str(family("llama").base), quantization="dqrelo", skip_tokenizer_init=True
+    ).create_engine_config()
+
+
+def test_the_option_alone_switches_the_control_plane_on(config):
+    from vllm_dqrelo import __version__
+
+    assert config.lora_config.max_loras == 8
+    assert config.additional_config == {"dqrelo": {"version": __version__}}
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("part", "name", "value", "message"),
     [
-        ({"tensor_parallel_size": 2}, "--tensor-parallel-size 1"),
-        (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "speculative decoding",
-        ),
+        ("parallel_config", "world_size", 2, "--tensor-parallel-size 1"),
+        (None, "speculative_config", object(), "speculative decoding"),
+        ("model_config", "is_moe", True, "mixtures of experts"),
     ],
 )
-def test_what_is_not_right_with_deltas_is_refused(family, options, message):
+def test_what_is_not_right_with_deltas_is_refused(
+    monkeypatch, config, part, name, value, message
+):
     import torch
-    from vllm.engine.arg_utils import EngineArgs
 
     from vllm_dqrelo.manager import DeltaManager
 
-    made = family("llama")
-    config = EngineArgs(
-        model=str(made.base), quantization="dqrelo", skip_tokenizer_init=True, **options
-    ).create_engine_config()
-    assert config.lora_config.max_loras == 8
+    owner = getattr(config, part) if part else config
+    if isinstance(getattr(type(owner), name, None), property):
+        monkeypatch.setattr(type(owner), name, property(lambda self: value))
+    else:
+        monkeypatch.setattr(owner, name, value)
     with pytest.raises(ValueError, match=message):
         DeltaManager(config, torch.device("cpu"))
 
 
-def test_a_gpu_is_refused_until_there_are_kernels(family):
+def test_a_gpu_is_refused_until_it_was_tested(config):
     import torch
-    from vllm.engine.arg_utils import EngineArgs
 
     from vllm_dqrelo.manager import DeltaManager
 
-    made = family("llama")
-    config = EngineArgs(
-        model=str(made.base), quantization="dqrelo", skip_tokenizer_init=True
-    ).create_engine_config()
     with pytest.raises(ValueError, match="runs on the CPU only so far, not on cuda"):
         DeltaManager(config, torch.device("cuda"))
 

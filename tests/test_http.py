@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One real server through the openai client, and each of the two ways to start it."""
+
+import concurrent.futures
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import pytest
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+BIN = Path(sys.executable).parent
+PROMPT = [1, 5, 9, 33, 200, 77, 3, 8]
+OPTIONS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "128"]
+OPTIONS += ["--max-num-seqs", "16", "--host", "127.0.0.1"]
+
+
+@contextmanager
+def server(command, log: Path):
+    """Start a server, wait until it is ready, yield its address, end it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    }
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*map(str, command), *OPTIONS, "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while not healthy(port):
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+        assert process.poll() is None, log.read_text()[-4000:]
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def healthy(port) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def expected(family):
+    """Greedy answers of the base and each merged checkpoint, from transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    made = family("llama")
+    found = {}
+    folders = [made.base, *made.merged]
+    for name, folder in zip(["base", "one", "two", "three"], folders, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        output = model.generate(
+            torch.tensor([PROMPT]), max_new_tokens=8, do_sample=False, pad_token_id=0
+        )
+        found[name] = " ".join(f"w{token}" for token in output[0, len(PROMPT) :])
+    assert len(set(found.values())) == 4
+    return found
+
+
+def complete(client, model, **options):
+    answer = client.completions.create(
+        model=model, prompt=PROMPT, max_tokens=8, temperature=0, **options
+    )
+    return answer if options.get("stream") else answer.choices[0].text.strip()
+
+
+def test_dqrelo_serve(family, expected, tmp_path):
+    made = family("llama")
+    command = [BIN / "dqrelo", "serve", made.base, "--served-model-name", "base"]
+    command += ["--delta", f"one={made.deltas[0]}", "--delta", f"two={made.deltas[1]}"]
+    command += ["--max-loras", "2", "--additional-config"]
+    command += ['{"dqrelo": {"delta_memory_gib": 0.001}}']
+    with server(command, tmp_path / "log") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+        parents = {card.id: card.parent for card in client.models.list()}
+        assert parents == {"base": None, "one": "base", "two": "base"}
+
+        names = ["base", "one", "two"] * 4
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(lambda name: complete(client, name), names))
+        for name, answer in zip(names, answers, strict=True):
+            assert answer == expected[name], name
+
+        pieces = [part.choices[0].text for part in complete(client, "two", stream=True)]
+        assert len(pieces) > 1 and "".join(pieces).strip() == expected["two"]
+
+        chats = {name: chat(client, name) for name in ("base", "one", "two")}
+        assert len(set(chats.values())) == 3
+        assert chat(client, "one", stream=True) == chats["one"]
+
+        with pytest.raises(openai.NotFoundError, match="nobody"):
+            complete(client, "nobody")
+
+        # At run time: a third delta over two slots, a missing and a foreign one.
+        load(url, "three", made.deltas[2])
+        for name in ("three", "one", "three", "two"):
+            assert complete(client, name) == expected[name]
+        with pytest.raises(urllib.error.HTTPError) as error:
+            load(url, "none", tmp_path / "none")
+        assert error.value.code == 404
+        with pytest.raises(urllib.error.HTTPError) as error:
+            load(url, "foreign", family("llama-tied").deltas[0])
+        assert b"belongs to another base" in error.value.read()
+        with pytest.raises(openai.NotFoundError):
+            complete(client, "foreign")
+        assert complete(client, "base") == expected["base"]
+
+
+def chat(client, model, stream=False):
+    answer = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": "w7 w8 w9"}],
+        max_tokens=8,
+        temperature=0,
+        stream=stream,
+    )
+    if stream:
+        return "".join(part.choices[0].delta.content or "" for part in answer)
+    return answer.choices[0].message.content
+
+
+def load(url, name, path):
+    body = f'{{"lora_name": "{name}", "lora_path": "{path}"}}'.encode()
+    request = urllib.request.Request(
+        f"{url}/v1/load_lora_adapter", body, {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request):
+        pass
+
+
+def test_vllm_serve(family, expected, tmp_path):
+    """The option alone is enough; deltas are named as LoRA modules are."""
+    made = family("llama")
+    command = [BIN / "vllm", "serve", made.base, "--quantization", "dqrelo"]
+    command += ["--lora-modules", f"one={made.deltas[0]}"]
+    with server(command, tmp_path / "log") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+        assert complete(client, "one") == expected["one"]
+        assert complete(client, str(made.base)) == expected["base"]
