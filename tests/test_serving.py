@@ -274,6 +274,21 @@ def test_a_delta_stays_served_when_its_folder_is_gone(family, alone, tmp_path):
         assert difference(got[0], expected[m + 1][0]) <= TOLERANCE
 
 
+def test_a_folder_replaced_in_place_is_another_delta(family, alone, tmp_path):
+    """Under the same name and path, with a prefix of the old one in the cache."""
+    made, expected = family("llama"), alone("llama")
+    llm = engine(made.base, quantization="dqrelo", max_loras=2)
+    folder = tmp_path / "math"
+    for m in (1, 2, 1):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(made.deltas[m - 1], folder)
+        request = _load(llm, "math", folder)
+        for _ in range(2):
+            got = answers(llm, PROMPTS, [request] * len(PROMPTS))
+            for answer, reference in zip(got, expected[m], strict=True):
+                assert difference(answer, reference) <= TOLERANCE
+
+
 def test_too_little_memory_and_unknown_options_are_refused(family):
     made = family("llama")
     options = {"dqrelo": {"delta_memory_gib": 1e-5}}

@@ -60,6 +60,7 @@ class DeltaManager:
         self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.registered: dict[int, PackedDelta] = {}
         self.resident: OrderedDict[int, int] = OrderedDict()  # id -> slot, oldest first
+        self._paths: dict[int, str] = {}
         self._fingerprint: str | None = None
 
     def create_lora_manager(
@@ -87,11 +88,12 @@ class DeltaManager:
 
     def add_adapter(self, request: LoRARequest) -> bool:
         """Read, check and pack a delta; whether it was not registered before."""
-        if request.lora_int_id in self.registered and not request.load_inplace:
+        if self._is_registered(request) and not request.load_inplace:
             return False
         packed = self._load(request)
         self.remove_adapter(request.lora_int_id)
         self.registered[request.lora_int_id] = packed
+        self._paths[request.lora_int_id] = request.lora_path
         logger.info(
             "dqrelo: delta %s registered, %.1f MB, %s",
             request.lora_name,
@@ -100,16 +102,22 @@ class DeltaManager:
         )
         return True
 
+    def _is_registered(self, request: LoRARequest) -> bool:
+        return self._paths.get(request.lora_int_id) == request.lora_path
+
     def _load(self, request: LoRARequest) -> PackedDelta:
+        # load_delta appends the digest of what it means to the path.
+        folder, _, digest = request.lora_path.partition("#sha256:")
         try:
-            delta = Delta(Path(request.lora_path))
+            delta = Delta(Path(folder))
         except FileNotFoundError as error:
             raise LoRAAdapterNotFoundError(
                 request.lora_name, request.lora_path
             ) from error
-        delta.config.check_base(
-            self._base_fingerprint(), self.model_config.model, request.lora_path
-        )
+        if digest and delta.config.digest != f"sha256:{digest}":
+            raise DqreloError(f"{folder} was replaced while it was loaded; try again")
+        base = self.model_config.model
+        delta.config.check_base(self._base_fingerprint(), base, folder)
         packed = pack(delta, self.sites, pinned=self.device.type == "cuda")
         self._admit(request, packed)
         return packed
@@ -150,6 +158,7 @@ class DeltaManager:
         """Forget a delta; whether it was there."""
         if adapter_id in self.resident:
             self._evict(adapter_id)
+        self._paths.pop(adapter_id, None)
         return self.registered.pop(adapter_id, None) is not None
 
     def remove_all_adapters(self) -> None:
@@ -172,7 +181,8 @@ class DeltaManager:
     ) -> None:
         """Make the deltas of a step resident and say which rows are theirs."""
         for request in requests:
-            self.add_adapter(request)
+            if not self._is_registered(request):
+                self.add_adapter(request)
         wanted = [request.lora_int_id for request in requests]
         for adapter_id in wanted:
             if adapter_id in self.resident:
@@ -237,6 +247,7 @@ class DeltaManager:
         nothing = torch.zeros(0, dtype=torch.uint8)
         entries = empty_table(1, self.sites.count, "cpu")[0]
         self.registered[request.lora_int_id] = PackedDelta("", nothing, entries)
+        self._paths[request.lora_int_id] = request.lora_path
         return True
 
     def supports_tower_connector_lora(self) -> bool:

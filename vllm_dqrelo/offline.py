@@ -7,6 +7,8 @@ from pathlib import Path
 from vllm import LLM
 from vllm.lora.request import LoRARequest
 
+from vllm_dqrelo.format.config import DeltaConfig
+
 
 def load_delta(llm: LLM, name: str, path: str) -> LoRARequest:
     """Load a delta and make the request object that selects it.
@@ -24,8 +26,11 @@ def load_delta(llm: LLM, name: str, path: str) -> LoRARequest:
         Exception: whatever keeps the delta from being served, in words; the engine
             goes on without it. vLLM passes it on in a type of its own.
     """
-    folder = str(Path(path).absolute())
+    folder = Path(path).absolute()
+    # The digest makes the path, and with it vLLM's key of cached prefixes, one of
+    # content: a folder that is replaced in place and loaded again is another delta.
+    identity = f"{folder}#{DeltaConfig.read(folder).digest}"
     # A name keeps its number in every process; 0 stands for the base.
-    request = LoRARequest(name, zlib.crc32(name.encode()) % (2**31 - 1) + 1, folder)
+    request = LoRARequest(name, zlib.crc32(name.encode()) % (2**31 - 1) + 1, identity)
     llm.llm_engine.add_lora(request)
     return request
