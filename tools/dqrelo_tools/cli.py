@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DqreloError, OSError) as error:
         print(f"dqrelo: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("dqrelo: interrupted", file=sys.stderr)
+        return 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,6 +51,14 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=0.125,
         help="size as a fraction of 16 bits per weight (default: 0.125)",
+    )
+    command.add_argument(
+        "--max-shard-size",
+        default="1GB",
+        help="of the files with the tensors; one is in memory (default: 1GB)",
+    )
+    command.add_argument(
+        "--device", default="cpu", help="where to compute: cpu (default) or cuda"
     )
     command.set_defaults(run=convert)
 
@@ -104,7 +115,14 @@ def convert(arguments: argparse.Namespace) -> int:
     """Write a delta and print what it cost."""
     from dqrelo_tools.convert import convert
 
-    report = convert(arguments.base, arguments.model, arguments.output, arguments.ratio)
+    report = convert(
+        arguments.base,
+        arguments.model,
+        arguments.output,
+        arguments.ratio,
+        arguments.max_shard_size,
+        arguments.device,
+    )
     print(report.to_text())
     print(f"written to {arguments.output}")
     return 0

@@ -3,51 +3,46 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from dqrelo_tools.compress import METHOD, MIN_RATIO, compress, rank_of
+from dqrelo_tools.differences import copy_side_files, differences
+from dqrelo_tools.journal import Journal
 from dqrelo_tools.report import Entry, Report, matrix_entry
-from vllm_dqrelo.format.checkpoint import FLOAT_DTYPES, Checkpoint, resolve
+from vllm_dqrelo import __version__
+from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
 from vllm_dqrelo.format.config import DeltaConfig
-from vllm_dqrelo.format.delta import WEIGHTS_NAME, write_delta
+from vllm_dqrelo.format.delta import weight_files, write_delta
 from vllm_dqrelo.format.errors import DqreloError, refuse
 from vllm_dqrelo.format.folder import new_folder, require_free
-from vllm_dqrelo.format.tensors import SUFFIXES
-
-# What a config.json may say differently without the model computing otherwise.
-BOOKKEEPING = {
-    "_name_or_path",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "pad_token_id",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}
-# A fine-tune's own files that travel with the delta when the base's differ.
-SIDE_FILES = (
-    "chat_template.jinja",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-)
 
 
-def convert(base: str, model: str, output: Path, ratio: float) -> Report:
+def convert(
+    base: str,
+    model: str,
+    output: Path,
+    ratio: float,
+    max_shard_size: int | str = "1GB",
+    device: str = "cpu",
+) -> Report:
     """Write the delta from ``base`` to ``model`` into the new folder ``output``.
+
+    Parameters are converted one by one and kept in a folder beside ``output`` until
+    all are done. When the process is killed, the same command goes on from there
+    and writes the same bytes.
 
     Args:
         base: the base model, a folder or a Hub id.
         model: the fine-tune, a folder or a Hub id.
         output: must not exist, or be empty; on any error it is left as it was.
         ratio: size of the delta as a fraction of 16 bits per weight, 1/16 to 1.
+        max_shard_size: of the files with the tensors, as Hugging Face has it.
+        device: where to compute.
 
     Raises:
         DqreloError: the two do not fit together, or cannot be converted.
@@ -60,17 +55,7 @@ def convert(base: str, model: str, output: Path, ratio: float) -> Report:
         )
     before, after = Checkpoint(resolve(base)), Checkpoint(resolve(model))
     refuse(f"{model} is no fine-tune of {base}:", differences(before, after))
-    require_free(output, predicted_bytes(after, ratio))
-    report = Report()
-    tensors: dict[str, torch.Tensor] = {}
-    for name in tqdm(list(after), desc="convert", unit=" tensors", disable=None):
-        entry, stored = convert_parameter(
-            name, before.get(name), after.get(name), ratio
-        )
-        report.entries.append(entry)
-        tensors |= stored
-    if not tensors:
-        raise DqreloError(f"{model} has the same weights as {base}: nothing to store")
+    require_free(output, 2 * predicted_bytes(after, ratio))
     config = DeltaConfig(
         base_model_name_or_path=base,
         base_fingerprint=before.fingerprint(),
@@ -78,65 +63,107 @@ def convert(base: str, model: str, output: Path, ratio: float) -> Report:
         method=METHOD,
         ratio=ratio,
     )
-    with new_folder(output) as folder:
-        write_delta(folder, config, tensors)
-        copy_side_files(before.folder, after.folder, folder)
-    report.delta_bytes = (output / WEIGHTS_NAME).stat().st_size
+    journal = Journal(
+        output.parent / f".{output.name}.parts", identity(config, after, device)
+    )
+    try:
+        report = Report(convert_all(before, after, ratio, device, journal))
+        if not journal:
+            raise DqreloError(f"{model} has the weights of {base}: nothing to store")
+        with new_folder(output) as folder:
+            write_delta(folder, config, journal, max_shard_size)
+            copy_side_files(before.folder, after.folder, folder)
+    except Exception:
+        shutil.rmtree(journal.folder)
+        raise
+    shutil.rmtree(journal.folder)
+    report.delta_bytes = sum(path.stat().st_size for path in weight_files(output))
     return report
 
 
+def convert_all(
+    before: Checkpoint,
+    after: Checkpoint,
+    ratio: float,
+    device: str,
+    journal: Journal,
+) -> list[Entry]:
+    """Convert what ``journal`` does not have yet; the entries of all parameters."""
+    names = dict(enumerate(after))
+    entries = {number: journal.entry(number) for number in names}
+    missing = {n: name for n, name in names.items() if entries[n] is None}
+    progress = tqdm(
+        desc="convert",
+        unit=" tensors",
+        total=len(names),
+        initial=len(names) - len(missing),
+        disable=None,
+    )
+    with progress:
+        pairs = read_ahead(before, after, list(missing.values()))
+        for (number, name), (tensor, change) in zip(
+            missing.items(), pairs, strict=True
+        ):
+            entry, stored = convert_parameter(name, tensor, change.to(device), ratio)
+            journal.record(number, entry, stored)
+            entries[number] = journal.entry(number)
+            progress.update()
+    return [entry for entry in entries.values() if entry is not None]
+
+
+def read_ahead(
+    before: Checkpoint, after: Checkpoint, names: list[str]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each parameter of the fine-tune and its change; the next is read meanwhile."""
+
+    def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        pair = {"base": before.get(name), "fine-tune": after.get(name)}
+        for side, tensor in pair.items():
+            if not bool(tensor.isfinite().all()):
+                raise DqreloError(f"{name} of the {side} has a NaN or an infinity")
+        tensor = pair["fine-tune"]
+        return tensor, tensor.float() - pair["base"].float()
+
+    with ThreadPoolExecutor(1) as reader:
+        coming = None
+        for name in names:
+            following = reader.submit(read, name)
+            if coming:
+                yield coming.result()
+            coming = following
+        if coming:
+            yield coming.result()
+
+
 def convert_parameter(
-    name: str, before: torch.Tensor, after: torch.Tensor, ratio: float
+    name: str, tensor: torch.Tensor, change: torch.Tensor, ratio: float
 ) -> tuple[Entry, dict[str, torch.Tensor]]:
-    """One parameter's entry in the report, and its stored tensors."""
-    for tensor, side in ((before, "base"), (after, "fine-tune")):
-        if not bool(tensor.isfinite().all()):
-            raise DqreloError(f"{name} of the {side} has a NaN or an infinity")
-    size = (after.numel(), after.nbytes)
-    change = after.float() - before.float()
+    """One parameter's entry in the report, and its stored tensors.
+
+    Args:
+        name: of the parameter.
+        tensor: as the fine-tune has it.
+        change: fine-tune minus base, float32, on the device to compute on.
+        ratio: as for :func:`convert`.
+    """
+    size = (tensor.numel(), tensor.nbytes)
     if not bool(change.any()):
         return Entry(name, "unchanged", *size), {}
-    if after.ndim < 2:
-        return Entry(name, "exact", *size), {name: after}
-    factor_dtype = torch.float16 if after.dtype == torch.float16 else torch.bfloat16
+    if tensor.ndim < 2:
+        return Entry(name, "exact", *size), {name: tensor.clone()}
+    factor_dtype = torch.float16 if tensor.dtype == torch.float16 else torch.bfloat16
     matrix = compress(change, ratio, factor_dtype)
-    return matrix_entry(name, after, change, matrix), matrix.tensors(name)
+    stored = {key: value.cpu() for key, value in matrix.tensors(name).items()}
+    return matrix_entry(name, tensor, change, matrix), stored
 
 
-def differences(base: Checkpoint, model: Checkpoint) -> list[str]:
-    """Everything that keeps ``model`` from being a fine-tune of ``base``."""
-    found = [
-        f"{checkpoint.folder} is quantised; convert from the 16-bit checkpoint"
-        for checkpoint in (base, model)
-        if "quantization_config" in checkpoint.config
-    ]
-    found += config_differences(base.config, model.config)
-    names, others = set(model), set(base)
-    found += [f"{n} is only in the base" for n in sorted(others - names)]
-    found += [f"{n} is only in the fine-tune" for n in sorted(names - others)]
-    for name in sorted(names & others):
-        (dtype, shape), (base_dtype, base_shape) = model.spec(name), base.spec(name)
-        if shape != base_shape:
-            found.append(f"{name} is {shape}, the base has {base_shape}")
-        if unusable := {dtype, base_dtype} - FLOAT_DTYPES:
-            found.append(
-                f"{name} is {', '.join(sorted(unusable))}, expected BF16, F16 or F32"
-            )
-        if len(shape) > 2:
-            found.append(f"{name} is {shape}: only vectors and matrices so far")
-        if name.endswith(SUFFIXES):
-            found.append(f"{name} ends like a tensor of the delta format")
-    return found
-
-
-def config_differences(base: dict[str, Any], model: dict[str, Any]) -> list[str]:
-    """Keys of config.json that make the two compute differently."""
-    keys = sorted((base.keys() | model.keys()) - BOOKKEEPING)
-    return [
-        f"config.json: {key} is {model.get(key)!r}, the base has {base.get(key)!r}"
-        for key in keys
-        if base.get(key) != model.get(key)
-    ]
+def identity(config: DeltaConfig, model: Checkpoint, device: str) -> str:
+    """Equal for two conversions that would write the same bytes."""
+    files = {
+        str(path): [path.stat().st_size, path.stat().st_mtime_ns]
+        for path in sorted(set(model.files.values()))
+    }
+    return json.dumps([__version__, config.to_json(), files, device])
 
 
 def predicted_bytes(model: Checkpoint, ratio: float) -> int:
@@ -150,21 +177,3 @@ def predicted_bytes(model: Checkpoint, ratio: float) -> int:
         else:
             total += 4 * (shape[0] if shape else 1)
     return total
-
-
-def copy_side_files(base: Path, model: Path, output: Path) -> None:
-    """Copy the fine-tune's tokenizer and settings where the base's are different."""
-    for name in SIDE_FILES:
-        own, other = model / name, base / name
-        if own.is_file() and (not other.is_file() or not same_content(own, other)):
-            shutil.copyfile(own, output / name)
-
-
-def same_content(one: Path, other: Path) -> bool:
-    """Equal bytes, or equal JSON (but for the version of what wrote it)."""
-    if one.suffix != ".json":
-        return one.read_bytes() == other.read_bytes()
-    parsed = [json.loads(path.read_text()) for path in (one, other)]
-    for value in parsed:
-        value.pop("transformers_version", None)
-    return parsed[0] == parsed[1]

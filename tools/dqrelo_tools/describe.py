@@ -5,7 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_dqrelo.format.delta import WEIGHTS_NAME, Delta
+from vllm_dqrelo.format.config import CONFIG_NAME
+from vllm_dqrelo.format.delta import MODEL, Delta, weight_files
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -26,13 +27,13 @@ def describe(folder: Path) -> dict[str, Any]:
         }
     return {
         **asdict(delta.config),
-        "bytes": (folder / WEIGHTS_NAME).stat().st_size,
+        "bytes": sum(path.stat().st_size for path in weight_files(folder)),
         "matrices": matrices,
         "exact": {name: list(delta.parameter(name).shape) for name in delta.exact},
         "other_files": sorted(
             path.name
             for path in folder.iterdir()
-            if path.name not in (WEIGHTS_NAME, "delta_config.json")
+            if path.name != CONFIG_NAME and not path.name.startswith(MODEL)
         ),
     }
 

@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from dqrelo_tools.verify import open_for_base
 from vllm_dqrelo.format.checkpoint import (
-    INDEX_FILE,
-    SINGLE_FILE,
+    MODEL,
     Checkpoint,
     resolve,
 )
+from vllm_dqrelo.format.config import CONFIG_NAME
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.folder import new_folder, require_free
 
@@ -52,10 +52,11 @@ def export(base: str, delta: Path, output: Path) -> int:
                 total += tensors[name].nbytes
                 progress.update()
             save_file(tensors, folder / file, metadata={"format": "pt"})
-        if list(names_of) != [SINGLE_FILE]:
+        if list(names_of) != [f"{MODEL}.safetensors"]:
             index = {name: source.files[name].name for name in source}
             text = {"metadata": {"total_size": total}, "weight_map": index}
-            (folder / INDEX_FILE).write_text(json.dumps(text, indent=2) + "\n")
+            path = folder / f"{MODEL}.safetensors.index.json"
+            path.write_text(json.dumps(text, indent=2) + "\n")
         copy_other_files(source.folder, folder)
         copy_other_files(opened.folder, folder)
     return total
@@ -72,5 +73,5 @@ def copy_other_files(source: Path, output: Path) -> None:
     """Copy configuration, tokenizer and texts, but no weights."""
     for path in source.iterdir():
         weights = ".safetensors" in path.suffixes or path.suffix in (".bin", ".pt")
-        if path.is_file() and not weights and path.name != "delta_config.json":
+        if path.is_file() and not weights and path.name != CONFIG_NAME:
             shutil.copyfile(path, output / path.name)

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from dqrelo_tools.report import Entry, Report, matrix_entry
 from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
-from vllm_dqrelo.format.delta import WEIGHTS_NAME, Delta
+from vllm_dqrelo.format.delta import Delta, weight_files
 from vllm_dqrelo.format.errors import refuse
 
 
@@ -41,7 +41,8 @@ def verify(base: str, delta: Path, model: str | None) -> Report:
     """
     before = Checkpoint(resolve(base))
     opened = open_for_base(delta, before)
-    report = Report(delta_bytes=(delta / WEIGHTS_NAME).stat().st_size)
+    report = Report()
+    report.delta_bytes = sum(path.stat().st_size for path in weight_files(delta))
     after = Checkpoint(resolve(model)) if model else before
     refuse(
         f"{after.folder} has other parameters than {before.folder}:",

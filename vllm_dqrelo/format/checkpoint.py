@@ -3,7 +3,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_dqrelo.format.errors import DqreloError
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+MODEL = "model"  # HF names: model.safetensors, model-00001-of-00002.safetensors
 FLOAT_DTYPES = {"BF16", "F16", "F32"}
 SAMPLED_ROWS = 8
 
@@ -38,7 +37,10 @@ def resolve(name_or_path: str, revision: str | None = None) -> Path:
 
 
 class SafetensorsFiles:
-    """The tensors of one or several safetensors files, opened lazily.
+    """The tensors of one or several safetensors files.
+
+    A file is open only while something is read from it: what was read once does
+    not stay mapped, so that memory holds the tensors in use and no more.
 
     Args:
         files: tensor name -> file that holds it.
@@ -46,13 +48,7 @@ class SafetensorsFiles:
 
     def __init__(self, files: dict[str, Path]) -> None:
         self.files = files
-        self._open: dict[Path, Any] = {}
-
-    def _file(self, name: str) -> Any:
-        path = self.files[name]
-        if path not in self._open:
-            self._open[path] = open_safetensors(path)
-        return self._open[path]
+        self._specs: dict[str, tuple[str, list[int]]] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self.files))
@@ -62,16 +58,26 @@ class SafetensorsFiles:
 
     def spec(self, name: str) -> tuple[str, list[int]]:
         """dtype as safetensors spells it, and shape; reads no data."""
-        view = self._file(name).get_slice(name)
-        return view.get_dtype(), view.get_shape()
+        if name not in self._specs:
+            with open_safetensors(self.files[name]) as file:
+                for key in file.keys():  # noqa: SIM118  it is no dict
+                    view = file.get_slice(key)
+                    self._specs[key] = view.get_dtype(), view.get_shape()
+        if name not in self._specs:
+            raise DqreloError(f"{self.files[name]} has no {name}; fetch it again")
+        return self._specs[name]
 
     def get(self, name: str) -> torch.Tensor:
         """The whole tensor, on the CPU."""
-        return self._file(name).get_tensor(name)
+        with open_safetensors(self.files[name]) as file:
+            return file.get_tensor(name)
 
-    def row(self, name: str, index: int) -> torch.Tensor:
-        """``tensor[index]`` of a tensor with at least one dimension."""
-        return self._file(name).get_slice(name)[index : index + 1]
+    def rows(self, name: str, indices: Iterable[int]) -> Iterator[torch.Tensor]:
+        """``tensor[i : i + 1]`` for each index."""
+        with open_safetensors(self.files[name]) as file:
+            view = file.get_slice(name)
+            for index in indices:
+                yield view[index : index + 1]
 
 
 def open_safetensors(path: Path) -> Any:
@@ -84,6 +90,26 @@ def open_safetensors(path: Path) -> Any:
         ) from error
 
 
+def locate(folder: Path, stem: str) -> dict[str, Path]:
+    """Which file holds which tensor: one ``stem.safetensors``, or shards and an index.
+
+    Raises:
+        FileNotFoundError: neither is there. DqreloError: a shard is missing.
+    """
+    single = folder / f"{stem}.safetensors"
+    index = folder / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        with open_safetensors(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} has neither {single.name} nor {index.name}")
+    weight_map = json.loads(index.read_text())["weight_map"]
+    files = {folder / file for file in weight_map.values()}
+    if absent := sorted(path.name for path in files if not path.is_file()):
+        raise DqreloError(f"{index} names missing files: {absent}")
+    return {name: folder / file for name, file in weight_map.items()}
+
+
 class Checkpoint(SafetensorsFiles):
     """The parameters of a model folder, under their names in the files.
 
@@ -93,7 +119,11 @@ class Checkpoint(SafetensorsFiles):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        super().__init__(_locate(folder))
+        try:
+            super().__init__(locate(folder, MODEL))
+        except FileNotFoundError as error:
+            refuse_pickles(folder)
+            raise DqreloError(str(error)) from error
         if self.tied:
             self.files.pop("lm_head.weight", None)
 
@@ -122,11 +152,10 @@ class Checkpoint(SafetensorsFiles):
         for name in self:
             dtype, shape = self.spec(name)
             hasher.update(json.dumps([name, dtype, shape]).encode() + b"\n")
-            rows = shape[0] if shape else 0
-            last = SAMPLED_ROWS - 1
-            for index in sorted({i * (rows - 1) // last for i in range(SAMPLED_ROWS)}):
-                if rows:
-                    hasher.update(tensor_bytes(self.row(name, index)))
+            rows, last = (shape[0] if shape else 0), SAMPLED_ROWS - 1
+            indices = {i * (rows - 1) // last for i in range(SAMPLED_ROWS) if rows}
+            for row in self.rows(name, sorted(indices)):
+                hasher.update(tensor_bytes(row))
         return f"sha256:{hasher.hexdigest()}"
 
 
@@ -135,25 +164,12 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _locate(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
-    if (folder / SINGLE_FILE).is_file():
-        path = folder / SINGLE_FILE
-        return dict.fromkeys(open_safetensors(path).keys(), path)
-    if (folder / INDEX_FILE).is_file():
-        weight_map = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
-        if absent := sorted(
-            {f for f in weight_map.values() if not (folder / f).is_file()}
-        ):
-            raise DqreloError(f"{folder / INDEX_FILE} names missing files: {absent}")
-        return {name: folder / file for name, file in weight_map.items()}
-    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
-        p.name for p in folder.glob("*.pt*")
-    )
+def refuse_pickles(folder: Path) -> None:
+    """Say why, when all that ``folder`` has is pickle files."""
+    pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt*")])
     if pickles:
         raise DqreloError(
             f"{folder} holds pickle files ({', '.join(pickles[:3])}), which can run "
             "code when opened. Save the model with save_pretrained(..., "
             "safe_serialization=True) and use that folder."
         )
-    raise DqreloError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")

@@ -8,11 +8,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
 from vllm_dqrelo.format.checkpoint import (
     SafetensorsFiles,
-    open_safetensors,
+    locate,
     tensor_bytes,
 )
 from vllm_dqrelo.format.config import CONFIG_NAME, DeltaConfig
@@ -24,7 +25,7 @@ from vllm_dqrelo.format.tensors import (
     matrix_problems,
 )
 
-WEIGHTS_NAME = "delta_model.safetensors"
+MODEL = "delta_model"  # sharded and indexed as Hugging Face checkpoints are
 
 
 def digest(config: DeltaConfig, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -51,7 +52,7 @@ class Delta:
     """An opened delta folder.
 
     Args:
-        folder: has delta_config.json and delta_model.safetensors.
+        folder: has delta_config.json and the tensors, in one file or sharded.
 
     Attributes:
         config: the parsed delta_config.json.
@@ -66,12 +67,7 @@ class Delta:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = DeltaConfig.read(folder)
-        path = folder / WEIGHTS_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} is not a delta folder: no {path.name}")
-        self._files = SafetensorsFiles(
-            dict.fromkeys(open_safetensors(path).keys(), path)
-        )
+        self._files = SafetensorsFiles(locate(folder, MODEL))
         suffixes, self.exact = group(self._files)
         self.matrices = sorted(suffixes)
         problems = []
@@ -105,24 +101,44 @@ class Delta:
         return self._files.get(name)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a delta that hold its tensors."""
+    return sorted(folder.glob(f"{MODEL}*.safetensors"))
+
+
 def write_delta(
-    folder: Path, config: DeltaConfig, tensors: Mapping[str, torch.Tensor]
+    folder: Path,
+    config: DeltaConfig,
+    tensors: Mapping[str, torch.Tensor],
+    max_shard_size: int | str = "1GB",
 ) -> DeltaConfig:
-    """Write delta_config.json and delta_model.safetensors into ``folder``.
+    """Write delta_config.json and the tensors into ``folder``.
 
     Args:
         folder: exists; see ``folder.new_folder`` for all or nothing.
         config: ``digest`` is filled in here.
         tensors: as ``tensors.MatrixDelta.tensors`` and exact parameters give them.
+            Each is asked for twice and need not be in memory in between.
+        max_shard_size: bytes, or text such as "500MB"; one shard is in memory.
 
     Returns:
         The configuration as written.
     """
-    config = replace(config, digest=digest(config, sorted(tensors.items())))
-    save_file(
-        {name: t.contiguous() for name, t in tensors.items()},
-        folder / WEIGHTS_NAME,
-        metadata={"format": "pt"},
+    ordered = [(name, tensors[name].nbytes) for name in sorted(tensors)]
+    split = split_state_dict_into_shards_factory(
+        dict(ordered),
+        get_storage_size=lambda size: size,
+        filename_pattern=MODEL + "{suffix}.safetensors",
+        max_shard_size=max_shard_size,
     )
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name].contiguous() for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        path = folder / f"{MODEL}.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    content = ((name, tensors[name]) for name, _ in ordered)
+    config = replace(config, digest=digest(config, content))
     (folder / CONFIG_NAME).write_text(config.to_json())
     return config

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversions that are large or interrupted."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dqrelo_tools import cli
+from dqrelo_tools.compress import EXACT_SVD, truncated_svd
+from vllm_dqrelo.format.delta import Delta
+
+CONVERT = [sys.executable, "-m", "dqrelo_tools.cli", "convert"]
+
+
+def synthetic(folder, seed, matrices, shape, dtype=torch.bfloat16):
+    """A checkpoint of random matrices, one file each; and its index."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.Generator().manual_seed(0)
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    weight_map = {}
+    for i in range(matrices):
+        tensor = torch.randn(shape, generator=base)
+        tensor += 0.01 * torch.randn(shape, generator=generator)
+        name, file = f"layers.{i}.weight", f"model-{i + 1:05d}-of-{matrices:05d}"
+        save_file({name: tensor.to(dtype)}, folder / f"{file}.safetensors")
+        weight_map[name] = f"{file}.safetensors"
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index)
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_killed_at_any_moment_it_goes_on_and_writes_the_same_bytes(tmp_path):
+    base = synthetic(tmp_path / "base", 1, 30, (96, 300))
+    model = synthetic(tmp_path / "model", 2, 30, (96, 300))
+    options = ["--base", str(base), "--model", str(model), "--max-shard-size", "40KB"]
+    whole, output = tmp_path / "whole", tmp_path / "delta"
+    assert cli.main(["convert", *options, "--output", str(whole)]) == 0
+    parts = tmp_path / ".delta.parts"
+    for pieces in (1, 9, 30):  # killed when so many parameters are done
+        process = subprocess.Popen([*CONVERT, *options, "--output", str(output)])
+        while process.poll() is None and len(list(parts.glob("0*"))) < pieces:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if output.exists():  # it was faster
+            break
+        # A file that was being written is no piece.
+        (parts / "scratch").write_bytes(b"half")
+        assert len(list(parts.glob("0*"))) >= pieces
+    if not output.exists():
+        done = {path: path.stat().st_mtime_ns for path in parts.glob("0*")}
+        assert done
+        assert cli.main(["convert", *options, "--output", str(output)]) == 0
+    assert contents(output) == contents(whole)
+    assert len(list(output.glob("*.safetensors"))) > 2
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    Delta(output)
+
+
+def test_finished_pieces_are_not_computed_again(tmp_path, monkeypatch):
+    base = synthetic(tmp_path / "base", 1, 6, (32, 48))
+    model = synthetic(tmp_path / "model", 2, 6, (32, 48))
+    command = ["convert", "--base", str(base), "--model", str(model)]
+    command += ["--output", str(tmp_path / "delta")]
+    computed = []
+    from dqrelo_tools import convert
+
+    compress = convert.compress
+
+    def counted(*args):
+        if len(computed) == 4 and stop:
+            raise KeyboardInterrupt
+        computed.append(1)
+        return compress(*args)
+
+    monkeypatch.setattr(convert, "compress", counted)
+    stop = True
+    assert cli.main(command) == 130
+    stop = False
+    assert cli.main(command) == 0
+    assert len(computed) == 6
+    # Another ratio is another conversion: nothing of the old one is used.
+    command[-1] += "-2"
+    stop, computed[:] = True, []
+    assert cli.main(command) == 130
+    stop = False
+    assert cli.main([*command, "--ratio", "0.25"]) == 0
+    assert len(computed) == 4 + 6
+
+
+MEASURE = """
+import resource, sys
+from dqrelo_tools import cli
+def convert(base, model, output):
+    command = ["convert", "--base", base, "--model", model, "--output", output]
+    assert cli.main(command) == 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+small = convert(*sys.argv[1:4])
+print(convert(*sys.argv[4:7]) - small)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux")
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    """Against a conversion of the same matrix, alone, in the same process."""
+    shape, matrices = (512, 1024), 96
+    paths = []
+    for label, count in (("small", 2), ("large", matrices)):
+        for side, seed in (("base", 1), ("model", 2)):
+            folder = tmp_path / f"{label}-{side}"
+            paths.append(str(synthetic(folder, seed, count, shape)))
+        paths.append(str(tmp_path / f"{label}-delta"))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *paths],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    growth = int(done.stdout.splitlines()[-1]) * 1024
+    checkpoint = 2 * matrices * shape[0] * shape[1]
+    largest_fp32 = 4 * shape[0] * shape[1]
+    # The tensors of the delta (an eighth of the checkpoint) are in one shard here.
+    assert growth < 8 * largest_fp32 + checkpoint / 8
+    assert growth < checkpoint / 2, "the bound would not notice a model in memory"
+
+
+@pytest.mark.parametrize("shape", [(1500, 1100), (1030, 1200)])
+@pytest.mark.parametrize("spectrum", ["flat", "decaying"])
+def test_iterated_svd_is_within_one_percent_of_the_exact_one(shape, spectrum):
+    assert min(shape) > EXACT_SVD
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    if spectrum == "decaying":
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+        matrix = u @ torch.diag(s * torch.arange(1, len(s) + 1) ** -0.8) @ vt
+    singular = torch.linalg.svdvals(matrix.double())
+    for rank in (1, 40):
+        b, a = truncated_svd(matrix, rank)
+        error = (matrix.double() - b.double() @ a.double()).norm()
+        best = singular[rank:].square().sum().sqrt()
+        assert best <= error * (1 + 1e-9) and error <= 1.01 * best
+        again = truncated_svd(matrix, rank)
+        assert torch.equal(b, again[0]) and torch.equal(a, again[1])
+
+
+def test_an_index_that_names_a_tensor_its_file_does_not_have(tmp_path, capsys):
+    base = synthetic(tmp_path / "base", 1, 2, (32, 48))
+    model = synthetic(tmp_path / "model", 2, 2, (32, 48))
+    for folder in (base, model):
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        index["weight_map"]["ghost"] = index["weight_map"]["layers.0.weight"]
+        path.write_text(json.dumps(index))
+    command = ["convert", "--base", str(base), "--model", str(model)]
+    assert cli.main([*command, "--output", str(tmp_path / "delta")]) == 1
+    assert "has no ghost" in capsys.readouterr().err
