@@ -3,7 +3,6 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,14 +33,13 @@ def new_folder(output: Path) -> Iterator[Path]:
     ``output`` may exist as an empty folder. After an error nothing is left behind;
     a full disk becomes a DqreloError.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{output.name}.partial-"
-    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+    scratch = output.parent / f".{output.name}.partial"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     try:
+        scratch.mkdir(parents=True)
         yield scratch
-        scratch.chmod(0o755)  # mkdtemp and safetensors make private ones
         for path in scratch.iterdir():
-            path.chmod(0o644)
+            path.chmod(0o644)  # safetensors makes private files
         os.replace(scratch, output)
     except (OSError, SafetensorError) as error:
         if "No space left" in str(error):
