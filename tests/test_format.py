@@ -141,7 +141,11 @@ def _set(key, value):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda t: t.pop(f"{NAME}_scale"), "no tensor .*_scale"),
+        (
+            lambda t: t.pop(f"{NAME}_scale"),
+            "one of _packed and _scale without the other",
+        ),
+        (lambda t: t.pop(f"{NAME}_shape"), "no tensor .*_shape"),
         (lambda t: t.pop(f"{NAME}_lora_A"), "one of _lora_A and _lora_B"),
         (_set(f"{NAME}_scale", torch.tensor([torch.nan])), "_scale has a NaN"),
         (_set(f"{NAME}_scale", torch.tensor([1.0, 2.0])), r"expected .* \[1\]"),

@@ -289,6 +289,41 @@ def test_a_folder_replaced_in_place_is_another_delta(family, alone, tmp_path):
                 assert difference(answer, reference) <= TOLERANCE
 
 
+def test_lora_adapters_beside_full_fine_tunes(family, alone, tmp_path):
+    """An adapter is a delta of low rank: same batch, same op."""
+    peft = pytest.importorskip("peft")
+    from dqrelo_tools.convert import convert
+    from transformers import AutoModelForCausalLM
+
+    made, expected = family("llama"), alone("llama")
+    torch.manual_seed(7)
+    config = peft.LoraConfig(
+        r=5, target_modules=["q_proj", "down_proj", "lm_head"], task_type="CAUSAL_LM"
+    )
+    model = AutoModelForCausalLM.from_pretrained(made.base)
+    model = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    convert(str(made.base), str(tmp_path / "adapter"), tmp_path / "delta", 0.125)
+
+    llm = engine(tmp_path / "merged")
+    lora = answers(llm, PROMPTS, prompt_logprobs=1)
+    del llm
+    assert min(map(difference, lora, expected[0])) > 10 * TOLERANCE
+    llm = engine(made.base, quantization="dqrelo", max_loras=2)
+    requests = [None, _load(llm, "full", made.deltas[0])]
+    requests.append(_load(llm, "lora", tmp_path / "delta"))
+    order = [(p, m) for p in range(len(PROMPTS)) for m in range(3)]
+    got = answers(llm, [PROMPTS[p] for p, _ in order], [requests[m] for _, m in order])
+    for (p, m), answer in zip(order, got, strict=True):
+        reference = lora[p] if m == 2 else expected[m][p]
+        assert difference(answer, reference) <= TOLERANCE, (p, m)
+
+
 def test_too_little_memory_and_unknown_options_are_refused(family):
     made = family("llama")
     options = {"dqrelo": {"delta_memory_gib": 1e-5}}

@@ -89,10 +89,10 @@ def _matrix(
     delta: Delta, name: str, extent: _Extent
 ) -> tuple[dict[Field, int], tuple[int, ...]]:
     matrix = delta.matrix(name)
-    fields = {
-        Field.SIGNS: extent.add(matrix.signs),
-        Field.SCALE: extent.add(matrix.scale),
-    }
+    fields = {}
+    if matrix.signs is not None and matrix.scale is not None:
+        fields[Field.SIGNS] = extent.add(matrix.signs)
+        fields[Field.SCALE] = extent.add(matrix.scale)
     if matrix.rank:
         fields[Field.RANK] = matrix.rank
         fields[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(matrix.lora_a.dtype)

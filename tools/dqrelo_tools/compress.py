@@ -90,9 +90,9 @@ def compress(
     residual = delta - torch.where(positive, alpha, -alpha)
     b, a = truncated_svd(residual, rank_of(n, k, ratio))
     return MatrixDelta(
+        shape=(n, k),
         signs=pack_signs(positive),
         scale=alpha.reshape(1),
-        columns=k,
         lora_a=a.to(factor_dtype).contiguous(),
         lora_b=b.to(factor_dtype).contiguous(),
     )

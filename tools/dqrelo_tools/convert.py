@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from dqrelo_tools.adapter import Adapter, is_adapter
 from dqrelo_tools.compress import METHOD, MIN_RATIO, compress, rank_of
 from dqrelo_tools.differences import copy_side_files, differences
 from dqrelo_tools.journal import Journal
@@ -38,7 +39,7 @@ def convert(
 
     Args:
         base: the base model, a folder or a Hub id.
-        model: the fine-tune, a folder or a Hub id.
+        model: the fine-tune or a LoRA adapter in PEFT's format, a folder or a Hub id.
         output: must not exist, or be empty; on any error it is left as it was.
         ratio: size of the delta as a fraction of 16 bits per weight, 1/16 to 1.
         max_shard_size: of the files with the tensors, as Hugging Face has it.
@@ -53,16 +54,19 @@ def convert(
             f"--ratio {ratio:g} is out of range: the signs alone take {MIN_RATIO} "
             "(1/16), and 1 is the size of the fine-tune"
         )
-    before, after = Checkpoint(resolve(base)), Checkpoint(resolve(model))
-    refuse(f"{model} is no fine-tune of {base}:", differences(before, after))
-    require_free(output, 2 * predicted_bytes(after, ratio))
+    before, folder = Checkpoint(resolve(base)), resolve(model)
     config = DeltaConfig(
         base_model_name_or_path=base,
         base_fingerprint=before.fingerprint(),
         digest="",
-        method=METHOD,
+        method="lora" if is_adapter(folder) else METHOD,
         ratio=ratio,
     )
+    if is_adapter(folder):
+        return convert_adapter(before, Adapter(folder, before), output, config)
+    after = Checkpoint(folder)
+    refuse(f"{model} is no fine-tune of {base}:", differences(before, after))
+    require_free(output, 2 * predicted_bytes(after, ratio))
     journal = Journal(
         output.parent / f".{output.name}.parts", identity(config, after, device)
     )
@@ -70,15 +74,41 @@ def convert(
         report = Report(convert_all(before, after, ratio, device, journal))
         if not journal:
             raise DqreloError(f"{model} has the weights of {base}: nothing to store")
-        with new_folder(output) as folder:
-            write_delta(folder, config, journal, max_shard_size)
-            copy_side_files(before.folder, after.folder, folder)
+        with new_folder(output) as scratch:
+            write_delta(scratch, config, journal, max_shard_size)
+            copy_side_files(before.folder, after.folder, scratch)
     except Exception:
         shutil.rmtree(journal.folder)
         raise
     shutil.rmtree(journal.folder)
     report.delta_bytes = sum(path.stat().st_size for path in weight_files(output))
     return report
+
+
+def convert_adapter(
+    before: Checkpoint, adapter: Adapter, output: Path, config: DeltaConfig
+) -> Report:
+    """Write a LoRA adapter as a delta: its factors as they are, at their own rank."""
+    require_free(
+        output, 2 * sum(p.stat().st_size for p in set(adapter.files.files.values()))
+    )
+    entries, tensors = [], {}
+    for name in sorted(adapter.pairs):
+        matrix = adapter.matrix(name)
+        weights = matrix.shape[0] * matrix.shape[1]
+        entries.append(Entry(name, "matrix", weights, 2 * weights, matrix.rank))
+        tensors |= matrix.tensors(name)
+    for name in sorted(adapter.whole):
+        change = adapter.change(name, before.get(name))
+        tensor = adapter.files.get(adapter.whole[name])
+        entry, stored = convert_parameter(name, tensor, change, config.ratio)
+        entries.append(entry)
+        tensors |= stored
+    with new_folder(output) as scratch:
+        write_delta(scratch, config, tensors)
+        copy_side_files(before.folder, adapter.folder, scratch)
+    size = sum(path.stat().st_size for path in weight_files(output))
+    return Report(entries, size)
 
 
 def convert_all(

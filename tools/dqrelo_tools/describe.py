@@ -22,7 +22,7 @@ def describe(folder: Path) -> dict[str, Any]:
         matrices[name] = {
             "shape": list(matrix.shape),
             "rank": matrix.rank,
-            "scale": float(matrix.scale),
+            "scale": None if matrix.scale is None else float(matrix.scale),
             "factor_dtype": str(matrix.lora_a.dtype).removeprefix("torch."),
         }
     return {
@@ -51,7 +51,6 @@ def to_text(description: dict[str, Any]) -> str:
     lines += ["", f"{'shape':>14}{'rank':>6}{'scale':>12}  matrix"]
     for name, matrix in description["matrices"].items():
         n, k = matrix["shape"]
-        lines.append(
-            f"{f'{n} x {k}':>14}{matrix['rank']:>6}{matrix['scale']:>12.3e}  {name}"
-        )
+        scale = "-" if matrix["scale"] is None else f"{matrix['scale']:.3e}"
+        lines.append(f"{f'{n} x {k}':>14}{matrix['rank']:>6}{scale:>12}  {name}")
     return "\n".join(lines)

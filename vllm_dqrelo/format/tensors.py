@@ -3,10 +3,10 @@
 
 A matrix ``P`` is described by these, N x K being its shape and R its rank:
 
-    P_packed  int16   [N, ceil(K / 16)]  signs, in the order of dqrelo_kernels.layout
-    P_scale   float32 [1]                alpha
     P_shape   int64   [2]                N, K
-    P_lora_A  factor  [R, K]             the low-rank residual is P_lora_B @ P_lora_A;
+    P_packed  int16   [N, ceil(K / 16)]  signs, in the order of dqrelo_kernels.layout;
+    P_scale   float32 [1]                alpha; both absent in a delta of low rank
+    P_lora_A  factor  [R, K]             the low-rank part is P_lora_B @ P_lora_A;
     P_lora_B  factor  [N, R]             both absent when R is 0
 
 and then ``P(fine-tune) ~ P(base) + scale * signs + lora_B @ lora_A``. A tensor
@@ -24,7 +24,7 @@ from dqrelo_kernels.layout import padding_is_clear, unpack_signs, words_per_row
 PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"
 LORA_A, LORA_B = "_lora_A", "_lora_B"
 SUFFIXES = (PACKED, SCALE, SHAPE, LORA_A, LORA_B)
-FACTOR_DTYPES = (torch.bfloat16, torch.float16)
+FACTOR_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EXACT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -33,23 +33,18 @@ class MatrixDelta:
     """The compressed change of one matrix.
 
     Attributes:
-        signs: [N, ceil(K / 16)] int16, packed.
-        scale: [1] float32.
-        columns: K.
-        lora_a: [R, K] bfloat16 or float16; R may be 0.
+        shape: N, K.
+        signs: [N, ceil(K / 16)] int16, packed; None in a delta of low rank.
+        scale: [1] float32; None in a delta of low rank.
+        lora_a: [R, K] bfloat16, float16 or float32; R may be 0 beside signs.
         lora_b: [N, R] of the same dtype.
     """
 
-    signs: torch.Tensor
-    scale: torch.Tensor
-    columns: int
+    shape: tuple[int, int]
+    signs: torch.Tensor | None
+    scale: torch.Tensor | None
     lora_a: torch.Tensor
     lora_b: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """N, K."""
-        return self.signs.shape[0], self.columns
 
     @property
     def rank(self) -> int:
@@ -58,11 +53,9 @@ class MatrixDelta:
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The stored tensors of the matrix called ``name``."""
-        stored = {
-            name + PACKED: self.signs,
-            name + SCALE: self.scale,
-            name + SHAPE: torch.tensor(self.shape, dtype=torch.int64),
-        }
+        stored = {name + SHAPE: torch.tensor(self.shape, dtype=torch.int64)}
+        if self.signs is not None and self.scale is not None:
+            stored |= {name + PACKED: self.signs, name + SCALE: self.scale}
         if self.rank:
             stored |= {name + LORA_A: self.lora_a, name + LORA_B: self.lora_b}
         return stored
@@ -71,20 +64,23 @@ class MatrixDelta:
     def from_tensors(
         cls, name: str, tensors: Mapping[str, torch.Tensor]
     ) -> "MatrixDelta":
-        """The inverse of :meth:`tensors`; call :func:`problems` on them first."""
+        """The inverse of :meth:`tensors`; call ``matrix_problems`` on them first."""
         n, k = tensors[name + SHAPE].tolist()
         return cls(
-            signs=tensors[name + PACKED],
-            scale=tensors[name + SCALE],
-            columns=k,
+            shape=(n, k),
+            signs=tensors.get(name + PACKED),
+            scale=tensors.get(name + SCALE),
             lora_a=tensors.get(name + LORA_A, torch.empty(0, k, dtype=torch.bfloat16)),
             lora_b=tensors.get(name + LORA_B, torch.empty(n, 0, dtype=torch.bfloat16)),
         )
 
     def dense(self) -> torch.Tensor:
         """``scale * signs + lora_B @ lora_A``, float32 [N, K]."""
-        signs = unpack_signs(self.signs, self.columns, torch.float32)
-        return self.scale * signs + self.lora_b.float() @ self.lora_a.float()
+        low_rank = self.lora_b.float() @ self.lora_a.float()
+        if self.signs is None or self.scale is None:
+            return low_rank
+        signs = unpack_signs(self.signs, self.shape[1], torch.float32)
+        return self.scale * signs + low_rank
 
 
 def group(names: Iterable[str]) -> tuple[dict[str, set[str]], list[str]]:
@@ -104,18 +100,22 @@ def matrix_problems(
     name: str, suffixes: set[str], tensors: Mapping[str, torch.Tensor]
 ) -> list[str]:
     """All that is wrong with the stored tensors of one matrix; empty when sound."""
-    if missing := sorted({PACKED, SCALE, SHAPE} - suffixes):
-        return [f"{name}: no tensor {name}{suffix}" for suffix in missing]
-    if (LORA_A in suffixes) != (LORA_B in suffixes):
-        return [f"{name}: one of {LORA_A} and {LORA_B} without the other"]
+    if SHAPE not in suffixes:
+        return [f"{name}: no tensor {name}{SHAPE}"]
+    for pair in ((PACKED, SCALE), (LORA_A, LORA_B)):
+        if len(suffixes & {*pair}) == 1:
+            return [f"{name}: one of {' and '.join(pair)} without the other"]
+    if suffixes == {SHAPE}:
+        return [f"{name}: neither signs nor low-rank factors"]
     shape = tensors[name + SHAPE]
     if shape.dtype != torch.int64 or shape.shape != (2,) or bool((shape < 1).any()):
         return [f"{name}{SHAPE} must be two positive int64"]
     n, k = shape.tolist()
     rank = tensors[name + LORA_A].shape[0] if LORA_A in suffixes else 0
-    expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
-    expected = {PACKED: ((n, words_per_row(k)), (torch.int16,))}
-    expected[SCALE] = ((1,), (torch.float32,))
+    expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
+    if PACKED in suffixes:
+        expected[PACKED] = ((n, words_per_row(k)), (torch.int16,))
+        expected[SCALE] = ((1,), (torch.float32,))
     if LORA_A in suffixes:
         expected[LORA_A] = ((rank, k), FACTOR_DTYPES)
         expected[LORA_B] = ((n, rank), (tensors[name + LORA_A].dtype,))
@@ -129,7 +129,8 @@ def matrix_problems(
             )
         elif tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             found.append(f"{name}{suffix} has a NaN or an infinity")
-    if not found and not padding_is_clear(tensors[name + PACKED], k):
+    packed = tensors.get(name + PACKED)
+    if not found and packed is not None and not padding_is_clear(packed, k):
         found.append(f"{name}{PACKED} has padding bits set")
     return found
 
