@@ -162,6 +162,37 @@ def test_side_files_travel_when_they_differ(models, tmp_path):
     assert not (tmp_path / "d" / "tokenizer.json").exists()
 
 
+def test_card_and_report(models, tmp_path):
+    """The licence is inherited or left open; a local base is not named as a Hub's."""
+    import yaml
+
+    base, model = models
+    command = ["convert", "--base", base, "--model", model, "--output"]
+    assert run(*command, tmp_path / "open") == 0
+    (model / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
+    assert run(*command, tmp_path / "mit") == 0
+    cards = []
+    for name in ("open", "mit"):
+        card = (tmp_path / name / "README.md").read_text()
+        cards.append(yaml.safe_load(card.split("---")[1]))
+        assert Delta(tmp_path / name).config.to_json() in card
+    assert "license" not in cards[0] and cards[1]["license"] == "mit"
+    assert "base_model" not in cards[0] and cards[0]["library_name"] == "vllm-dqrelo"
+    report = json.loads((tmp_path / "mit" / "report.json").read_text())
+    size = (tmp_path / "mit" / "delta_model.safetensors").stat().st_size
+    assert report["delta_bytes"] == size
+    run(
+        "export",
+        "--base",
+        base,
+        "--delta",
+        tmp_path / "mit",
+        "--output",
+        tmp_path / "m",
+    )
+    assert not (tmp_path / "m" / "report.json").exists()
+
+
 # Bad input. Each: exit code 1, one message that names the cause, nothing written.
 
 

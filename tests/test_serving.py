@@ -292,8 +292,9 @@ def test_a_folder_replaced_in_place_is_another_delta(family, alone, tmp_path):
 def test_lora_adapters_beside_full_fine_tunes(family, alone, tmp_path):
     """An adapter is a delta of low rank: same batch, same op."""
     peft = pytest.importorskip("peft")
-    from dqrelo_tools.convert import convert
     from transformers import AutoModelForCausalLM
+
+    from dqrelo_tools.convert import convert
 
     made, expected = family("llama"), alone("llama")
     torch.manual_seed(7)

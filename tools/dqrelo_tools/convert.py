@@ -3,7 +3,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from dqrelo_tools.adapter import Adapter, is_adapter
+from dqrelo_tools.card import write_card
 from dqrelo_tools.compress import METHOD, MIN_RATIO, compress, rank_of
 from dqrelo_tools.differences import copy_side_files, differences
 from dqrelo_tools.journal import Journal
@@ -74,14 +75,11 @@ def convert(
         report = Report(convert_all(before, after, ratio, device, journal))
         if not journal:
             raise DqreloError(f"{model} has the weights of {base}: nothing to store")
-        with new_folder(output) as scratch:
-            write_delta(scratch, config, journal, max_shard_size)
-            copy_side_files(before.folder, after.folder, scratch)
+        write(output, config, journal, report, before, folder, max_shard_size)
     except Exception:
         shutil.rmtree(journal.folder)
         raise
     shutil.rmtree(journal.folder)
-    report.delta_bytes = sum(path.stat().st_size for path in weight_files(output))
     return report
 
 
@@ -92,7 +90,8 @@ def convert_adapter(
     require_free(
         output, 2 * sum(p.stat().st_size for p in set(adapter.files.files.values()))
     )
-    entries, tensors = [], {}
+    entries: list[Entry] = []
+    tensors: dict[str, torch.Tensor] = {}
     for name in sorted(adapter.pairs):
         matrix = adapter.matrix(name)
         weights = matrix.shape[0] * matrix.shape[1]
@@ -104,11 +103,26 @@ def convert_adapter(
         entry, stored = convert_parameter(name, tensor, change, config.ratio)
         entries.append(entry)
         tensors |= stored
-    with new_folder(output) as scratch:
-        write_delta(scratch, config, tensors)
-        copy_side_files(before.folder, adapter.folder, scratch)
-    size = sum(path.stat().st_size for path in weight_files(output))
-    return Report(entries, size)
+    report = Report(entries)
+    write(output, config, tensors, report, before, adapter.folder)
+    return report
+
+
+def write(
+    output: Path,
+    config: DeltaConfig,
+    tensors: Mapping[str, torch.Tensor],
+    report: Report,
+    before: Checkpoint,
+    model: Path,
+    max_shard_size: int | str = "1GB",
+) -> None:
+    """Write the whole delta folder; ``report`` learns its size."""
+    with new_folder(output) as folder:
+        config = write_delta(folder, config, tensors, max_shard_size)
+        report.delta_bytes = sum(path.stat().st_size for path in weight_files(folder))
+        copy_side_files(before.folder, model, folder)
+        write_card(folder, config, report, model)
 
 
 def convert_all(

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from dqrelo_tools.card import CARD, REPORT
 from dqrelo_tools.verify import open_for_base
 from vllm_dqrelo.format.checkpoint import (
     MODEL,
@@ -70,8 +71,9 @@ def merged(name: str, before: torch.Tensor, delta: Delta) -> torch.Tensor:
 
 
 def copy_other_files(source: Path, output: Path) -> None:
-    """Copy configuration, tokenizer and texts, but no weights."""
+    """Copy configuration, tokenizer and texts, but neither weights nor a delta's own."""
     for path in source.iterdir():
         weights = ".safetensors" in path.suffixes or path.suffix in (".bin", ".pt")
-        if path.is_file() and not weights and path.name != CONFIG_NAME:
+        of_delta = path.name in (CONFIG_NAME, CARD, REPORT)
+        if path.is_file() and not weights and not of_delta:
             shutil.copyfile(path, output / path.name)
