@@ -71,7 +71,7 @@ def merged(name: str, before: torch.Tensor, delta: Delta) -> torch.Tensor:
 
 
 def copy_other_files(source: Path, output: Path) -> None:
-    """Copy configuration, tokenizer and texts, but neither weights nor a delta's own."""
+    """Copy configuration, tokenizer and texts; no weights, no card of a delta."""
     for path in source.iterdir():
         weights = ".safetensors" in path.suffixes or path.suffix in (".bin", ".pt")
         of_delta = path.name in (CONFIG_NAME, CARD, REPORT)
