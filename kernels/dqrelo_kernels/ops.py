@@ -49,7 +49,15 @@ def delta_linear_(
         x: [M, K] float, the layer's input.
         slices: int32 [slices + 1]: first output feature of each slice, then N.
     """
-    if int(num_active):
+    if not int(num_active):
+        return
+    if y.is_cuda:
+        from dqrelo_kernels.low_rank import low_rank  # imports Triton
+        from dqrelo_kernels.sign_matmul import sign_matmul
+
+        low_rank(scratch, x, arena, table, rows, starts)
+        sign_matmul(y, scratch, x, arena, table, slices, rows, starts)
+    else:
         reference.delta_linear_(y, x, arena, table, slices, rows, slots)
 
 
@@ -72,7 +80,13 @@ def delta_embedding_(
         ids: int [M], token ids below the vocabulary size.
         vocab: int32 [2]: 0 and the number of rows N of the embedding.
     """
-    if int(num_active):
+    if not int(num_active):
+        return
+    if y.is_cuda:
+        from dqrelo_kernels.rowwise import embedding  # imports Triton
+
+        embedding(y, ids, arena, table, rows, slots)
+    else:
         reference.delta_embedding_(y, ids, arena, table, vocab, rows, slots)
 
 
@@ -96,7 +110,13 @@ def delta_norm_(
         x: [M, ..., K] float, what the base normalised (with the residual added).
         eps: the same for all norms of a model.
     """
-    if int(num_active):
+    if not int(num_active):
+        return
+    if y.is_cuda:
+        from dqrelo_kernels.rowwise import norm  # imports Triton
+
+        norm(y, x, arena, table, rows, slots, eps)
+    else:
         reference.delta_norm_(y, x, arena, table, rows, slots, eps)
 
 

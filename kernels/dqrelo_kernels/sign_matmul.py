@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""Grouped delta linear: ``y[m] += scale * (S x[m]) + B scratch[m] + bias``.
+
+One launch for all slices and slots of a site. A program makes a tile of y^T: it loads
+the words of BLOCK_N output features and 256 columns once (layout.py), decodes them
+bit by bit straight into the tensor core's first operand, and multiplies each with
+the 16 consecutive columns of up to BLOCK_M rows of one delta. A sum over K is never
+split, so a row's result depends neither on the other rows nor on where they are.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from dqrelo_kernels import layout
+from dqrelo_kernels.low_rank import (
+    ABSENT,
+    BIAS,
+    FACTOR_DTYPE,
+    FIELDS,
+    LORA_B,
+    RANK,
+    SCALE,
+    SIGNS,
+    TALL,
+    arena_pointer,
+    load_factor,
+    locate,
+    programs,
+    row_numbers,
+    row_tiles,
+)
+
+WORD_BITS = tl.constexpr(layout.WORD_BITS)
+BLOCK = tl.constexpr(layout.BLOCK)
+
+
+class _Tiles(NamedTuple):
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None
+
+
+def _tiles(rows: int, dtype: torch.dtype) -> _Tiles:
+    """The tiles of a step, from what a captured graph keeps: shape and dtype."""
+    if dtype == torch.float32:  # no tensor core: the tiles pass through registers
+        return _Tiles(16, 32, num_warps=8, num_stages=2, maxnreg=None)
+    # Two warps keep Hopper on mma.sync (wgmma needs four): one instruction for both
+    # heights, so that a row's bits do not depend on the height of its step either.
+    if rows >= TALL:
+        return _Tiles(64, 64, num_warps=2, num_stages=2, maxnreg=None)
+    return _Tiles(16, 64, num_warps=2, num_stages=3, maxnreg=128)
+
+
+@triton.jit
+def _decode(words, BIT: tl.constexpr, dtype: tl.constexpr, IN_PAIRS: tl.constexpr):
+    """Bit ``BIT`` of each word as +1 (set) or -1 of ``dtype``.
+
+    In pairs: two words of a register at a time. The bit moves to the place of a 16-bit
+    float's sign; one operation keeps it and fills in 1.0: (t & 0x8000) ^ -1.0. Written
+    as an and and a xor, ptxas makes two of it.
+    """
+    if IN_PAIRS:
+        minus_one: tl.constexpr = 0xBF80BF80 if dtype == tl.bfloat16 else 0xBC00BC00
+        bits = tl.inline_asm_elementwise(
+            f"{{ .reg .b32 t; shl.b32 t, $1, {15 - BIT};"
+            f" lop3.b32 $0, t, 0x80008000, {minus_one}, 0x6A; }}",
+            "=r,r",
+            [words],
+            dtype=tl.int16,
+            is_pure=True,
+            pack=2,
+        )
+        signs = bits.to(dtype, bitcast=True)
+    else:
+        signs = tl.where(((words >> BIT) & 1) != 0, 1.0, -1.0).to(dtype)
+    return signs
+
+
+@triton.jit
+def _sign_matmul_kernel(
+    y_ptr,
+    scratch_ptr,
+    x_ptr,
+    arena_ptr,
+    table_ptr,
+    slices_ptr,
+    rows_ptr,
+    starts_ptr,
+    slots,
+    K,
+    words_per_row,
+    stride_ym,
+    stride_sm,
+    stride_xm,
+    stride_ts,
+    SLICES: tl.constexpr,
+    NARROW_END: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    ends = tl.cumsum(row_tiles(starts_ptr, slots, BLOCK_M, BLOCK_S))
+    count = tl.max(ends, axis=0)
+    n_tiles = 0
+    for j in tl.static_range(SLICES):
+        size = tl.load(slices_ptr + j + 1) - tl.load(slices_ptr + j)
+        n_tiles += tl.cdiv(size, BLOCK_N)
+    i = tl.arange(0, WORD_BITS)
+    for item in range(tl.program_id(0), count * n_tiles, tl.num_programs(0)):
+        slot, before = locate(ends, item % count)
+        row, exists = row_numbers(
+            rows_ptr, starts_ptr, slot, item % count - before, BLOCK_M
+        )
+
+        # The slice of this tile, the tile's place in it, and the ranks before it.
+        tile = item // count
+        entry_ptr = table_ptr + slot.to(tl.int64) * stride_ts
+        first = tl.load(slices_ptr)
+        size = tl.load(slices_ptr + 1) - first
+        ranks_before = 0
+        for j in tl.static_range(1, SLICES):
+            tiles = tl.cdiv(size, BLOCK_N)
+            if tile >= tiles:
+                tile -= tiles
+                ranks_before += tl.maximum(tl.load(entry_ptr + RANK), 0).to(tl.int32)
+                entry_ptr += FIELDS
+                first = tl.load(slices_ptr + j)
+                size = tl.load(slices_ptr + j + 1) - first
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+
+        signs = tl.load(entry_ptr + SIGNS)
+        rank = tl.load(entry_ptr + RANK).to(tl.int32)
+        bias = tl.load(entry_ptr + BIAS)
+        if (signs != ABSENT) | (rank != ABSENT) | (bias != ABSENT):
+            change = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            if signs != ABSENT:
+                # Features beyond the slice repeat its last one and are not stored.
+                n_inside = tl.minimum(n, size - 1).to(tl.int64)
+                words_ptr = arena_pointer(arena_ptr, entry_ptr, SIGNS, tl.int16)
+                words_ptrs = words_ptr + n_inside[:, None] * words_per_row
+                x_ptrs = x_ptr + row[None, :] * stride_xm
+                for block in range(K // BLOCK):
+                    words = tl.load(words_ptrs + block * WORD_BITS + i[None, :])
+                    for bit in tl.static_range(WORD_BITS):
+                        x = tl.load(
+                            x_ptrs + block * BLOCK + bit * WORD_BITS + i[:, None],
+                            mask=exists[None, :],
+                            other=0.0,
+                        )
+                        change = tl.dot(
+                            _decode(words, bit, dtype, IN_PAIRS),
+                            x,
+                            change,
+                            input_precision=PRECISION,
+                        )
+                if NARROW_END:
+                    start = K // BLOCK * BLOCK
+                    width = words_per_row - start // WORD_BITS
+                    words = tl.load(
+                        words_ptrs + start // WORD_BITS + i[None, :],
+                        mask=(i < width)[None, :],
+                        other=0,
+                    )
+                    for bit in tl.static_range(WORD_BITS):
+                        k = start + bit * width + i
+                        x = tl.load(
+                            x_ptrs + k[:, None],
+                            mask=((i < width) & (k < K))[:, None] & exists[None, :],
+                            other=0.0,
+                        )
+                        change = tl.dot(
+                            _decode(words, bit, dtype, IN_PAIRS),
+                            x,
+                            change,
+                            input_precision=PRECISION,
+                        )
+                change *= tl.load(
+                    arena_pointer(arena_ptr, entry_ptr, SCALE, tl.float32)
+                )
+            inside = n < size
+            if rank != ABSENT:
+                code = tl.load(entry_ptr + FACTOR_DTYPE)
+                b_ptr = arena_pointer(arena_ptr, entry_ptr, LORA_B, tl.int16)
+                b_offset = (tile * BLOCK_N).to(tl.int64) * rank
+                ax_ptrs = scratch_ptr + row[None, :] * stride_sm + ranks_before
+                for first_r in tl.range(0, rank, BLOCK_R, num_stages=1):
+                    r = first_r + tl.arange(0, BLOCK_R)
+                    b = load_factor(
+                        b_ptr,
+                        b_offset,
+                        tl.arange(0, BLOCK_N)[:, None] * rank + r[None, :],
+                        inside[:, None] & (r < rank)[None, :],
+                        code,
+                    )
+                    ax = tl.load(
+                        ax_ptrs + r[:, None],
+                        mask=(r < rank)[:, None] & exists[None, :],
+                        other=0.0,
+                    )
+                    change = tl.dot(b, ax, change, input_precision=PRECISION)
+            if bias != ABSENT:
+                bias_ptr = arena_pointer(arena_ptr, entry_ptr, BIAS, tl.float32)
+                change += tl.load(bias_ptr + n, mask=inside, other=0.0)[:, None]
+            y_ptrs = y_ptr + row[None, :] * stride_ym + (first + n)[:, None]
+            mask = inside[:, None] & exists[None, :]
+            y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32) + change
+            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def sign_matmul(
+    y: torch.Tensor,
+    scratch: torch.Tensor,
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    slices: torch.Tensor,
+    rows: torch.Tensor,
+    starts: torch.Tensor,
+) -> None:
+    """Add every row's delta, with ``scratch`` as ``low_rank`` left it.
+
+    Semantics: ``y[m, j] += scale_dj * (S_dj x[m]) + B_dj scratch[m, j] + bias_dj`` in
+    slice j, accumulated in float32, rounded once; for 16-bit x the product with B is
+    one of TF32 operands.
+
+    Args:
+        y: [M, N] float, the elements of a row side by side. Mutated.
+        scratch: float32 [>= M, ranks], see ops.py.
+        x: [M, K] float, likewise.
+        arena, table, slices, rows, starts: see ops.py.
+    """
+    (m, k), (slots, n_slices, _) = x.shape, table.shape
+    tiles = _tiles(m, x.dtype)
+    row_tiles_at_most = min(slots, m) + m // tiles.block_m
+    n_tiles_at_most = y.shape[1] // tiles.block_n + n_slices
+    _sign_matmul_kernel[(programs(row_tiles_at_most * n_tiles_at_most, x.device),)](
+        y_ptr=y,
+        scratch_ptr=scratch,
+        x_ptr=x,
+        arena_ptr=arena,
+        table_ptr=table,
+        slices_ptr=slices,
+        rows_ptr=rows,
+        starts_ptr=starts,
+        slots=slots,
+        K=k,
+        words_per_row=layout.words_per_row(k),
+        stride_ym=y.stride(0),
+        stride_sm=scratch.stride(0),
+        stride_xm=x.stride(0),
+        stride_ts=table.stride(0),
+        SLICES=n_slices,
+        NARROW_END=k % layout.BLOCK != 0,
+        IN_PAIRS=x.is_cuda and x.dtype != torch.float32,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        BLOCK_S=triton.next_power_of_2(slots),
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        BLOCK_R=16,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        maxnreg=tiles.maxnreg,
+    )

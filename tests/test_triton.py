@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton launchers against the reference.
+
+Without a CUDA device they run in Triton's interpreter, which is wrong in bf16
+(triton-lang/triton#11584): float32 and float16 run there, bf16 needs a device.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+HAS_DEVICE = torch.cuda.is_available()
+if not HAS_DEVICE:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+if not HAS_DEVICE and isinstance(tl.sum, triton.JITFunction):
+    # Something imported Triton before this file could ask for the interpreter.
+    for name, value in vars(importlib.reload(tl.standard)).items():
+        if callable(value):
+            setattr(tl, name, value)
+
+import dqrelo_kernels.ops  # noqa: E402, F401  registers torch.ops.dqrelo
+from dqrelo_kernels import reference  # noqa: E402
+from dqrelo_kernels.layout import pack_signs  # noqa: E402
+from dqrelo_kernels.low_rank import low_rank  # noqa: E402
+from dqrelo_kernels.rows import RowGroups  # noqa: E402
+from dqrelo_kernels.rowwise import embedding, norm  # noqa: E402
+from dqrelo_kernels.sign_matmul import sign_matmul  # noqa: E402
+from dqrelo_kernels.table import (  # noqa: E402
+    ABSENT,
+    ALIGNMENT,
+    FACTOR_DTYPES,
+    Field,
+    empty_table,
+    rebase,
+)
+
+DEVICE = "cuda" if HAS_DEVICE else "cpu"
+SKIPPED = pytest.mark.skipif(not HAS_DEVICE, reason="needs a CUDA device")
+FLOAT32, FLOAT16 = torch.float32, torch.float16
+BFLOAT16 = pytest.param(torch.bfloat16, marks=(pytest.mark.gpu, SKIPPED))
+# The interpreter multiplies tiles with BLAS, whose bits depend on the tile's shape.
+TALL = pytest.param(300, marks=(pytest.mark.gpu, SKIPPED))
+# Slots 0 and 1 have everything, 2 lacks its last slice, 3 is empty, 4 has biases.
+SLOTS, EMPTY, BIASES = 5, 3, 4
+RANKS = (18, 52, 1, 0)
+
+
+def popularity(law: str, rows: int) -> list[int]:
+    """The slot of each row; some rows are the base's whatever the law."""
+    generator = np.random.default_rng(rows)
+    zipf = 1 / np.arange(1, SLOTS + 1)
+    slots = {
+        "identical": lambda: np.ones(rows, dtype=int),
+        "distinct": lambda: np.arange(rows) % SLOTS,
+        "uniform": lambda: generator.integers(-1, SLOTS, rows),
+        "zipf": lambda: generator.choice(SLOTS, rows, p=zipf / zipf.sum()),
+        "skewed": lambda: np.where(np.arange(rows) < 0.9 * rows, 0, 2),
+        "base": lambda: np.full(rows, -1),
+    }[law]()
+    slots[3::7] = -1
+    return slots.tolist()
+
+
+class Deltas:
+    """Random deltas of one site in an arena, and a step that uses them."""
+
+    def __init__(self, sizes: list[int], k: int, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sizes, self.k = sizes, k
+        self.size, self.parts = 0, [torch.empty(0, dtype=torch.uint8)]
+        self.table = empty_table(SLOTS, len(sizes), "cpu")
+        self.slices = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+
+    def put(self, tensor: torch.Tensor) -> int:
+        offset, data = self.size, tensor.contiguous().flatten().view(torch.uint8)
+        padding = -data.numel() % ALIGNMENT
+        self.parts.append(torch.nn.functional.pad(data, (0, padding)))
+        self.size += data.numel() + padding
+        return offset
+
+    def fill(self, ranks: tuple[int, ...] = RANKS, biases: bool = True) -> "Deltas":
+        """Matrices for slots 0, 1 and 2; ranks and factor dtypes take turns."""
+        for i, slot in enumerate((0, 1, 2)):
+            for j, n in enumerate(self.sizes):
+                if slot == 2 and j and j == len(self.sizes) - 1:
+                    continue
+                row = self.table[slot, j]
+                positive = torch.rand(n, self.k, generator=self.generator) > 0.5
+                row[Field.SIGNS] = self.put(pack_signs(positive))
+                row[Field.SCALE] = self.put(torch.rand(1, generator=self.generator))
+                if rank := ranks[(i + j) % len(ranks)]:
+                    dtype = FACTOR_DTYPES[(i + 2 * j) % len(FACTOR_DTYPES)]
+                    row[Field.RANK] = rank
+                    row[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(dtype)
+                    row[Field.LORA_A] = self.put(self.random(rank, self.k).to(dtype))
+                    row[Field.LORA_B] = self.put(self.random(n, rank).to(dtype))
+        if biases:
+            for slot, j in ((0, 0), (BIASES, len(self.sizes) - 1)):
+                self.table[slot, j, Field.BIAS] = self.put(self.random(self.sizes[j]))
+        return self
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    @property
+    def arena(self) -> torch.Tensor:
+        return torch.cat(self.parts).to(DEVICE)
+
+    def scratch(self, rows: int) -> torch.Tensor:
+        ranks = self.table[:, :, Field.RANK].clamp_min(0).sum(1).max()
+        return torch.full((rows, int(ranks) + 3), torch.nan, device=DEVICE)
+
+    def slack(self, x: torch.Tensor, slot: int, dtype: torch.dtype) -> torch.Tensor:
+        """How far from the reference a row may be, before y is rounded: [M, N].
+
+        Two float32 sums of the same K terms in other orders differ by about
+        sqrt(K) eps times the sum of the terms' sizes; four times that is allowed.
+        On a device, 16-bit activations meet the low-rank factors as TF32: A, A x
+        and B may each lose one part in 2^10, less than one in 2^8 in all.
+        """
+        k, arena = x.shape[1], self.arena.cpu()
+        unit = 4 * k**0.5 * torch.finfo(FLOAT32).eps
+        slack = []
+        for j, n in enumerate(self.sizes):
+            entry = self.table[slot, j].tolist()
+            size = unit * (1 + x.abs().sum(1, keepdim=True).expand(-1, n))
+            if entry[Field.RANK] != ABSENT:
+                b, a = reference.factors(arena, entry, n, k)
+                product = x.abs() @ a.float().abs().T @ b.float().abs().T
+                tf32 = 2**-8 if HAS_DEVICE and dtype != FLOAT32 else 0
+                size = size + product * (unit + tf32)
+            slack.append(size)
+        return torch.cat(slack, dim=1)
+
+
+def groups_of(slot_of_row: list[int]) -> RowGroups:
+    groups = RowGroups(len(slot_of_row) + 3, SLOTS, DEVICE)
+    groups.set(np.array(slot_of_row, dtype=np.int32))
+    return groups
+
+
+def linear(deltas, y, x, groups, table=None, arena=None) -> None:
+    """Both launches, as ops.py makes them."""
+    table = deltas.table.to(DEVICE) if table is None else table
+    arena = deltas.arena if arena is None else arena
+    scratch = deltas.scratch(len(x))
+    step = (groups.rows, groups.starts)
+    low_rank(scratch, x, arena, table, *step)
+    sign_matmul(y, scratch, x, arena, table, deltas.slices.to(DEVICE), *step)
+
+
+def check_linear(deltas: Deltas, y, x, got, slot_of_row: list[int]) -> None:
+    """``got`` against the reference; rows of the base must not have changed."""
+    groups = RowGroups(len(x), SLOTS, "cpu")
+    groups.set(np.array(slot_of_row, dtype=np.int32))
+    x, y, got, dtype = x.cpu().float(), y.cpu(), got.cpu(), x.dtype
+    want = y.float()
+    arena = deltas.arena.cpu()
+    reference.delta_linear_(
+        want, x, arena, deltas.table, deltas.slices, groups.rows, groups.slots
+    )
+    for slot in range(-1, SLOTS):
+        rows = [i for i, s in enumerate(slot_of_row) if s == slot]
+        if slot in (-1, EMPTY):
+            assert torch.equal(got[rows].nan_to_num(), y[rows].nan_to_num())
+        elif rows:
+            # y itself is rounded once: to half a unit in the last place.
+            rounding = want[rows].abs() * torch.finfo(dtype).eps / 2
+            error = (got[rows].float() - want[rows]).abs()
+            assert (error <= deltas.slack(x[rows], slot, dtype) + rounding).all()
+
+
+def step(deltas: Deltas, slot_of_row: list[int], dtype: torch.dtype):
+    """x and y of a step; what no delta may read or write is NaN."""
+    x = deltas.random(len(slot_of_row), deltas.k).to(dtype)
+    y = deltas.random(len(slot_of_row), sum(deltas.sizes)).to(dtype)
+    base = torch.tensor(slot_of_row) < 0
+    x[base], y[base] = torch.nan, torch.nan
+    return x.to(DEVICE), y.to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "sizes", "k", "law"),
+    [
+        (1, [1], 5, "identical"),
+        (5, [48], 64, "distinct"),
+        (17, [192, 64, 64], 96, "uniform"),
+        (17, [48], 272, "skewed"),
+        (5, [48, 1, 70], 300, "zipf"),
+        (17, [70], 576, "identical"),
+        (133, [70], 96, "zipf"),
+        (260, [130], 64, "skewed"),
+        (9, [48], 96, "base"),
+    ],
+    ids=str,
+)
+def test_linear(rows, sizes, k, law, dtype):
+    deltas = Deltas(sizes, k).fill()
+    slot_of_row = popularity(law, rows)
+    x, y = step(deltas, slot_of_row, dtype)
+    got = y.clone()
+    linear(deltas, got, x, groups_of(slot_of_row))
+    check_linear(deltas, y, x, got, slot_of_row)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("k", [5, 250, 256, 272, 300])
+def test_signs_are_exact(k, dtype):
+    """Integers whose sums stay below 2^8 and a scale of 1 leave nothing to round."""
+    deltas = Deltas([20], k).fill(ranks=(0,), biases=False)
+    for slot in (0, 1, 2):
+        deltas.table[slot, 0, Field.SCALE] = deltas.put(torch.ones(1))
+    x = torch.randint(-2, 3, (6, k), generator=deltas.generator)
+    x[:, torch.rand(k, generator=deltas.generator) > 0.4] = 0
+    x = x.to(dtype).to(DEVICE)
+    y = torch.zeros(6, 20, dtype=dtype, device=DEVICE)
+    want = y.clone()
+    groups = groups_of([0, 1, 2, 0, 1, -1])
+    linear(deltas, y, x, groups)
+    reference.delta_linear_(
+        want, x, deltas.arena, deltas.table, deltas.slices, groups.rows, groups.slots
+    )
+    assert want.any()
+    assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("rows", [40, TALL])
+def test_a_row_does_not_depend_on_its_neighbours(rows, dtype):
+    deltas = Deltas([70], 300).fill()
+    slot_of_row = popularity("zipf", rows)
+    x, y = step(deltas, slot_of_row, dtype)
+    together = y.clone()
+    linear(deltas, together, x, groups_of(slot_of_row))
+    for i in (0, 7, 22, rows - 1):
+        alone = y[i : i + 1].clone()
+        linear(deltas, alone, x[i : i + 1], groups_of(slot_of_row[i : i + 1]))
+        assert torch.equal(alone[0], together[i])
+
+
+def test_tensors_may_be_parts_of_wider_ones():
+    deltas = Deltas([48, 20], 96).fill()
+    slot_of_row = popularity("uniform", 9)
+    x, y = step(deltas, slot_of_row, FLOAT32)
+    wide_x = torch.full((9, 200), torch.nan, device=DEVICE)
+    wide_y = torch.full((9, 100), torch.nan, device=DEVICE)
+    wide_table = torch.full((SLOTS, 5, len(Field)), 7, device=DEVICE)
+    wide_x[:, 50:146], wide_y[:, 3:71], wide_table[:, 2:4] = x, y, deltas.table
+    part_y, part_x = wide_y[:, 3:71], wide_x[:, 50:146]
+    linear(deltas, part_y, part_x, groups_of(slot_of_row), wide_table[:, 2:4])
+    check_linear(deltas, y, x, part_y, slot_of_row)
+    assert wide_y[:, :3].isnan().all() and wide_y[:, 71:].isnan().all()
+
+
+@pytest.mark.gpu
+@SKIPPED
+def test_offsets_beyond_two_gib():
+    deltas = Deltas([20], 64).fill()
+    x, y = step(deltas, [0, 1, 2], FLOAT32)
+    got = y.clone()
+    start = 2**31 + ALIGNMENT
+    arena = torch.zeros(start + deltas.size, dtype=torch.uint8, device=DEVICE)
+    arena[start:] = deltas.arena
+    entries = rebase(deltas.table.flatten(0, 1), start).view_as(deltas.table)
+    linear(deltas, got, x, groups_of([0, 1, 2]), entries.to(DEVICE), arena)
+    check_linear(deltas, y, x, got, [0, 1, 2])
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("k", [5, 96, 300])
+def test_embedding(k, dtype):
+    deltas = Deltas([40], k).fill(biases=False)
+    slot_of_row = popularity("uniform", 17)
+    groups = groups_of(slot_of_row)
+    y = deltas.random(17, k).to(dtype).to(DEVICE)
+    ids = torch.randint(0, 40, (17,), generator=deltas.generator).to(DEVICE)
+    want, got, table = y.float(), y.clone(), deltas.table.to(DEVICE)
+    arena, step = deltas.arena, (groups.rows, groups.slots)
+    embedding(got, ids, arena, table, *step)
+    reference.delta_embedding_(want, ids, arena, table, deltas.slices, *step)
+    # At most 52 products of a few units each, summed in float32; y rounded once.
+    torch.testing.assert_close(
+        got.float(), want, rtol=torch.finfo(dtype).eps / 2 + 1e-6, atol=1e-4
+    )
+    base = [i for i, slot in enumerate(slot_of_row) if slot in (-1, EMPTY, BIASES)]
+    assert torch.equal(got[base], y[base])
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("shape", [(9, 96), (9, 3, 20)], ids=str)
+def test_norm(shape, dtype):
+    deltas = Deltas([shape[-1]], shape[-1])
+    for slot in (0, 1):
+        weight = deltas.random(shape[-1])
+        deltas.table[slot, 0, Field.WEIGHT] = deltas.put(weight)
+    slot_of_row = popularity("uniform", 9)
+    groups = groups_of(slot_of_row)
+    # x is a part of a wider tensor, as q is of the fused q/k/v.
+    wide = deltas.random(*shape[:-1], 3 * shape[-1]).to(dtype).to(DEVICE)
+    x = wide[..., shape[-1] : 2 * shape[-1]]
+    y = deltas.random(*shape).to(dtype).to(DEVICE)
+    want, got = y.float(), y.clone()
+    table = deltas.table.to(DEVICE)
+    arguments = (deltas.arena, table, groups.rows, groups.slots, 1e-5)
+    norm(got, x, *arguments)
+    reference.delta_norm_(want, x, *arguments)
+    # A float32 mean of 96 squares, a square root, two products; y rounded once.
+    torch.testing.assert_close(
+        got.float(), want, rtol=torch.finfo(dtype).eps / 2 + 2e-6, atol=1e-7
+    )
+    kept = ~torch.isin(torch.tensor(slot_of_row), torch.tensor([0, 1]))
+    assert torch.equal(got[kept], y[kept])
+
+
+@pytest.mark.slow
+def test_kernels_compile_without_a_device(tmp_path):
+    """The interpreter forgives what the compiler does not."""
+    report = Path(__file__).parents[1] / "benchmarks/sass_report.py"
+    variables = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, report, "--target", "90", "--rows", "16"]
+    lines = subprocess.check_output(command, env=os.environ | variables, text=True)
+    assert len(lines.splitlines()) == 4
+
+
+def op_arguments(deltas: Deltas, groups: RowGroups, rows: int) -> dict:
+    """What torch.ops.dqrelo.delta_linear_ takes besides x and y."""
+    return {
+        "scratch": deltas.scratch(rows),
+        "arena": deltas.arena,
+        "table": deltas.table.to(DEVICE),
+        "slices": deltas.slices.to(DEVICE),
+        "rows": groups.rows,
+        "slots": groups.slots,
+        "starts": groups.starts,
+        "num_active": groups.num_active,
+    }
+
+
+@pytest.mark.gpu
+@SKIPPED
+def test_a_graph_replays_other_deltas():
+    """Captured with one delta of rank 1, replayed with four of other ranks."""
+    slot_of_row = popularity("zipf", 17)
+    small = Deltas([70, 48], 300).fill(ranks=(1,), biases=False)
+    large = Deltas([70, 48], 300, seed=1).fill()
+    groups, (x, y) = groups_of([0] * 17), step(large, slot_of_row, torch.bfloat16)
+    got = torch.zeros_like(y)
+    static = op_arguments(large, groups, 17)
+    static["arena"][: small.size] = small.arena
+    static["table"][1:] = ABSENT
+    static["table"][0] = small.table[0]
+    launch = torch.ops.dqrelo.delta_linear_
+    launch(y=got, x=x, **static)  # compiles, which a capture must not
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch(y=got, x=x, **static)
+    static["arena"].copy_(large.arena)
+    static["table"].copy_(large.table)
+    groups.set(np.array(slot_of_row, dtype=np.int32))
+    got.copy_(y)
+    graph.replay()
+    check_linear(large, y, x, got, slot_of_row)
+
+
+@pytest.mark.gpu
+@SKIPPED
+@pytest.mark.parametrize("rows", [17, 300])
+def test_a_hundred_runs_agree_to_the_bit(rows):
+    deltas = Deltas([192, 64, 64], 576).fill()
+    slot_of_row = popularity("uniform", rows)
+    x, y = step(deltas, slot_of_row, torch.bfloat16)
+    arguments = op_arguments(deltas, groups_of(slot_of_row), rows)
+    results = []
+    for _ in range(100):
+        results.append(y.clone())
+        torch.ops.dqrelo.delta_linear_(y=results[-1], x=x, **arguments)
+    bits = torch.stack(results).view(torch.int16)
+    assert (bits == bits[0]).all()
+
+
+@pytest.mark.gpu
+@SKIPPED
+def test_no_active_delta_launches_nothing():
+    deltas = Deltas([48], 96).fill()
+    x, y = step(deltas, [0, 1, 2], torch.bfloat16)
+    arguments = op_arguments(deltas, groups_of([0, 1, 2]), 3)
+    arguments["num_active"] = torch.zeros(1, dtype=torch.int32)
+    before = y.clone()
+    torch.ops.dqrelo.delta_linear_(y=y, x=x, **arguments)
+    assert torch.equal(y, before)
