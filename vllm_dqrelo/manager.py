@@ -21,6 +21,7 @@ from vllm.logger import init_logger
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 
+from dqrelo_kernels import ops
 from dqrelo_kernels.rows import BASE
 from dqrelo_kernels.table import ABSENT, Field, empty_table, rebase
 from vllm_dqrelo.arena import Arena, aligned
@@ -67,15 +68,23 @@ class DeltaManager:
         self, model: torch.nn.Module, vllm_config: VllmConfig
     ) -> torch.nn.Module:
         """Put deltas behind every site of the loaded ``model``; returns it."""
+        ops.prepare(self.device)
         self.sites = Sites(model)
         size = self.options.arena_bytes(self.sites, self.slots)
         self.arena = Arena(size, self.device)
-        self.table = empty_table(self.slots, self.sites.count, self.device)
+        # The tables of all sites, one behind another: a site's is contiguous.
+        self.table = empty_table(1, self.slots * self.sites.count, self.device)[0]
+        self.table_rows = torch.empty(self.slots, self.sites.count, dtype=torch.int64)
         self.ranks = self.options.scratch_ranks(self.sites)
         self.step = Step(self.max_tokens, self.slots, self.ranks, self.device)
         for site in self.sites.by_name.values():
-            slices = slice(site.first, site.first + len(site.sizes))
-            install(model, site, self.arena.data, self.table[:, slices], self.step)
+            slices, start = len(site.sizes), self.slots * site.first
+            rows = torch.arange(start, start + self.slots * slices)
+            rows = rows.view(self.slots, slices)
+            self.table_rows[:, site.first : site.first + slices] = rows
+            table = self.table[start : start + rows.numel()]
+            table = table.view(self.slots, slices, -1)
+            install(model, site, self.arena.data, table, self.step)
         logger.info(
             "dqrelo: %d sites, room for %.2f GiB of deltas, up to %d in one step",
             len(self.sites.by_name),
@@ -218,18 +227,23 @@ class DeltaManager:
         extent = self.arena.data[offset : offset + packed.size]
         extent.copy_(packed.extent, non_blocking=True)
         slot = min(set(range(self.slots)) - set(self.resident.values()))
-        self.table[slot].copy_(rebase(packed.entries, offset))
+        self._write_table(slot, rebase(packed.entries, offset))
         self.resident[adapter_id] = slot
 
     def _evict(self, adapter_id: int) -> None:
-        self.table[self.resident.pop(adapter_id)] = ABSENT
+        nothing = torch.full_like(self.registered[adapter_id].entries, ABSENT)
+        self._write_table(self.resident.pop(adapter_id), nothing)
         self.arena.free(adapter_id)
 
     def _compact(self) -> None:
         """Close the gaps; what has been admitted then fits."""
         for adapter_id, offset in self.arena.compact().items():
             entries = rebase(self.registered[adapter_id].entries, offset)
-            self.table[self.resident[adapter_id]].copy_(entries)
+            self._write_table(self.resident[adapter_id], entries)
+
+    def _write_table(self, slot: int, entries: torch.Tensor) -> None:
+        """Say where the tensors of a slot lie, for all sites."""
+        self.table[self.table_rows[slot].to(self.device)] = entries.to(self.device)
 
     # Warm-up: vLLM runs dummy batches with deltas that change nothing.
 

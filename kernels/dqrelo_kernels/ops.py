@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 
-from dqrelo_kernels import reference
+from dqrelo_kernels import cpu, reference
 
 _library = torch.library.Library("dqrelo", "DEF")
 
@@ -57,6 +57,8 @@ def delta_linear_(
 
         low_rank(scratch, x, arena, table, rows, starts)
         sign_matmul(y, scratch, x, arena, table, slices, rows, starts)
+    elif cpu.library():
+        cpu.delta_linear_(y, x, arena, table, slices, rows, starts)
     else:
         reference.delta_linear_(y, x, arena, table, slices, rows, slots)
 
@@ -86,6 +88,8 @@ def delta_embedding_(
         from dqrelo_kernels.rowwise import embedding  # imports Triton
 
         embedding(y, ids, arena, table, rows, slots)
+    elif cpu.library():
+        cpu.delta_embedding_(y, ids, arena, table, rows, slots)
     else:
         reference.delta_embedding_(y, ids, arena, table, vocab, rows, slots)
 
@@ -116,8 +120,16 @@ def delta_norm_(
         from dqrelo_kernels.rowwise import norm  # imports Triton
 
         norm(y, x, arena, table, rows, slots, eps)
+    elif cpu.library():
+        cpu.delta_norm_(y, x, arena, table, rows, slots, eps)
     else:
         reference.delta_norm_(y, x, arena, table, rows, slots, eps)
+
+
+def prepare(device: torch.device) -> None:
+    """Do now what the first call on ``device`` would wait for: build native code."""
+    if device.type == "cpu":
+        cpu.library()
 
 
 def _register(op: Callable[..., None], *mutated: str) -> None:

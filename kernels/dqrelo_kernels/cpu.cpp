@@ -1,0 +1,388 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The ops of reference.py for CPUs, in plain C++17. cpu.py builds and calls them.
+//
+// A linear multiplies tiles of 16 rows of a matrix with the activations of a group of
+// rows: first t = A x, then S x, whose sums get B t and the bias added and are rounded
+// once into y. A tile is laid out as numbers of type T before it is multiplied, signs
+// and factors alike: bf16 where the activations and the factors are bf16 and the CPU
+// multiplies bf16, else float. All sums are float.
+//
+// The sum behind an element of y depends on its row of x and on its delta alone, and
+// not on the other rows of the step, on where a group is cut, or on the threads.
+
+#include "cpu_tiles.h"
+
+#include <cmath>
+#include <memory>
+#include <vector>
+
+namespace {
+
+constexpr int WINDOW = 256;  // rows of x in work at a time: they stay in the L2 cache
+constexpr int64_t ABSENT = -1;
+
+// table.Field
+enum Field { SIGNS, SCALE, LORA_A, LORA_B, RANK, FACTOR_DTYPE, BIAS, WEIGHT, FIELDS };
+
+struct Deltas {
+    const char* arena;
+    const int64_t* table;
+    int slots, slices;
+
+    const int64_t* entry(int slot, int slice = 0) const {
+        return table + (int64_t(slot) * slices + slice) * FIELDS;
+    }
+    const char* at(const int64_t* entry, Field field) const {
+        return arena + entry[field];
+    }
+    const float* floats(const int64_t* entry, Field field) const {
+        return reinterpret_cast<const float*>(at(entry, field));
+    }
+};
+
+// ---- linear -------------------------------------------------------------------------
+
+struct Group {  // rows of one delta
+    const int32_t* rows;
+    int count;
+    bool narrow;  // numbers are bf16
+    size_t x;     // staged rows, bytes in the workspace
+};
+
+struct Job {  // one matrix of one delta
+    const Group* group;
+    const int64_t* entry;
+    int rank;
+    int column;  // of y
+    int size;    // rows of the matrix
+    size_t t;    // A x in the workspace: Floats [tiles of rows of x, rank]
+};
+
+struct Unit {  // what one thread does at a time
+    const Group* group;
+    const Job* job;
+    int first;  // row of the tile
+};
+
+// Memory that stays for the next call; what is in it does not.
+char* workspace(size_t bytes) {
+    static thread_local std::unique_ptr<char[]> memory;
+    static thread_local size_t size = 0;
+    if (size < bytes) memory.reset(new char[(size = bytes) + 64]);
+    return reinterpret_cast<char*>((uintptr_t(memory.get()) + 63) & ~uintptr_t(63));
+}
+
+class Linear {
+ public:
+    Linear(Rows y, Rows x, int columns, const Deltas& deltas, const int32_t* ends)
+        : y(y),
+          x(x),
+          columns(columns),
+          deltas(deltas),
+          ends(ends),
+          padded(round_up(columns, PADDING)) {}
+
+    // y += delta for rows[begin:end], of which slot s has rows[starts[s]:starts[s + 1]]
+    void run(const int32_t* rows, const int32_t* starts, int begin, int end,
+             int threads) {
+        plan(rows, starts, begin, end);
+        int count[] = {int(stages.size()), int(shrinks.size()), int(expands.size())};
+        int chunk = std::clamp(count[2] / (8 * threads), 1, 4);
+#pragma omp parallel num_threads(threads)
+        {
+            alignas(64) char buffer[TILE_BYTES];
+#pragma omp for schedule(dynamic)
+            for (int i = 0; i < count[0]; i++)
+                stages[i].group->narrow ? stage<Narrow>(stages[i])
+                                        : stage<float>(stages[i]);
+#pragma omp for schedule(dynamic)
+            for (int i = 0; i < count[1]; i++)
+                shrinks[i].group->narrow ? shrink<Narrow>(shrinks[i], buffer)
+                                         : shrink<float>(shrinks[i], buffer);
+#pragma omp for schedule(dynamic, chunk) nowait
+            for (int i = 0; i < count[2]; i++) {
+                if (i + 1 < count[2]) prefetch(expands[i + 1]);
+                expands[i].group->narrow ? expand<Narrow>(expands[i], buffer)
+                                         : expand<float>(expands[i], buffer);
+            }
+            Product<Narrow>::release();
+        }
+    }
+
+ private:
+    void plan(const int32_t* rows, const int32_t* starts, int begin, int end) {
+        groups.reserve(deltas.slots);
+        jobs.reserve(deltas.slots * deltas.slices);
+        size_t bytes = 0;
+        for (int slot = 0; slot < deltas.slots; slot++) {
+            int from = std::max(begin, starts[slot]),
+                to = std::min(end, starts[slot + 1]);
+            if (from >= to) continue;
+            bool narrow = sizeof(Narrow) == 2 && x.dtype == BF16;
+            groups.push_back({rows + from, to - from, narrow, bytes});
+            Group& group = groups.back();
+            bytes += size_t(group.count) * padded * sizeof(float);
+            for (int m = 0; m < group.count; m += TILE)
+                stages.push_back({&group, nullptr, m});
+            for (int slice = 0; slice < deltas.slices; slice++) {
+                const int64_t* entry = deltas.entry(slot, slice);
+                int rank = entry[RANK] == ABSENT ? 0 : entry[RANK];
+                if (rank && entry[FACTOR_DTYPE] != BF16) group.narrow = false;
+                if (!rank && entry[SIGNS] == ABSENT && entry[BIAS] == ABSENT) continue;
+                int size = ends[slice + 1] - ends[slice];
+                jobs.push_back({&group, entry, rank, ends[slice], size, bytes});
+                bytes += size_t(rank) * round_up(group.count, TILE) * sizeof(float);
+                for (int r = 0; r < rank; r += TILE)
+                    shrinks.push_back({&group, &jobs.back(), r});
+                for (int n = 0; n < size; n += TILE)
+                    expands.push_back({&group, &jobs.back(), n});
+            }
+        }
+        memory = workspace(bytes);
+    }
+
+    template <class T>
+    T* staged(const Group& group, int m) const {
+        return reinterpret_cast<T*>(memory + group.x) + int64_t(m) * padded;
+    }
+    Floats* t(const Job& job, int m) const {
+        return reinterpret_cast<Floats*>(memory + job.t) + int64_t(m) / TILE * job.rank;
+    }
+    Matrix signs(const Job& job) const {
+        return {deltas.at(job.entry, SIGNS), columns, Matrix::SIGN};
+    }
+    Matrix factor(const Job& job, Field which) const {
+        int dtype = job.entry[FACTOR_DTYPE];
+        return {deltas.at(job.entry, which), which == LORA_A ? columns : job.rank,
+                dtype};
+    }
+    int rows_of(const Unit& unit, int size) const {
+        return std::min(TILE, size - unit.first);
+    }
+
+    __attribute__((always_inline)) void prefetch(const Unit& unit) const {
+        const Job& job = *unit.job;
+        int rows = rows_of(unit, job.size);
+        if (job.entry[SIGNS] != ABSENT) signs(job).prefetch(unit.first, rows);
+        if (job.rank) factor(job, LORA_B).prefetch(unit.first, rows);
+    }
+
+    template <class T>
+    void stage(const Unit& unit) const {
+        const Group& group = *unit.group;
+        Product<T>::stage(staged<T>(group, unit.first), x, group.rows + unit.first,
+                          std::min(TILE, group.count - unit.first), columns, padded);
+    }
+
+    // c[m + n] = rows `unit.first` + n of the matrix * rows m to m + 16 of x, all m
+    template <class T>
+    void multiply(Floats* c, const Unit& unit, const Matrix& matrix, int rows,
+                  char* buffer) const {
+        T* tile = reinterpret_cast<T*>(buffer);
+        for (int k = 0; k < columns; k += CHUNK<T>) {
+            fill(tile, matrix, unit.first, rows, k);
+            for (int m = 0; m < unit.group->count; m += TILE)
+                Product<T>::multiply(c + m, tile, staged<T>(*unit.group, m),
+                                     std::min(TILE, unit.group->count - m), padded, k,
+                                     std::min(CHUNK<T>, padded - k));
+        }
+    }
+
+    // t = A x for a tile of rows of A
+    template <class T>
+    void shrink(const Unit& unit, char* buffer) const {
+        Floats c[WINDOW];
+        const Job& job = *unit.job;
+        int rows = rows_of(unit, job.rank),
+            padded_count = round_up(unit.group->count, TILE);
+        std::fill_n(c, padded_count, Floats{});
+        multiply<T>(c, unit, factor(job, LORA_A), rows, buffer);
+        for (int m = 0; m < padded_count; m += TILE)
+            std::copy_n(c + m, rows, t(job, m) + unit.first);
+    }
+
+    // y += scale * S x + B t + bias for a tile of rows of S and B
+    template <class T>
+    void expand(const Unit& unit, char* buffer) const {
+        Floats c[WINDOW];
+        const Job& job = *unit.job;
+        int rows = rows_of(unit, job.size), count = unit.group->count;
+        int padded_count = round_up(count, TILE);
+        std::fill_n(c, padded_count, Floats{});
+        if (job.entry[SIGNS] != ABSENT) {
+            multiply<T>(c, unit, signs(job), rows, buffer);
+            float scale = *deltas.floats(job.entry, SCALE);
+            for (int i = 0; i < padded_count; i++) c[i] *= scale;
+        }
+        if (job.rank) add_low_rank(c, unit, rows, reinterpret_cast<float*>(buffer));
+        if (job.entry[BIAS] != ABSENT) {
+            const float* bias = deltas.floats(job.entry, BIAS) + unit.first;
+            for (int m = 0; m < count; m += TILE)
+                for (int n = 0; n < rows; n++) c[m + n] += bias[n];
+        }
+        for (int m = 0; m < count; m += TILE) {
+            transpose(c + m);
+            for (int i = m; i < std::min(m + TILE, count); i++) {
+                char* out = y.at(unit.group->rows[i], job.column + unit.first);
+                store(out, y.dtype, load(out, y.dtype, rows) + c[i], rows);
+            }
+        }
+    }
+
+    // c += B t for a tile of rows of B, with `b` for as much of it as a tile holds
+    void add_low_rank(Floats* c, const Unit& unit, int rows, float* b) const {
+        constexpr int unroll = 8;
+        Matrix matrix = factor(*unit.job, LORA_B);
+        for (int first = 0; first < matrix.columns; first += CHUNK<float>) {
+            int width = std::min(CHUNK<float>, matrix.columns - first);
+            for (int n = 0; n < rows; n++)
+                read(b + n * width, matrix.at(unit.first + n, first), matrix.dtype,
+                     width);
+            for (int m = 0; m < unit.group->count; m += TILE) {
+                const Floats* right = t(*unit.job, m) + first;
+                for (int n = 0; n < TILE; n += unroll) {
+                    Floats sums[unroll];
+                    std::copy_n(c + m + n, unroll, sums);
+                    for (int r = 0; r < width; r++)
+#pragma GCC unroll 8
+                        for (int i = 0; i < unroll; i++)
+                            sums[i] += b[(n + i) * width + r] * right[r];
+                    std::copy_n(sums, unroll, c + m + n);
+                }
+            }
+        }
+    }
+
+    const Rows y, x;
+    const int columns;
+    const Deltas& deltas;
+    const int32_t* const ends;
+    const int padded;
+    char* memory = nullptr;
+    std::vector<Group> groups;
+    std::vector<Job> jobs;
+    std::vector<Unit> stages, shrinks, expands;
+};
+
+// ---- embedding and norm -------------------------------------------------------------
+
+int count_rows(const int32_t* slots, int capacity) {
+    return std::find_if(slots, slots + capacity, [](int slot) { return slot < 0; }) -
+           slots;
+}
+
+// y += scale * S[id] + B[id] A
+void embed(char* y, int dtype, int64_t id, int columns, const Deltas& deltas,
+           const int64_t* entry) {
+    int rank = entry[RANK] == ABSENT ? 0 : entry[RANK], factors = entry[FACTOR_DTYPE];
+    for (int k = 0; k < columns; k += BLOCK) {
+        int width = std::min(BLOCK, columns - k);
+        float change[BLOCK] = {};
+        if (entry[SIGNS] != ABSENT) {
+            Matrix signs = {deltas.at(entry, SIGNS), columns, Matrix::SIGN};
+            auto words = reinterpret_cast<const uint16_t*>(signs.at(id, k));
+            unpack(change, words, (width + 15) / 16);
+            for (float& number : change) number *= *deltas.floats(entry, SCALE);
+        }
+        for (int r = 0; r < rank; r++) {
+            Matrix a = {deltas.at(entry, LORA_A), columns, factors};
+            Matrix b = {deltas.at(entry, LORA_B), rank, factors};
+            float left = load(b.at(id, r), factors, 1)[0];
+            for (int i = 0; i < width; i += 16) {
+                int part = std::min(16, width - i);
+                Floats sum = load(change + i, F32, 16);
+                store(change + i, F32, sum + left * load(a.at(r, k + i), factors, part),
+                      16);
+            }
+        }
+        for (int i = 0; i < width; i += 16) {
+            int part = std::min(16, width - i);
+            char* out = y + (k + i) * size_of(dtype);
+            store(out, dtype, load(out, dtype, part) + load(change + i, F32, 16), part);
+        }
+    }
+}
+
+// y = x / rms(x) * weight
+void normalise(char* y, int y_dtype, const char* x, int x_dtype, int columns,
+               const float* weight, float eps) {
+    Floats squares = {};
+    for (int i = 0; i < columns; i += 16) {
+        Floats number =
+            load(x + i * size_of(x_dtype), x_dtype, std::min(16, columns - i));
+        squares += number * number;
+    }
+    float factor = 1 / std::sqrt(total(squares) / columns + eps);
+    for (int i = 0; i < columns; i += 16) {
+        int part = std::min(16, columns - i);
+        Floats number = load(x + i * size_of(x_dtype), x_dtype, part) * factor;
+        store(y + i * size_of(y_dtype), y_dtype, number * load(weight + i, F32, part),
+              part);
+    }
+}
+
+}  // namespace
+
+// ---- called by cpu.py -----------------------------------------------------------------
+
+extern "C" {
+
+// Whether this process may use what the library was built for. Call it before the ops.
+int dqrelo_prepare() {
+#if defined(__AMX_BF16__)
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    return !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
+#else
+    return 1;
+#endif
+}
+
+void dqrelo_linear(char* y, int64_t y_stride, int y_dtype, char* x, int64_t x_stride,
+                   int x_dtype, int columns, const char* arena, const int64_t* table,
+                   int slots, int slices, const int32_t* ends, const int32_t* rows,
+                   const int32_t* starts, int threads) {
+    Deltas deltas = {arena, table, slots, slices};
+    for (int begin = 0; begin < starts[slots]; begin += WINDOW) {
+        Linear op({y, y_stride, y_dtype}, {x, x_stride, x_dtype}, columns, deltas,
+                  ends);
+        op.run(rows, starts, begin, std::min(begin + WINDOW, starts[slots]), threads);
+    }
+}
+
+void dqrelo_embedding(char* y, int64_t y_stride, int y_dtype, const char* ids,
+                      int id_bytes, int columns, const char* arena,
+                      const int64_t* table, const int32_t* rows, const int32_t* slots,
+                      int capacity, int threads) {
+    Deltas deltas = {arena, table, 0, 1};
+    int count = count_rows(slots, capacity);
+#pragma omp parallel for num_threads(threads)
+    for (int i = 0; i < count; i++) {
+        const char* at = ids + int64_t(rows[i]) * id_bytes;
+        int64_t id = 0;
+        std::memcpy(&id, at, id_bytes);
+        embed(y + rows[i] * y_stride * size_of(y_dtype), y_dtype, id, columns, deltas,
+              deltas.entry(slots[i]));
+    }
+}
+
+void dqrelo_norm(char* y, int64_t y_stride, int64_t y_inner, int y_dtype, char* x,
+                 int64_t x_stride, int64_t x_inner, int x_dtype, int inner, int columns,
+                 const char* arena, const int64_t* table, const int32_t* rows,
+                 const int32_t* slots, int capacity, float eps, int threads) {
+    Deltas deltas = {arena, table, 0, 1};
+    int count = count_rows(slots, capacity);
+#pragma omp parallel for num_threads(threads) if (int64_t(count) * inner * columns > \
+                                                      1 << 16)
+    for (int i = 0; i < count; i++) {
+        const int64_t* entry = deltas.entry(slots[i]);
+        if (entry[WEIGHT] == ABSENT) continue;
+        for (int g = 0; g < inner; g++) {
+            char* out = y + (rows[i] * y_stride + g * y_inner) * size_of(y_dtype);
+            const char* in = x + (rows[i] * x_stride + g * x_inner) * size_of(x_dtype);
+            normalise(out, y_dtype, in, x_dtype, columns, deltas.floats(entry, WEIGHT),
+                      eps);
+        }
+    }
+}
+}

@@ -1,0 +1,375 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What cpu.cpp computes with: numbers of three types, tiles of a matrix laid out as
+// numbers, and their products with rows of activations.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+constexpr int TILE = 16;         // rows of a matrix, and rows of x, in one product
+constexpr int BLOCK = 256;       // columns of a sign block, layout.BLOCK
+constexpr int ROW_BYTES = 2048;  // of a tile, which fills two thirds of a 48 KB L1
+constexpr int PADDING = 64;      // columns of x are padded to a multiple of this
+
+// The index in table.FACTOR_DTYPES.
+enum Dtype { F32, BF16, F16 };
+
+struct Bf16 {
+    uint16_t bits;
+};
+
+// 16 lanes, whatever the CPU has: the compiler cuts them to its size.
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+inline int round_up(int value, int step) { return (value + step - 1) / step * step; }
+
+inline int size_of(int dtype) { return dtype == F32 ? 4 : 2; }
+
+// ---- numbers ------------------------------------------------------------------------
+
+inline Halves load_halves(const void* in, int n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    return Halves(_mm256_maskz_loadu_epi16((1u << n) - 1, in));
+#else
+    Halves out = {};
+    n == 16 ? std::memcpy(&out, in, 32) : std::memcpy(&out, in, 2 * n);
+    return out;
+#endif
+}
+
+// n <= 16 numbers, zeros behind them
+inline Floats load(const void* in, int dtype, int n) {
+    if (dtype == F32) {
+        Floats out = {};
+        n == 16 ? std::memcpy(&out, in, 64) : std::memcpy(&out, in, 4 * n);
+        return out;
+    }
+    Words word = __builtin_convertvector(load_halves(in, n), Words);
+    if (dtype == BF16) return Floats(word << 16);
+    // Times 2^112 corrects the bias of the exponent and normalises subnormals;
+    // infinity and NaN have the largest exponent before and after.
+    Words number = Words(Floats((word & 0x7FFF) << 13) * 0x1p112f);
+    Words largest = Words((word & 0x7C00) == 0x7C00) & 0x7F800000;
+    return Floats((word & 0x8000) << 16 | number | largest);
+}
+
+// The first n <= 16 numbers, rounded to nearest even
+inline void store(void* out, int dtype, Floats in, int n) {
+    if (dtype == F32) {
+        n == 16 ? std::memcpy(out, &in, 64) : std::memcpy(out, &in, 4 * n);
+        return;
+    }
+    Words word = Words(in), sign = word >> 16 & 0x8000, nan = Words(in != in);
+    if (dtype == BF16) {
+        word = (word + 0x7FFF + (word >> 16 & 1)) >> 16;
+        word = (nan & 0x7FC0) | (~nan & word);
+    } else {
+        word &= 0x7FFFFFFF;
+        Words normal = (word - (112u << 23) + 0xFFF + (word >> 13 & 1)) >> 13;
+        // 0.5 + x has a subnormal half, rounded, in the low bits of its mantissa.
+        Words subnormal = Words(Floats(word) + 0.5f) - 0x3F000000;
+        Words small = Words(word < (113u << 23)), large = Words(word >= 0x477FF000);
+        word = (small & subnormal) | (~small & ~large & normal) | (large & 0x7C00);
+        word = sign | (nan & 0x7E00) | (~nan & word);
+    }
+    Halves half = __builtin_convertvector(word, Halves);
+    n == 16 ? std::memcpy(out, &half, 32) : std::memcpy(out, &half, 2 * n);
+}
+
+inline void read(float* out, const char* in, int dtype, int n) {
+    for (int i = 0; i < n; i += 16) {
+        int part = std::min(16, n - i);
+        store(out + i, F32, load(in + i * size_of(dtype), dtype, part), part);
+    }
+}
+
+inline void read(Bf16* out, const char* in, int, int n) { std::memcpy(out, in, 2 * n); }
+
+template <class Vector>
+float total(Vector sums) {
+    float lanes[sizeof sums / sizeof(float)];
+    std::memcpy(lanes, &sums, sizeof sums);
+    for (int half = sizeof sums / sizeof(float) / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+// out[n][m] = in[m][n]
+inline void transpose(Floats* matrix) {
+#if defined(__AVX512F__)
+    // Swap the off-diagonal quarters of ever larger blocks.
+#pragma GCC unroll 4
+    for (int bit = 0; bit < 4; bit++) {
+        int step = 1 << bit;
+        Words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        Words second = Words((lane & step) != 0);
+        __m512i low = __m512i(lane + (second & (16 - step)));
+        __m512i high = __m512i(lane + (~second & step) + (second & 16));
+        for (int i = 0; i < TILE; i++)
+            if (!(i & step)) {
+                Floats a = matrix[i], b = matrix[i + step];
+                matrix[i] = _mm512_permutex2var_ps(a, low, b);
+                matrix[i + step] = _mm512_permutex2var_ps(a, high, b);
+            }
+    }
+#else
+    for (int n = 0; n < TILE; n++)
+        for (int m = 0; m < n; m++) {
+            float swap = matrix[n][m];
+            matrix[n][m] = matrix[m][n];
+            matrix[m][n] = swap;
+        }
+#endif
+}
+
+// ---- tiles --------------------------------------------------------------------------
+
+// Numbers from one row of a tile to the next. 64 bytes more than a power of two: rows
+// that compete for the same sets of the cache are slower.
+template <class T>
+constexpr int STRIDE = (ROW_BYTES + 64) / sizeof(T);
+template <class T>
+constexpr int CHUNK = ROW_BYTES / sizeof(T);
+constexpr int TILE_BYTES = TILE * (ROW_BYTES + 64);
+
+// As many bit planes as fit in a vector of numbers, shifted such that one shift of all
+// lanes brings that many planes to the sign bits. A plane is `width` words.
+inline Words first_planes(const uint16_t* words, int width, float) {
+    return __builtin_convertvector(load_halves(words, width), Words);
+}
+
+#if defined(__AVX512BF16__)
+inline auto first_planes(const uint16_t* words, int width, Bf16) {
+    typedef uint16_t Planes __attribute__((vector_size(64)));
+    __mmask32 lanes = (1u << width) - 1;
+    __m512i first = _mm512_slli_epi16(_mm512_maskz_loadu_epi16(lanes, words), 1);
+    return Planes(_mm512_mask_loadu_epi16(first, lanes << width, words - width));
+}
+#endif
+
+// out[plane * width + i] = +1 if the bit of words[i] is set, else -1, for 16 planes.
+// Writes whole vectors: at most 256 numbers, the last ones may mean nothing.
+template <class T>
+void unpack(T* out, const uint16_t* words, int width) {
+    constexpr int bits = 8 * sizeof(T), planes = 4 / sizeof(T);
+    constexpr uint32_t sign = 1u << (bits - 1), minus_one = 0xBF800000 >> (32 - bits);
+    auto first = first_planes(words, width, T());
+#pragma GCC unroll 16
+    for (int plane = 0; plane < 16; plane += planes) {
+        auto ones = ((first << (bits - planes - plane)) & sign) ^ minus_one;
+        std::memcpy(out + plane * width, &ones, sizeof ones);
+    }
+}
+
+struct Matrix {
+    const char* data;
+    int columns;
+    int dtype;  // of a factor, or SIGN
+    static constexpr int SIGN = -1;
+
+    int64_t row_bytes() const {
+        return dtype == SIGN ? (columns + 15) / 16 * 2 : columns * size_of(dtype);
+    }
+    // of signs, a column is the first of a block
+    const char* at(int64_t row, int column) const {
+        return data + row * row_bytes() +
+               (dtype == SIGN ? column / 8 : column * size_of(dtype));
+    }
+
+    // Loads `rows` rows into the cache ahead of their use: a decode step of 4 deltas on
+    // SmolLM2-135M takes 38 ms of one core with it and 60 ms without. Inlined, because
+    // GCC drops calls of a function that only prefetches.
+    __attribute__((always_inline)) void prefetch(int row, int rows) const {
+        for (int64_t i = 0; i < rows * row_bytes(); i += 64)
+            __builtin_prefetch(at(row, 0) + i);
+    }
+};
+
+// Lays out columns k to k + CHUNK of `rows` rows from `row` as numbers. Those beyond
+// the matrix are finite up to the padding of x: they meet zeros.
+template <class T>
+void fill(T* tile, const Matrix& matrix, int row, int rows, int k) {
+    int columns = std::min(CHUNK<T>, matrix.columns - k);
+    int padded = round_up(columns, PADDING), full = columns / BLOCK * BLOCK;
+    std::memset(tile + rows * STRIDE<T>, 0, (TILE - rows) * STRIDE<T> * sizeof(T));
+    for (int r = 0; r < rows; r++, tile += STRIDE<T>) {
+        const char* in = matrix.at(row + r, k);
+        if (columns < padded)
+            std::memset(tile + padded - PADDING, 0, PADDING * sizeof(T));
+        if (matrix.dtype != Matrix::SIGN) {
+            read(tile, in, matrix.dtype, columns);
+            continue;
+        }
+        auto words = reinterpret_cast<const uint16_t*>(in);
+        for (int i = 0; i < full; i += BLOCK) unpack(tile + i, words + i / 16, 16);
+        int width = (columns - full + 15) / 16;
+        if (width) unpack(tile + full, words + full / 16, width);
+    }
+}
+
+// ---- products -----------------------------------------------------------------------
+
+// A matrix of activations. Strides are in elements; the last dimension is contiguous.
+struct Rows {
+    char* data;
+    int64_t stride;
+    int dtype;
+
+    char* at(int64_t row, int64_t column = 0) const {
+        return data + (row * stride + column) * size_of(dtype);
+    }
+};
+
+// Every lane of a vector register sums the products of every so many columns. Four
+// rows of x and UNROLL of the tile keep as many sums in registers as there is room for.
+#if defined(__AVX512F__)
+typedef Floats Lanes;
+constexpr int UNROLL = 4;
+#elif defined(__AVX__)
+typedef float Lanes __attribute__((vector_size(32)));
+constexpr int UNROLL = 2;
+#else
+typedef float Lanes __attribute__((vector_size(16)));
+constexpr int UNROLL = 4;
+#endif
+
+inline Lanes multiply_add(Lanes sum, const float* a, const float* b) {
+    Lanes left, right;
+    std::memcpy(&left, a, sizeof left);
+    std::memcpy(&right, b, sizeof right);
+    return sum + left * right;
+}
+
+#if defined(__AVX512BF16__)
+inline Lanes multiply_add(Lanes sum, const Bf16* a, const Bf16* b) {
+    return _mm512_dpbf16_ps(sum, __m512bh(_mm512_loadu_si512(a)),
+                            __m512bh(_mm512_loadu_si512(b)));
+}
+using Narrow = Bf16;
+#else
+using Narrow = float;
+#endif
+
+template <class T>
+struct Product {
+    // Copies `count` <= 16 rows of x, padded with zeros to `padded` columns.
+    static void stage(T* out, const Rows& x, const int32_t* rows, int count,
+                      int columns, int padded) {
+        for (int m = 0; m < count; m++, out += padded) {
+            read(out, x.at(rows[m]), x.dtype, columns);
+            std::memset(out + columns, 0, (padded - columns) * sizeof(T));
+        }
+    }
+
+    // c[n][m] += sum over `columns` columns from k of tile[n] * x[m], x as staged
+    static void multiply(Floats* c, const T* tile, const T* x, int count, int padded,
+                         int k, int columns) {
+        for (int m = 0; m < count; m += 4) {
+            const T* rows = x + m * padded + k;
+            switch (std::min(4, count - m)) {
+                case 1: dot<1>(c, tile, rows, m, padded, columns); break;
+                case 2: dot<2>(c, tile, rows, m, padded, columns); break;
+                case 3: dot<3>(c, tile, rows, m, padded, columns); break;
+                case 4: dot<4>(c, tile, rows, m, padded, columns); break;
+            }
+        }
+    }
+
+    template <int M>
+    static void dot(Floats* c, const T* tile, const T* x, int m, int padded,
+                    int columns) {
+        for (int n = 0; n < TILE; n += UNROLL, tile += UNROLL * STRIDE<T>) {
+            Lanes sums[UNROLL][M] = {};
+            for (int k = 0; k < columns; k += sizeof(Lanes) / sizeof(T))
+#pragma GCC unroll 4
+                for (int i = 0; i < UNROLL; i++)
+#pragma GCC unroll 4
+                    for (int j = 0; j < M; j++)
+                        sums[i][j] = multiply_add(sums[i][j], tile + i * STRIDE<T> + k,
+                                                  x + j * padded + k);
+            for (int i = 0; i < UNROLL; i++)
+                for (int j = 0; j < M; j++) c[n + i][m + j] += total(sums[i][j]);
+        }
+    }
+
+    static void release() {}
+};
+
+#if defined(__AMX_BF16__)
+// The matrix unit multiplies 16 rows of 32 columns at once. Its right operand holds
+// pairs of columns of x: out[k / 2][m] = (x[m][k], x[m][k + 1]).
+template <>
+struct Product<Bf16> {
+    static void stage(Bf16* out, const Rows& x, const int32_t* rows, int count,
+                      int columns, int padded) {
+        std::memset(out, 0, count * padded * sizeof *out);
+        for (int m = 0; m < count; m++) {
+            auto row = reinterpret_cast<const Bf16*>(x.at(rows[m]));
+            for (int k = 0; k < columns - 1; k += 2)
+                std::memcpy(out + k * count + 2 * m, row + k, 4);
+            if (columns % 2) out[(columns - 1) * count + 2 * m] = row[columns - 1];
+        }
+    }
+
+    // Sums of even and of odd steps, because one waits 52 cycles for the one before.
+    static void multiply(Floats* c, const Bf16* tile, const Bf16* x, int count, int,
+                         int k, int columns) {
+        configure(count);
+        Floats even[TILE] = {}, odd[TILE] = {};
+        asm volatile("" : : : "memory");  // GCC's tile loads do not say what they read
+        _tile_zero(0);
+        _tile_zero(1);
+        for (x += k * count; columns > 0; columns -= 64, tile += 64, x += 64 * count) {
+            _tile_loadd(2, tile, STRIDE<Bf16> * 2);
+            _tile_loadd(4, x, count * 4);
+            _tile_dpbf16ps(0, 2, 4);
+            _tile_loadd(3, tile + 32, STRIDE<Bf16> * 2);
+            _tile_loadd(5, x + 32 * count, count * 4);
+            _tile_dpbf16ps(1, 3, 5);
+        }
+        _tile_stored(0, even, sizeof *c);
+        _tile_stored(1, odd, sizeof *c);
+        for (int n = 0; n < TILE; n++) c[n] += even[n] + odd[n];
+    }
+
+    // Setting the shapes takes as long as ten products, so keep them.
+    static void configure(int count) {
+        if (count == configured) return;
+        configured = count;
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16};
+        } config;
+        for (int tile : {0, 1, 4, 5}) config.row_bytes[tile] = 4 * count;
+        for (int tile : {2, 3}) config.row_bytes[tile] = 64;
+        asm volatile("" : : "r"(&config) : "memory");
+        _tile_loadconfig(&config);
+    }
+
+    static void release() {
+        configured = 0;
+        _tile_release();
+    }
+
+    static thread_local int configured;
+};
+thread_local int Product<Bf16>::configured = 0;
+#endif
+
+}  // namespace
