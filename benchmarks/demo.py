@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole road on a real model: fine-tune, convert, serve, compare.
+
+One server serves a base and three full fine-tunes of it, these as deltas. Every model
+is asked every task. All files are in .cache/demo; delete it to start afresh.
+"""
+
+import json
+import os
+import platform
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+
+# Threads that wait spinning for long are ten times slower on a busy machine.
+os.environ["GOMP_SPINCOUNT"] = "1000"
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+
+from finetune import exact_match
+from openai import OpenAI
+from smollm import BASE_NAME, fetch_base
+from tasks import MAX_ANSWER_TOKENS, TASKS
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+CACHE = HERE.parent / ".cache" / "demo"
+LOG = CACHE / "server.log"
+RATIO = "0.125"
+QUESTIONS = 20  # per task
+START_TIMEOUT_S = 300
+MAX_BASE_SCORE = 0.20  # a base that scores more knows the task already
+MAX_LOSS = 0.10  # of exact match, from a fine-tune to its delta
+DQRELO = ["-m", "dqrelo_tools.cli"]
+ADVICE = """
+On a model of your own:
+  dqrelo convert --base BASE --model FINE_TUNE --output DELTA
+  dqrelo serve BASE --delta my-model=DELTA
+  curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d \\
+    '{"model": "my-model", "messages": [{"role": "user", "content": "Hello"}]}'"""
+
+_seconds: dict[str, float] = {}
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Announce a stage and keep its time."""
+    print(f"\n== {name}", file=sys.stderr)
+    start = time.perf_counter()
+    yield
+    _seconds[name] = round(time.perf_counter() - start, 1)
+
+
+def make(folder: Path, *command: str | Path) -> Path:
+    """Run the Python program that writes ``folder``, unless it is there already."""
+    if not folder.exists():
+        command = (sys.executable, *command, "--output", folder)
+        if subprocess.run(command, stdout=sys.stderr).returncode:
+            raise SystemExit(f"{folder} could not be made; the reason is above.")
+    return folder
+
+
+@contextmanager
+def server(base: Path, deltas: dict[str, Path]) -> Iterator[str]:
+    """One server for the base and all deltas; yields its address, ends it at exit."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    argv = [sys.executable, *DQRELO, "serve", base, "--served-model-name=base"]
+    argv += [f"--delta={name}={delta}" for name, delta in deltas.items()]
+    argv += ["--host=127.0.0.1", f"--port={port}", "--dtype=bfloat16"]
+    argv += ["--max-model-len=512", "--enforce-eager"]
+    with LOG.open("w") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
+    try:
+        with stage("start the server"):
+            wait_for(process, f"{address}/health")
+        yield address
+    finally:
+        for number, patience_s in ((signal.SIGTERM, 30), (signal.SIGKILL, None)):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(patience_s)
+
+
+def wait_for(process: subprocess.Popen[bytes], health: str) -> None:
+    """Return when the server is healthy; when it fails, exit with its last words."""
+    for _ in tqdm(range(START_TIMEOUT_S), "wait", bar_format="{desc} {elapsed}"):
+        if process.poll() is not None:
+            break
+        with suppress(OSError), urllib.request.urlopen(health, timeout=5):
+            return
+        time.sleep(1)
+    tail = "\n".join(LOG.read_text().splitlines()[-30:])
+    raise SystemExit(f"{tail}\n\nThe server did not start; its whole log is {LOG}.")
+
+
+def ask(address: str, models: list[str]) -> dict[str, dict[str, float]]:
+    """Exact match of every model on every task, with the requests mixed."""
+    client = OpenAI(base_url=f"{address}/v1", api_key="none")
+
+    def is_right(question: tuple[str, str, str, str]) -> bool:
+        model, _, prompt, answer = question
+        messages = [{"role": "user", "content": prompt}]
+        reply = client.chat.completions.create(
+            model=model, messages=messages, temperature=0, max_tokens=MAX_ANSWER_TOKENS
+        )
+        return reply.choices[0].message.content == answer
+
+    examples = [(t.name, *e) for t in TASKS.values() for e in t.test(QUESTIONS)]
+    questions = [(model, *example) for example in examples for model in models]
+    right: Counter[tuple[str, str]] = Counter()
+    with ThreadPoolExecutor(48) as pool:
+        results = tqdm(pool.map(is_right, questions), "ask", len(questions))
+        for (model, task, *_), result in zip(questions, results, strict=True):
+            right[model, task] += result
+    return {m: {t: right[m, t] / QUESTIONS for t in TASKS} for m in models}
+
+
+def line(first: str, *others: str) -> str:
+    """One line of a table."""
+    return f"{first:<24}" + "".join(f"{other:>10}" for other in others)
+
+
+def weight_mb(folder: Path) -> float:
+    """Megabytes of a folder's weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
+
+
+def machine() -> dict[str, str | int]:
+    """What the numbers were measured on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    cpus = re.findall(r"model name\s*: (.*)", text) or [platform.machine()]
+    versions = {name: version(name) for name in ("torch", "transformers", "vllm")}
+    failed, commit = subprocess.getstatusoutput(f"git -C '{HERE}' rev-parse HEAD")
+    machine = {"cpu": cpus[0], "cores": os.cpu_count()}
+    return machine | versions | {"commit": None if failed else commit}
+
+
+def main() -> None:
+    """Run every stage, print and keep the results, and judge them."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server ends too
+    with stage("fetch the base"):
+        base = fetch_base(CACHE / "base")
+    models, deltas, uncompressed = {}, {}, {}
+    for name, task in TASKS.items():
+        with stage(f"fine-tune {name}"):
+            command = [HERE / "finetune.py", "--base", base, "--task", name]
+            models[name] = make(CACHE / "finetunes" / name, *command)
+        with stage(f"ask {name}, uncompressed"):
+            uncompressed[name] = exact_match(models[name], task, QUESTIONS)
+        with stage(f"convert {name}"):
+            command = [*DQRELO, "convert", "--base", base, "--model", models[name]]
+            deltas[name] = make(CACHE / "deltas" / name, *command, "--ratio", RATIO)
+    with server(base, deltas) as address, stage("ask the server"):
+        scores = ask(address, ["base", *deltas])
+
+    megabytes = {n: (weight_mb(models[n]), weight_mb(deltas[n])) for n in TASKS}
+    print(f"\nExact match on {QUESTIONS} held-out prompts per task. Base: {BASE_NAME}")
+    print("fine-tune: the uncompressed fine-tune in transformers, on its own task\n")
+    print(line("model", *TASKS, "fine-tune", "MB", "delta MB", "ratio"))
+    for name, score in scores.items():
+        cells = [f"{share:.0%}" for share in score.values()]
+        if name in TASKS:
+            whole, delta = megabytes[name]
+            cells += [f"{uncompressed[name]:.0%}", f"{whole:.1f}"]
+            cells += [f"{delta:.1f}", f"{delta / whole:.3f}"]
+        print(line(name, *cells))
+    print("\n" + line("stage", "seconds"))
+    print(*(line(name, f"{s:.1f}") for name, s in _seconds.items()), ADVICE, sep="\n")
+    results = {
+        "base": BASE_NAME,
+        "questions_per_task": QUESTIONS,
+        "exact_match": scores,
+        "exact_match_uncompressed": uncompressed,
+        "megabytes_of_fine_tune_and_delta": megabytes,
+        "seconds": _seconds,
+        "machine": machine(),
+    }
+    (CACHE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    for name, expected in uncompressed.items():
+        known, kept = scores["base"][name], scores[name][name]
+        if known > MAX_BASE_SCORE:
+            raise SystemExit(f"The base solves {known:.0%} of {name} by itself.")
+        if kept < expected - MAX_LOSS:
+            raise SystemExit(f"The delta {name} does not do what its fine-tune does.")
+
+
+if __name__ == "__main__":
+    main()
