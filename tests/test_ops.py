@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from dqrelo_kernels import cpu
 from dqrelo_kernels import ops as _  # noqa: F401
 from dqrelo_kernels.layout import pack_signs
 from dqrelo_kernels.rows import RowGroups
@@ -19,6 +20,17 @@ POPULARITY = {
     "skewed": [0] * 9 + [2, 1, -1],
     "nothing": [],
 }
+
+
+@pytest.fixture(autouse=True, params=["torch", "native"])
+def path(request, monkeypatch):
+    """Everything here twice: in plain torch, and in native code."""
+    monkeypatch.setenv("DQRELO_NATIVE", str(int(request.param == "native")))
+    cpu.library.cache_clear()
+    if request.param == "native" and cpu.library() is None:
+        pytest.skip("no C++ compiler: there is no native code to test")
+    yield
+    cpu.library.cache_clear()
 
 
 class Arena:
@@ -184,3 +196,62 @@ def test_rebase_moves_offsets_and_nothing_else():
     assert moved[0, Field.SIGNS] == (1 << 33) + 64 and moved[1, Field.BIAS] == 1 << 33
     assert moved[0, Field.RANK] == 5 and moved[0, Field.FACTOR_DTYPE] == 1
     assert (moved == ABSENT).sum() == (entries == ABSENT).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [96, 576])
+def test_a_row_alone_and_in_a_mixed_batch(path, dtype, k):
+    """Bit by bit: neither the other rows nor the number of threads matter."""
+    sizes = [192, 64]
+    arena = Arena(3, sizes, seed=9)
+    for slot in range(3):
+        for index in range(2):
+            arena.matrix(slot, index, k, 9 + slot)
+    x = torch.randn(300, k, generator=arena.generator).to(dtype)
+    y = torch.randn(300, 256, generator=arena.generator).to(dtype)
+    slot_of_row = [i % 4 - 1 for i in range(300)]
+
+    def run(rows, threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        out, groups = y[rows].clone(), RowGroups(512, 3, "cpu")
+        groups.set(np.array([slot_of_row[i] for i in rows], dtype=np.int32))
+        torch.ops.dqrelo.delta_linear_(
+            out,
+            torch.full((512, 64), torch.nan),
+            x[rows].contiguous(),
+            arena.data,
+            arena.table,
+            torch.tensor([0, 192, 256], dtype=torch.int32),
+            groups.rows,
+            groups.slots,
+            groups.starts,
+            groups.num_active,
+        )
+        torch.set_num_threads(before)
+        return out
+
+    whole = run(list(range(300)), 2)
+    assert torch.equal(whole, run(list(range(300)), 1))
+    if cpu.library() is None:
+        return  # torch's own products depend on the shape
+    for rows in ([5], [0, 1, 2, 3], list(range(100, 140)), [299, 7]):
+        assert torch.equal(run(rows, 2), whole[rows]), rows
+
+
+def test_activations_that_native_code_cannot_read():
+    if cpu.library() is None:
+        pytest.skip("torch reads them")
+    with pytest.raises(TypeError, match="side by side"):
+        cpu.native(torch.zeros(4, 4).T)
+    with pytest.raises(TypeError, match="float64"):
+        cpu.native(torch.zeros(4, dtype=torch.float64))
+
+
+def test_without_a_compiler_one_warning_and_plain_torch(path, monkeypatch, caplog):
+    monkeypatch.setenv("DQRELO_NATIVE", "1")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    cpu.library.cache_clear()
+    assert cpu.library() is None and cpu.library() is None
+    (record,) = caplog.records
+    assert "install g++ or set CXX" in record.getMessage()
