@@ -23,7 +23,7 @@ EXAMPLES_PER_STEP = 16  # about a thousand tokens
 
 
 def finetune(
-    base: Path, task: Task, output: Path, steps: int = 24, lr: float = 2e-4
+    base: Path, task: Task, output: Path, steps: int = 30, lr: float = 2e-4
 ) -> Path:
     """Return ``output``, a bf16 full fine-tune of ``base``; make it if it is absent.
 

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the deltas of one step cost on this CPU, on the shapes of SmolLM2-135M.
+
+    python benchmarks/benchmark_cpu.py [--output results.csv]
+
+Every op of a forward pass, through torch.ops as the server calls it, bfloat16, ratio
+1/8: in native code, in plain torch, and beside them the time of copying the bytes that
+the step reads. The best of several runs; the ratios of one run are what counts.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dqrelo_kernels import cpu, ops  # noqa: F401
+from dqrelo_kernels.layout import words_per_row
+from dqrelo_kernels.rows import RowGroups
+from dqrelo_kernels.table import ALIGNMENT, FACTOR_DTYPES, Field, empty_table
+from dqrelo_tools.compress import rank_of
+
+LAYERS, HIDDEN, VOCAB = 30, 576, 49152
+LINEARS = [  # K, and N of each slice
+    (HIDDEN, (576, 192, 192)),
+    (HIDDEN, (HIDDEN,)),
+    (HIDDEN, (1536, 1536)),
+    (1536, (HIDDEN,)),
+]
+RATIO, RANKS = 0.125, 256
+# rows of each delta in the step: decode over 1, 2, 4 and 8 deltas, and a prompt
+STEPS = [[8], [4, 4], [2] * 4, [1] * 8, [256]]
+
+
+class Deltas:
+    """Random deltas in one arena, with the tables of all sites."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots, self.size = slots, 0
+        shapes = [*LINEARS] * LAYERS + [(HIDDEN, (VOCAB,))]
+        self.linears = [(k, ends, self._matrices(k, ends)) for k, ends in shapes]
+        self.norms = [self._weights() for _ in range(2 * LAYERS + 1)]
+        self.arena = torch.randint(0, 8, (self.size,), dtype=torch.uint8)
+
+    def _take(self, size: int) -> int:
+        offset = self.size
+        self.size += -(-size // ALIGNMENT) * ALIGNMENT
+        return offset
+
+    def _matrices(self, k: int, sizes: tuple[int, ...]) -> torch.Tensor:
+        table = empty_table(self.slots, len(sizes), "cpu")
+        for slot in range(self.slots):
+            for j, n in enumerate(sizes):
+                rank, row = rank_of(n, k, RATIO), table[slot, j]
+                row[Field.SIGNS] = self._take(2 * n * words_per_row(k))
+                row[Field.SCALE] = self._take(4)
+                row[Field.LORA_A] = self._take(2 * rank * k)
+                row[Field.LORA_B] = self._take(2 * rank * n)
+                row[Field.RANK] = rank
+                row[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(torch.bfloat16)
+        return table
+
+    def _weights(self) -> torch.Tensor:
+        table = empty_table(self.slots, 1, "cpu")
+        for slot in range(self.slots):
+            table[slot, 0, Field.WEIGHT] = self._take(4 * HIDDEN)
+        return table
+
+    def step(self, rows: list[int]) -> Callable[[], None]:
+        """One forward pass of which ``rows[slot]`` rows belong to each slot."""
+        m = sum(rows)
+        groups = RowGroups(m, self.slots, "cpu")
+        groups.set(np.repeat(np.arange(len(rows)), rows).astype(np.int32))
+        scratch = torch.empty(m, RANKS)
+        calls = []
+        for k, sizes, table in self.linears:
+            x = torch.randn(m, k).bfloat16()
+            y = torch.zeros(m, sum(sizes), dtype=torch.bfloat16)
+            ends = torch.tensor((0, *sizes)).cumsum(0).int()
+            calls.append((y, scratch, x, self.arena, table, ends))
+        x = torch.randn(m, HIDDEN).bfloat16()
+        ids = torch.randint(0, VOCAB, (m,))
+        vocab = torch.tensor([0, VOCAB], dtype=torch.int32)
+        by_row = (groups.rows, groups.slots, groups.num_active)
+
+        def run() -> None:
+            torch.ops.dqrelo.delta_embedding_(
+                x.clone(), ids, self.arena, self.linears[-1][2], vocab, *by_row
+            )
+            for table in self.norms:
+                torch.ops.dqrelo.delta_norm_(
+                    torch.empty_like(x), x, self.arena, table, *by_row, 1e-5
+                )
+            for call in calls:
+                torch.ops.dqrelo.delta_linear_(
+                    *call, groups.rows, groups.slots, groups.starts, groups.num_active
+                )
+
+        return run
+
+
+def best_ms(run: Callable[[], None], seconds: float) -> float:
+    """The shortest of the runs that fit into ``seconds``, after one to warm up."""
+    run()
+    times, end = [], time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return 1000 * min(times)
+
+
+def main() -> None:
+    """Print the table, and write it with the machine and the versions."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, help="a CSV file to write as well")
+    output = parser.parse_args().output
+    deltas = Deltas(slots=8)
+    about = {
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    rows = []
+    print(f"{'rows of each delta':<22}{'native':>9}{'torch':>9}{'copy':>9}  ms a step")
+    for step in STEPS:
+        found = {}
+        for name, native in (("native_ms", "1"), ("torch_ms", "0")):
+            os.environ["DQRELO_NATIVE"] = native
+            cpu.library.cache_clear()
+            found[name] = best_ms(deltas.step(step), 3)
+        source = deltas.arena[: deltas.size // deltas.slots * len(step)]
+        target = torch.empty_like(source)
+        found["copy_ms"] = best_ms(lambda t=target, s=source: t.copy_(s), 1)
+        label = "+".join(map(str, step))
+        rows.append({"rows": label, **{k: round(v, 2) for k, v in found.items()}})
+        print(f"{label:<22}" + "".join(f"{v:>9.1f}" for v in found.values()))
+        sys.stdout.flush()
+    if output:
+        with output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], *about])
+            writer.writeheader()
+            writer.writerows({**row, **about} for row in rows)
+
+
+if __name__ == "__main__":
+    main()
