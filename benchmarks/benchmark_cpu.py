@@ -46,7 +46,8 @@ class Deltas:
         shapes = [*LINEARS] * LAYERS + [(HIDDEN, (VOCAB,))]
         self.linears = [(k, ends, self._matrices(k, ends)) for k, ends in shapes]
         self.norms = [self._weights() for _ in range(2 * LAYERS + 1)]
-        self.arena = torch.randint(0, 8, (self.size,), dtype=torch.uint8)
+        # Ordinary numbers everywhere: denormal ones would take longer.
+        self.arena = torch.randn(self.size // 2).bfloat16().view(torch.uint8)
 
     def _take(self, size: int) -> int:
         offset = self.size
