@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the deltas of one step cost on this CPU, on the shapes of SmolLM2-135M.
 
-    python benchmarks/benchmark_cpu.py [--output results.csv]
+    python benchmarks/benchmark_cpu.py [--method dqrelo-paper] [--output results.csv]
 
 Every op of a forward pass, through torch.ops as the server calls it, bfloat16, ratio
 1/8: in native code, in plain torch, and beside them the time of copying the bytes that
@@ -24,7 +24,7 @@ from dqrelo_kernels import cpu, ops  # noqa: F401
 from dqrelo_kernels.layout import words_per_row
 from dqrelo_kernels.rows import RowGroups
 from dqrelo_kernels.table import ALIGNMENT, FACTOR_DTYPES, Field, empty_table
-from dqrelo_tools.compress import rank_of
+from dqrelo_tools.compress import METHODS
 
 LAYERS, HIDDEN, VOCAB = 30, 576, 49152
 LINEARS = [  # K, and N of each slice
@@ -33,7 +33,7 @@ LINEARS = [  # K, and N of each slice
     (HIDDEN, (1536, 1536)),
     (1536, (HIDDEN,)),
 ]
-RATIO, RANKS = 0.125, 256
+RATIO, RANKS = 0.125, 1024
 # rows of each delta in the step: decode over 1, 2, 4 and 8 deltas, and a prompt
 STEPS = [[8], [4, 4], [2] * 4, [1] * 8, [256]]
 
@@ -41,8 +41,8 @@ STEPS = [[8], [4, 4], [2] * 4, [1] * 8, [256]]
 class Deltas:
     """Random deltas in one arena, with the tables of all sites."""
 
-    def __init__(self, slots: int) -> None:
-        self.slots, self.size = slots, 0
+    def __init__(self, slots: int, method: str) -> None:
+        self.slots, self.size, self.method = slots, 0, METHODS[method]
         shapes = [*LINEARS] * LAYERS + [(HIDDEN, (VOCAB,))]
         self.linears = [(k, ends, self._matrices(k, ends)) for k, ends in shapes]
         self.norms = [self._weights() for _ in range(2 * LAYERS + 1)]
@@ -58,13 +58,18 @@ class Deltas:
         table = empty_table(self.slots, len(sizes), "cpu")
         for slot in range(self.slots):
             for j, n in enumerate(sizes):
-                rank, row = rank_of(n, k, RATIO), table[slot, j]
+                size, row = (
+                    self.method.size(n, k, RATIO, torch.bfloat16),
+                    table[slot, j],
+                )
                 row[Field.SIGNS] = self._take(2 * n * words_per_row(k))
-                row[Field.SCALE] = self._take(4)
-                row[Field.LORA_A] = self._take(2 * rank * k)
-                row[Field.LORA_B] = self._take(2 * rank * n)
-                row[Field.RANK] = rank
-                row[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(torch.bfloat16)
+                row[Field.SCALE] = self._take(4 * n)
+                row[Field.PLANES], row[Field.RANK] = size.planes, size.rank
+                row[Field.LORA_A] = self._take(2 * size.rank * k)
+                row[Field.LORA_B] = self._take(2 * size.rank * n)
+                row[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(size.dtype)
+                if not size.dtype.is_floating_point:
+                    row[Field.LORA_SCALE] = self._take(4 * size.rank)
         return table
 
     def _weights(self) -> torch.Tensor:
@@ -121,9 +126,11 @@ def main() -> None:
     """Print the table, and write it with the machine and the versions."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="a CSV file to write as well")
-    output = parser.parse_args().output
-    deltas = Deltas(slots=8)
+    parser.add_argument("--method", choices=METHODS, default="dqrelo")
+    args = parser.parse_args()
+    deltas = Deltas(8, args.method)
     about = {
+        "method": args.method,
         "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -144,8 +151,8 @@ def main() -> None:
         rows.append({"rows": label, **{k: round(v, 2) for k, v in found.items()}})
         print(f"{label:<22}" + "".join(f"{v:>9.1f}" for v in found.values()))
         sys.stdout.flush()
-    if output:
-        with output.open("w", newline="") as file:
+    if args.output:
+        with args.output.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*rows[0], *about])
             writer.writeheader()
             writer.writerows({**row, **about} for row in rows)

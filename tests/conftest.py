@@ -9,9 +9,11 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -105,16 +107,67 @@ def family(tmp_path_factory: pytest.TempPathFactory):
             root = tmp_path_factory.mktemp(kind)
             base = save_model(kind, root / "base", seed=1)
             models, deltas, merged = [], [], []
-            for i, ratio in enumerate((0.125, 0.25, 0.0625)):
+            kinds = ((0.125, "dqrelo"), (0.25, "dqrelo"), (0.0625, "dqrelo-paper"))
+            for i, (ratio, method) in enumerate(kinds):
                 models.append(save_model(kind, root / f"model-{i}", seed=2 + i))
                 deltas.append(root / f"delta-{i}")
                 merged.append(root / f"merged-{i}")
-                convert(str(base), str(models[i]), deltas[i], ratio)
+                convert(str(base), str(models[i]), deltas[i], ratio, method=method)
                 export(str(base), deltas[i], merged[i])
             made[kind] = Family(base, models, deltas, merged)
         return made[kind]
 
     return get
+
+
+@pytest.fixture(scope="session", name="decode")
+def decode_fixture():
+    """The function ``decode``."""
+    return decode
+
+
+def decode(tensors: Mapping[str, torch.Tensor], name: str) -> np.ndarray:
+    """What a stored matrix means, float64 [N, K], as docs/format.md words it."""
+    stored = {
+        key.removeprefix(name): tensor.cpu()
+        for key, tensor in tensors.items()
+        if key.startswith(name + "_")
+    }
+    n, k = stored["_shape"].tolist()
+    out = np.zeros((n, k))
+    if "_packed" in stored:
+        words = stored["_packed"].numpy().view(np.uint16)
+        word, bit = places(k, block=256, parts=16)
+        signs = np.where(words[:, :, word] >> bit & 1, 1.0, -1.0)
+        out += (stored["_scale"].double().numpy()[:, :, None] * signs).sum(axis=0)
+    if "_lora_A" in stored:
+        rank = len(stored["_lora_A"])
+        a, b = (
+            nibbles(stored[key].numpy(), columns)
+            if stored[key].dtype == torch.uint8
+            else stored[key].double().numpy()
+            for key, columns in (("_lora_A", k), ("_lora_B", rank))
+        )
+        scale = stored.get("_lora_scale", torch.ones(rank)).double().numpy()
+        out += b @ (scale[:, None] * a)
+    return out
+
+
+def nibbles(stored: np.ndarray, columns: int) -> np.ndarray:
+    """Integers of four bits, two a byte."""
+    byte, part = places(columns, block=64, parts=2)
+    return (stored[:, byte] >> (4 * part) & 15).astype(np.float64) - 8
+
+
+def places(columns: int, block: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """The word of each column and its place in the word."""
+    words, places_ = [], []
+    for column in range(columns):
+        first = column // block * block
+        width = -(-min(block, columns - first) // parts)
+        words.append(first // parts + (column - first) % width)
+        places_.append((column - first) // width)
+    return np.array(words), np.array(places_)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,20 @@ import numpy as np
 import pytest
 import torch
 
-from dqrelo_tools.compress import compress, rank_of, truncated_svd
+from dqrelo_kernels.layout import pack_int4, unpack_int4
+from dqrelo_tools.compress import (
+    METHODS,
+    PAPER,
+    Factors,
+    Method,
+    Planes,
+    Size,
+    compress,
+    four_levels,
+    rank_of,
+    truncated_svd,
+)
+from vllm_dqrelo.format.tensors import INT4
 
 SHAPES = [(48, 80), (80, 48), (33, 33), (1, 40), (40, 1)]
 
@@ -26,7 +39,7 @@ def test_compress_is_the_paper(shape, ratio):
     delta = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 2e-3
     delta[0, 0] = 0.0  # sign(0) is -1
     expected = paper(delta.double().numpy(), ratio)
-    got = compress(delta, ratio, torch.float16)
+    got = compress(delta, PAPER.size(*shape, ratio, torch.float16), PAPER)
     # Each factor element is rounded to 11 bits; sum |b||a| over the rank bounds it.
     rounding = got.lora_b.double().abs() @ got.lora_a.double().abs() * 2**-10
     bound = rounding + 4 * torch.finfo(torch.float32).eps * delta.abs().max()
@@ -57,5 +70,93 @@ def test_a_matrix_of_rank_one_and_a_change_of_one_element():
     assert torch.allclose(b @ a, outer.double(), atol=1e-9)
     delta = torch.zeros(32, 32)
     delta[3, 4] = 1.0
-    got = compress(delta, 1 / 8, torch.bfloat16)
+    got = compress(delta, PAPER.size(32, 32, 1 / 8, torch.bfloat16), PAPER)
     assert got.scale.item() == pytest.approx(1 / 1024) and got.dense().isfinite().all()
+
+
+def change(n: int, k: int, seed: int = 0) -> torch.Tensor:
+    """Noise of rows of different sizes, and something of low rank."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(n, k, generator=generator)
+    noise *= torch.rand(n, 1, generator=generator) + 0.5
+    low = torch.randn(n, 3, generator=generator) @ torch.randn(
+        3, k, generator=generator
+    )
+    return 1e-3 * (noise + low)
+
+
+def error_of(delta: torch.Tensor, method: Method, ratio: float) -> float:
+    size = method.size(*delta.shape, ratio, torch.bfloat16)
+    got = compress(delta, size, method)
+    missed = delta.double() - got.dense().double()
+    assert sum(t.nbytes for t in got.tensors("P").values()) == size.bytes(*delta.shape)
+    return float(missed.square().sum() / delta.double().square().sum())
+
+
+@pytest.mark.parametrize("ratio", [1 / 16, 3 / 32, 1 / 8, 1 / 4])
+def test_better_than_the_paper_in_no_more_bytes(ratio):
+    delta = change(300, 200)
+    ours, paper = (METHODS[m].size(300, 200, ratio, torch.bfloat16) for m in METHODS)
+    assert ours.bytes(300, 200) <= paper.bytes(300, 200)
+    errors = [error_of(delta, METHODS[m], ratio) for m in METHODS]
+    assert errors[0] < 0.75 * errors[1]
+
+
+def test_more_sweeps_are_never_worse():
+    delta = change(90, 130)
+    for first in (True, False):
+        errors = [
+            error_of(delta, Method(low_rank_first=first, sweeps=sweeps), 1 / 8)
+            for sweeps in range(5)
+        ]
+        assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0]
+
+
+def test_more_bytes_are_never_worse():
+    delta = change(128, 96)
+    errors = [error_of(delta, Method(planes=1), r / 32) for r in (3, 4, 5, 6, 8)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_two_planes_are_lloyds_quantiser():
+    matrix = change(5, 400)
+    planes = Planes.of(matrix, Size(2, 0, INT4)).dense()
+    for row, got in zip(matrix, planes, strict=True):
+        low, high, _ = (v[0] for v in four_levels(row.abs()[None]))
+        nearest = torch.where(
+            (row.abs() - low).abs() < (row.abs() - high).abs(), low, high
+        )
+        assert torch.allclose(got, torch.where(row > 0, nearest, -nearest), atol=1e-9)
+    # A Gaussian's best four levels leave 0.1175 of its variance.
+    gauss = torch.randn(4, 20000, generator=torch.Generator().manual_seed(1))
+    left = (gauss - Planes.of(gauss, Size(2, 0, INT4)).dense()).square().mean()
+    assert left == pytest.approx(0.1175, rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", [INT4, torch.int8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_integer_factors(shape, dtype):
+    """They lose what rounding a Gaussian to so many bits loses, twice, or less."""
+    matrix = change(*shape)
+    rank = min(shape)
+    part = Factors.of(matrix, rank, dtype)
+    largest = 7 if dtype == INT4 else 127
+    assert part.a.dtype == torch.int8 and part.a.abs().max() <= largest
+    assert part.b.abs().max() <= largest
+    left = (matrix - part.dense()).square().sum() / matrix.square().sum()
+    assert left < (0.03 if dtype == INT4 else 2e-4)
+
+
+def test_a_matrix_of_zeros_and_more_rank_than_there_is():
+    for dtype in (INT4, torch.int8, torch.bfloat16):
+        assert not Factors.of(torch.zeros(8, 6), 4, dtype).dense().any()
+        outer = torch.outer(torch.arange(1.0, 9), torch.arange(1.0, 5))
+        got = Factors.of(outer, 4, dtype).dense()
+        assert (got - outer).square().sum() < 0.01 * outer.square().sum()
+
+
+def test_int4_golden_bytes():
+    values = torch.tensor([[-8, 7, 0, 1, -1]], dtype=torch.int8)
+    packed = pack_int4(values)  # a block of 5 columns is 3 bytes; spare bits clear
+    assert packed.tolist() == [[0x90, 0x7F, 0x08]]
+    assert torch.equal(unpack_int4(packed, 5), values)

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dqrelo_kernels.layout import words_per_row
 from dqrelo_tools import cli
 from vllm_dqrelo.format.checkpoint import Checkpoint
 from vllm_dqrelo.format.delta import Delta
@@ -35,27 +34,20 @@ def edit(folder, change) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama", "qwen2", "qwen3"])
-def test_export_is_base_plus_the_formula(family, kind):
+def test_export_is_base_plus_the_formula(family, kind, decode):
     made = family(kind)
     for model, delta, merged in zip(made.models, made.deltas, made.merged, strict=True):
         before = load_file(made.base / "model.safetensors")
         after = load_file(model / "model.safetensors")
         got = load_file(merged / "model.safetensors")
-        opened = Delta(delta)
+        stored = load_file(delta / "delta_model.safetensors")
         assert set(got) == set(before)
         for name, tensor in got.items():
             if tensor.ndim == 1:
                 assert torch.equal(tensor, after[name])
                 continue
-            n, k = tensor.shape
-            change = after[name].double() - before[name].double()
-            matrix = opened.matrix(name)
-            low_rank = matrix.lora_b.double() @ matrix.lora_a.double()
-            signs = torch.where(change > 0, 1.0, -1.0).double()
-            expected = before[name].double() + change.abs().mean() * signs + low_rank
+            expected = before[name].double() + torch.tensor(decode(stored, name))
             assert (tensor - expected).abs().max() < 1e-6
-            rank = -(-n * k * (opened.config.ratio - 1 / 16) // (n + k))
-            assert matrix.rank == rank
         AutoModelForCausalLM.from_pretrained(merged)
 
 
@@ -81,20 +73,23 @@ def test_a_parameter_that_did_not_change_costs_nothing(models, tmp_path, capsys)
     assert "2 parameters unchanged" in capsys.readouterr().out
 
 
-def test_bytes_of_a_delta(family):
-    """Signs, scale, shape and factors, and the vectors: nothing else but the header."""
+@pytest.mark.parametrize(("ratio", "index"), [(0.125, 0), (0.25, 1)])
+def test_a_delta_takes_its_ratio_and_no_more(family, ratio, index):
+    """All of it counts: signs, scales, shapes, factors; and nearly all is used."""
     made = family("llama")
-    path = made.deltas[0] / "delta_model.safetensors"
-    expected = 0
+    stored = load_file(made.deltas[index] / "delta_model.safetensors")
+    size, header = (0, 0), 0
+    path = made.deltas[index] / "delta_model.safetensors"
     for name, tensor in load_file(made.base / "model.safetensors").items():
-        if tensor.ndim == 1:
-            expected += 4 * tensor.numel()
-        else:
-            n, k = tensor.shape
-            rank = Delta(made.deltas[0]).matrix(name).rank
-            expected += 2 * n * words_per_row(k) + 4 + 16 + 2 * rank * (n + k)
+        own = {k: v for k, v in stored.items() if k == name or k.startswith(name + "_")}
+        taken = sum(v.nbytes for v in own.values())
+        if tensor.ndim == 2:
+            budget = ratio * 2 * tensor.numel()
+            pair = tensor.shape[0] + tensor.shape[1] + 8
+            assert budget - pair < taken <= budget
+        size = (size[0] + taken, size[1] + 1)
     header = int.from_bytes(path.read_bytes()[:8], "little") + 8
-    assert path.stat().st_size == expected + header
+    assert path.stat().st_size == size[0] + header
 
 
 def test_sharded_and_bfloat16_checkpoints(tmp_path, save_model):
@@ -268,9 +263,14 @@ def test_nothing_changed(models, tmp_path, capsys):
     refused(tmp_path, capsys, "has the weights of", base, base)
 
 
-@pytest.mark.parametrize("ratio", ["0.06", "1.01", "nan", "-1"])
+@pytest.mark.parametrize("ratio", ["0", "1.01", "nan", "-1"])
 def test_ratio_out_of_range(models, tmp_path, capsys, ratio):
     refused(tmp_path, capsys, "out of range", *models, "--ratio", ratio)
+
+
+def test_ratio_too_small_for_signs(models, tmp_path, capsys):
+    paper = ["--ratio", "0.06", "--method", "dqrelo-paper"]
+    refused(tmp_path, capsys, "the signs alone take 0.0625", *models, *paper)
 
 
 def test_output_not_empty(models, tmp_path, capsys):

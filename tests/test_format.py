@@ -12,15 +12,20 @@ from vllm_dqrelo.format.delta import Delta, digest, write_delta
 from vllm_dqrelo.format.errors import DqreloError
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
+OTHER = "model.layers.0.mlp.up_proj.weight"
 
 
 def golden_tensors() -> dict[str, torch.Tensor]:
     return {
-        f"{NAME}_packed": torch.tensor([[5], [-32768]], dtype=torch.int16),
-        f"{NAME}_scale": torch.tensor([0.5]),
+        f"{NAME}_packed": torch.tensor([[[5], [-32768]]], dtype=torch.int16),
+        f"{NAME}_scale": torch.tensor([[0.5, 0.25]]),
         f"{NAME}_shape": torch.tensor([2, 16]),
         f"{NAME}_lora_A": torch.arange(16).reshape(1, 16).to(torch.bfloat16),
         f"{NAME}_lora_B": torch.tensor([[1.0], [-2.0]], dtype=torch.bfloat16),
+        f"{OTHER}_shape": torch.tensor([2, 3]),
+        f"{OTHER}_lora_A": torch.tensor([[0x90, 0x0F]], dtype=torch.uint8),
+        f"{OTHER}_lora_B": torch.tensor([[0x09], [0x06]], dtype=torch.uint8),
+        f"{OTHER}_lora_scale": torch.tensor([0.5]),
         "model.norm.weight": torch.tensor([1.0, 2.0], dtype=torch.bfloat16),
     }
 
@@ -41,7 +46,7 @@ def test_golden_config_bytes(folder):
         '  "base_fingerprint": "sha256:00",\n'
         '  "base_model_name_or_path": "base",\n'
         '  "digest": "sha256:'
-        'cbd4b44be0107c23311285cc19e1dfb7cc2759fd61c857f125cd562c2d472521",\n'
+        '1b9ddd5a61e4c3593f18f9bd994e20fc83d7aee90be29366ea419490cbe2846f",\n'
         '  "format_version": 1,\n'
         '  "method": "dqrelo-paper",\n'
         '  "ratio": 0.125\n'
@@ -65,6 +70,10 @@ def test_golden_tensor_bytes(folder):
         f"{NAME}_shape": "I64",
         f"{NAME}_lora_A": "BF16",
         f"{NAME}_lora_B": "BF16",
+        f"{OTHER}_shape": "I64",
+        f"{OTHER}_lora_A": "U8",
+        f"{OTHER}_lora_B": "U8",
+        f"{OTHER}_lora_scale": "F32",
         "model.norm.weight": "BF16",
     }
 
@@ -79,10 +88,14 @@ def test_digest_as_documented(folder):
     }
     hasher = hashlib.sha256(json.dumps(keys, sort_keys=True).encode() + b"\n")
     raw = {
+        f"{OTHER}_lora_A": ["uint8", [1, 2]],
+        f"{OTHER}_lora_B": ["uint8", [2, 1]],
+        f"{OTHER}_lora_scale": ["float32", [1]],
+        f"{OTHER}_shape": ["int64", [2]],
         f"{NAME}_lora_A": ["bfloat16", [1, 16]],
         f"{NAME}_lora_B": ["bfloat16", [2, 1]],
-        f"{NAME}_packed": ["int16", [2, 1]],
-        f"{NAME}_scale": ["float32", [1]],
+        f"{NAME}_packed": ["int16", [1, 2, 1]],
+        f"{NAME}_scale": ["float32", [1, 2]],
         f"{NAME}_shape": ["int64", [2]],
         "model.norm.weight": ["bfloat16", [2]],
     }
@@ -99,7 +112,13 @@ def test_what_the_golden_matrix_means(folder):
     signs[0, [0, 2]] = 1  # word 5: bits 0 and 2
     signs[1, 15] = 1  # word -32768: bit 15
     low_rank = torch.tensor([[1.0], [-2.0]]) * torch.arange(16.0)
-    assert torch.equal(dense, 0.5 * signs + low_rank)
+    assert torch.equal(dense, torch.tensor([[0.5], [0.25]]) * signs + low_rank)
+
+
+def test_what_the_golden_integers_mean(folder):
+    """Bytes 0x90, 0x0f are columns 0 and 2, and 1: -8, 1, 7 (a nibble less 8)."""
+    a, b = torch.tensor([[-8.0, 7.0, 1.0]]), torch.tensor([[1.0], [-2.0]])
+    assert torch.equal(Delta(folder).matrix(OTHER).dense(), b @ (0.5 * a))
 
 
 @pytest.mark.parametrize(
@@ -147,10 +166,31 @@ def _set(key, value):
         ),
         (lambda t: t.pop(f"{NAME}_shape"), "no tensor .*_shape"),
         (lambda t: t.pop(f"{NAME}_lora_A"), "one of _lora_A and _lora_B"),
-        (_set(f"{NAME}_scale", torch.tensor([torch.nan])), "_scale has a NaN"),
-        (_set(f"{NAME}_scale", torch.tensor([1.0, 2.0])), r"expected .* \[1\]"),
-        (_set(f"{NAME}_packed", torch.zeros(2, 2).short()), r"expected .* \[2, 1\]"),
-        (_set(f"{NAME}_packed", torch.zeros(2, 1).int()), "int32"),
+        (_set(f"{NAME}_scale", torch.tensor([[torch.nan]])), "_scale has a NaN"),
+        (_set(f"{NAME}_scale", torch.ones(1, 3)), r"expected .* \[1, 2\] or \[1, 1\]"),
+        (
+            _set(f"{NAME}_packed", torch.zeros(1, 2, 2).short()),
+            r"expected .* \[1, 2, 1\]",
+        ),
+        (_set(f"{NAME}_packed", torch.zeros(2, 1).short()), r"expected .* \[2, 2, 1\]"),
+        (_set(f"{NAME}_packed", torch.zeros(1, 2, 1).int()), "int32"),
+        (_set(f"{NAME}_packed", torch.zeros(()).short()), "_packed is"),
+        (
+            _set(f"{NAME}_lora_A", torch.zeros(0, 16).bfloat16()),
+            r"expected .* \[1, 16\]",
+        ),
+        (_set(f"{NAME}_lora_scale", torch.ones(1)), "_lora_scale belongs to integer"),
+        (lambda t: t.pop(f"{OTHER}_lora_scale"), "_lora_scale belongs to integer"),
+        (_set(f"{OTHER}_lora_scale", torch.ones(2)), r"_lora_scale is .* \[1\]"),
+        (_set(f"{OTHER}_lora_A", torch.zeros(1, 3).byte()), r"expected .* \[1, 2\]"),
+        (
+            _set(f"{OTHER}_lora_A", torch.tensor([[0x90, 0x1F]], dtype=torch.uint8)),
+            "_lora_A has padding bits set",
+        ),
+        (
+            _set(f"{OTHER}_lora_B", torch.tensor([[9], [0x16]], dtype=torch.uint8)),
+            "_lora_B has padding bits set",
+        ),
         (_set(f"{NAME}_shape", torch.tensor([2, 0])), "two positive int64"),
         (_set(f"{NAME}_shape", torch.tensor([2, 15])), "_lora_A is"),
         (_set(f"{NAME}_lora_B", torch.ones(2, 1)), "_lora_B is torch.float32"),
@@ -214,7 +254,7 @@ def test_truncated_file_and_changed_tensor(folder):
 
 def test_all_problems_in_one_message(folder):
     tensors = golden_tensors()
-    tensors[f"{NAME}_scale"] = torch.tensor([torch.nan])
+    tensors[f"{NAME}_scale"] = torch.tensor([[torch.nan]])
     tensors["model.norm.weight"] = torch.tensor([torch.nan])
     write_delta(folder, golden_config(), tensors)
     with pytest.raises(

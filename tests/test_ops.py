@@ -7,9 +7,16 @@ import torch
 
 from dqrelo_kernels import cpu
 from dqrelo_kernels import ops as _  # noqa: F401
-from dqrelo_kernels.layout import pack_signs
+from dqrelo_kernels.layout import pack_int4, pack_signs
 from dqrelo_kernels.rows import RowGroups
-from dqrelo_kernels.table import ABSENT, FACTOR_DTYPES, Field, empty_table, rebase
+from dqrelo_kernels.table import (
+    ABSENT,
+    FACTOR_DTYPES,
+    INT4,
+    Field,
+    empty_table,
+    rebase,
+)
 
 EPS = torch.finfo(torch.float32).eps
 POPULARITY = {
@@ -52,25 +59,37 @@ class Arena:
     def data(self) -> torch.Tensor:
         return torch.cat(self.parts)
 
-    def matrix(self, slot, index, k, rank, dtype=torch.bfloat16, signs=True):
+    def matrix(self, slot, index, k, rank, dtype=torch.bfloat16, planes=1):
         """Put a random matrix there; returns it dense in float64."""
         n = self.sizes[index]
         row = self.table[slot, index]
         dense = torch.zeros(n, k, dtype=torch.float64)
-        if signs:
-            positive = torch.rand(n, k, generator=self.generator) > 0.5
-            scale = torch.rand(1, generator=self.generator)
-            row[Field.SIGNS] = self.put(pack_signs(positive))
-            row[Field.SCALE] = self.put(scale)
-            dense += torch.where(positive, 1.0, -1.0).double() * scale.double()
+        if planes:
+            positive = torch.rand(planes, n, k, generator=self.generator) > 0.5
+            scale = torch.rand(planes, n, 1, generator=self.generator)
+            row[Field.SIGNS] = self.put(torch.stack([pack_signs(p) for p in positive]))
+            row[Field.SCALE], row[Field.PLANES] = self.put(scale), planes
+            dense += (torch.where(positive, 1.0, -1.0) * scale.double()).sum(dim=0)
         if rank:
-            a = torch.randn(rank, k, generator=self.generator).to(dtype)
-            b = torch.randn(n, rank, generator=self.generator).to(dtype)
-            row[Field.RANK], row[Field.LORA_A] = rank, self.put(a)
-            row[Field.LORA_B] = self.put(b)
+            a, b = self.factor(rank, k, dtype), self.factor(n, rank, dtype)
+            row[Field.RANK] = rank
             row[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(dtype)
-            dense += b.double() @ a.double()
+            row[Field.LORA_A] = self.put(pack_int4(a) if dtype == INT4 else a)
+            row[Field.LORA_B] = self.put(pack_int4(b) if dtype == INT4 else b)
+            scale = torch.ones(rank, 1)
+            if not dtype.is_floating_point:
+                largest = 8 if dtype == INT4 else 127
+                scale = torch.rand(rank, 1, generator=self.generator) / largest**2
+                row[Field.LORA_SCALE] = self.put(scale)
+            dense += b.double() @ (scale.double() * a.double())
         return dense
+
+    def factor(self, rows, columns, dtype):
+        if dtype.is_floating_point:
+            return torch.randn(rows, columns, generator=self.generator).to(dtype)
+        low, high = (-8, 8) if dtype == INT4 else (-127, 128)
+        values = torch.randint(low, high, (rows, columns), generator=self.generator)
+        return values.to(torch.int8)
 
     def vector(self, slot, index, field, length):
         value = torch.randn(length, generator=self.generator)
@@ -84,22 +103,37 @@ def groups_of(slot_of_row, slots=3):
     return groups
 
 
+# For each slot: ranks of the three slices, sign planes, factors.
+DELTAS = {
+    "floats": [
+        ((3, 5, 1), 1, torch.float32),
+        ((0, 2, 0), 1, torch.bfloat16),
+        ((0, 4, 0), 0, torch.float16),
+    ],
+    "integers": [
+        ((67, 34, 1), 2, INT4),
+        ((0, 20, 129), 1, torch.int8),
+        ((64, 1, 7), 0, INT4),
+    ],
+    "one dtype": [((5, 2, 1), 1, INT4), ((3, 0, 2), 2, INT4), ((9, 130, 1), 0, INT4)],
+}
+
+
+@pytest.mark.parametrize("deltas", DELTAS.values(), ids=DELTAS)
 @pytest.mark.parametrize("popularity", POPULARITY)
-@pytest.mark.parametrize("k", [5, 96, 272, 300])
+@pytest.mark.parametrize("k", [5, 63, 96, 272, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_linear(popularity, k, dtype):
+def test_linear(popularity, k, dtype, deltas):
     slot_of_row, sizes = POPULARITY[popularity], [7, 48, 1]
     arena = Arena(3, sizes, seed=k)
     change = {slot: torch.zeros(sum(sizes), k).double() for slot in (-1, 0, 1, 2)}
     bias = {slot: torch.zeros(sum(sizes)).double() for slot in (-1, 0, 1, 2)}
-    for slot, (ranks, signs) in enumerate(
-        [((3, 5, 1), True), ((0, 2, 0), True), ((0, 4, 0), False)]
-    ):
+    for slot, (ranks, planes, factors) in enumerate(deltas):
         start = 0
         for index, n in enumerate(sizes):
-            if ranks[index] or signs:
+            if ranks[index] or planes:
                 change[slot][start : start + n] = arena.matrix(
-                    slot, index, k, ranks[index], FACTOR_DTYPES[slot], signs
+                    slot, index, k, ranks[index], factors, planes
                 )
             start += n
     bias[2][:7] = arena.vector(2, 0, Field.BIAS, 7)  # a bias without a matrix
@@ -124,19 +158,22 @@ def test_linear(popularity, k, dtype):
         groups.starts,
         groups.num_active,
     )
-    # A float32 sum of k + rank terms, then one rounding to the output dtype.
-    bound = (k + 8) * EPS * magnitude + torch.finfo(dtype).eps * expected.abs()
+    # A float32 sum of k + rank terms, then one rounding to the output dtype. Terms of
+    # the low-rank part cancel in `change`, so that its size is not theirs: 130 of them.
+    bound = 8 * (k + 130) * EPS * magnitude + torch.finfo(dtype).eps * expected.abs()
     assert ((y.double() - expected).abs() <= bound).all()
     for i, slot in enumerate(slot_of_row):
         assert slot != -1 or torch.equal(y[i], before[i]), "a base row was touched"
 
 
+@pytest.mark.parametrize("dtype", FACTOR_DTYPES, ids=str)
 @pytest.mark.parametrize("popularity", POPULARITY)
-def test_embedding(popularity):
-    slot_of_row, n, k = POPULARITY[popularity], 33, 80
+@pytest.mark.parametrize("k", [80, 301])
+def test_embedding(popularity, k, dtype):
+    slot_of_row, n = POPULARITY[popularity], 33
     arena = Arena(3, [n], seed=1)
     change = {-1: torch.zeros(n, k).double(), 2: torch.zeros(n, k).double()}
-    change[0] = arena.matrix(0, 0, k, 5)
+    change[0] = arena.matrix(0, 0, k, 5, dtype, planes=2)
     change[1] = arena.matrix(1, 0, k, 0)  # slot 2 leaves the embedding alone
     m = len(slot_of_row)
     ids = torch.randint(0, n, (m,), generator=arena.generator)
@@ -206,7 +243,7 @@ def test_a_row_alone_and_in_a_mixed_batch(path, dtype, k):
     arena = Arena(3, sizes, seed=9)
     for slot in range(3):
         for index in range(2):
-            arena.matrix(slot, index, k, 9 + slot)
+            arena.matrix(slot, index, k, 9 + slot, (INT4, INT4, torch.bfloat16)[slot])
     x = torch.randn(300, k, generator=arena.generator).to(dtype)
     y = torch.randn(300, 256, generator=arena.generator).to(dtype)
     slot_of_row = [i % 4 - 1 for i in range(300)]

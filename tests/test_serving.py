@@ -240,7 +240,7 @@ def test_a_delta_that_cannot_be_served_is_refused_and_the_engine_goes_on(
     shutil.copytree(made.deltas[1], flipped)
     path = flipped / "delta_model.safetensors"
     tensors = load_file(path)
-    tensors["lm_head.weight_packed"][3, 2] ^= 1
+    tensors["lm_head.weight_packed"][0, 3, 2] ^= 1
     save_file(tensors, path)
 
     other_base = family("llama-tied").deltas[0]

@@ -7,12 +7,13 @@ from dataclasses import dataclass, fields
 import torch
 from vllm.config import VllmConfig
 
-from dqrelo_kernels.layout import words_per_row
+from dqrelo_kernels.table import ALIGNMENT
 from vllm_dqrelo.arena import aligned
 from vllm_dqrelo.sites import Sites
 
 # Without an option, the arena has room for --max-loras deltas of this ratio.
 DEFAULT_RATIO = 1 / 8
+TENSORS = 6  # of a matrix at most: signs, scale, factors, their scale, bias
 
 
 @dataclass(frozen=True)
@@ -49,27 +50,21 @@ class Options:
             for n in site.sizes:
                 total += aligned(4 * n)  # a bias or a norm in float32
                 if k := site.columns:
-                    rank = default_rank(n, k)
-                    total += aligned(2 * n * words_per_row(k)) + aligned(4)
-                    total += aligned(2 * rank * n) + aligned(2 * rank * k)
+                    # What rounding a rank up and scales for each row may add.
+                    total += int(2 * DEFAULT_RATIO * n * k) + 2 * (n + k) + 4 * n
+                    total += TENSORS * ALIGNMENT
         return slots * total
 
     def scratch_ranks(self, sites: Sites) -> int:
         """The largest sum of ranks in one site that is served.
 
-        Four times that of the default ratio: as much as factors of 4 bits in the
-        same bytes would have.
+        What factors of 4 bits have in two bits a weight, twice the default.
         """
-        return 4 * max(
-            sum(default_rank(n, site.columns) for n in site.sizes)
+        return max(
+            sum(min(n, k, math.ceil(n * k / 2 / (n + k))) for n in site.sizes)
             for site in sites.by_name.values()
-            if site.columns
+            if (k := site.columns)
         )
-
-
-def default_rank(n: int, k: int) -> int:
-    """Rank of an n x k matrix at the default ratio (equation 12 of the paper)."""
-    return math.ceil(n * k * (DEFAULT_RATIO - 1 / 16) / (n + k))
 
 
 def refuse_unsupported(vllm_config: VllmConfig, device: torch.device) -> None:

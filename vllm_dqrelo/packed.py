@@ -90,14 +90,18 @@ def _matrix(
 ) -> tuple[dict[Field, int], tuple[int, ...]]:
     matrix = delta.matrix(name)
     fields = {}
-    if matrix.signs is not None and matrix.scale is not None:
+    if matrix.planes:
         fields[Field.SIGNS] = extent.add(matrix.signs)
-        fields[Field.SCALE] = extent.add(matrix.scale)
+        fields[Field.PLANES] = matrix.planes
+        scale = matrix.scale.expand(matrix.planes, matrix.shape[0])
+        fields[Field.SCALE] = extent.add(scale)
     if matrix.rank:
         fields[Field.RANK] = matrix.rank
         fields[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(matrix.lora_a.dtype)
         fields[Field.LORA_A] = extent.add(matrix.lora_a)
         fields[Field.LORA_B] = extent.add(matrix.lora_b)
+        if matrix.lora_scale is not None:
+            fields[Field.LORA_SCALE] = extent.add(matrix.lora_scale)
     return fields, matrix.shape
 
 

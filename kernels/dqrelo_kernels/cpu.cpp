@@ -5,8 +5,8 @@
 // A linear multiplies tiles of 16 rows of a matrix with the activations of a group of
 // rows: first t = A x, then S x, whose sums get B t and the bias added and are rounded
 // once into y. A tile is laid out as numbers of type T before it is multiplied, signs
-// and factors alike: bf16 where the activations and the factors are bf16 and the CPU
-// multiplies bf16, else float. All sums are float.
+// and factors alike: bf16 where the activations are bf16, the factors are exact in it
+// and the CPU multiplies bf16, else float. All sums are float.
 //
 // The sum behind an element of y depends on its row of x and on its delta alone, and
 // not on the other rows of the step, on where a group is cut, or on the threads.
@@ -23,7 +23,19 @@ constexpr int WINDOW = 256;  // rows of x in work at a time: they stay in the L2
 constexpr int64_t ABSENT = -1;
 
 // table.Field
-enum Field { SIGNS, SCALE, LORA_A, LORA_B, RANK, FACTOR_DTYPE, BIAS, WEIGHT, FIELDS };
+enum Field {
+    SIGNS,
+    PLANES,
+    SCALE,
+    LORA_A,
+    LORA_B,
+    LORA_SCALE,
+    RANK,
+    FACTOR_DTYPE,
+    BIAS,
+    WEIGHT,
+    FIELDS
+};
 
 struct Deltas {
     const char* arena;
@@ -39,7 +51,16 @@ struct Deltas {
     const float* floats(const int64_t* entry, Field field) const {
         return reinterpret_cast<const float*>(at(entry, field));
     }
+    // one sign plane of a matrix of `rows` rows
+    Matrix signs(const int64_t* entry, int plane, int64_t rows, int columns) const {
+        Matrix matrix = {at(entry, SIGNS), columns, Matrix::SIGN};
+        matrix.data += plane * rows * matrix.row_bytes();
+        return matrix;
+    }
 };
+
+int planes_of(const int64_t* entry) { return entry[SIGNS] == ABSENT ? 0 : entry[PLANES]; }
+int rank_of(const int64_t* entry) { return entry[RANK] == ABSENT ? 0 : entry[RANK]; }
 
 // ---- linear -------------------------------------------------------------------------
 
@@ -127,8 +148,8 @@ class Linear {
                 stages.push_back({&group, nullptr, m});
             for (int slice = 0; slice < deltas.slices; slice++) {
                 const int64_t* entry = deltas.entry(slot, slice);
-                int rank = entry[RANK] == ABSENT ? 0 : entry[RANK];
-                if (rank && entry[FACTOR_DTYPE] != BF16) group.narrow = false;
+                int rank = rank_of(entry), factors = entry[FACTOR_DTYPE];
+                if (rank && (factors == F32 || factors == F16)) group.narrow = false;
                 if (!rank && entry[SIGNS] == ABSENT && entry[BIAS] == ABSENT) continue;
                 int size = ends[slice + 1] - ends[slice];
                 jobs.push_back({&group, entry, rank, ends[slice], size, bytes});
@@ -149,8 +170,8 @@ class Linear {
     Floats* t(const Job& job, int m) const {
         return reinterpret_cast<Floats*>(memory + job.t) + int64_t(m) / TILE * job.rank;
     }
-    Matrix signs(const Job& job) const {
-        return {deltas.at(job.entry, SIGNS), columns, Matrix::SIGN};
+    Matrix signs(const Job& job, int plane) const {
+        return deltas.signs(job.entry, plane, job.size, columns);
     }
     Matrix factor(const Job& job, Field which) const {
         int dtype = job.entry[FACTOR_DTYPE];
@@ -164,7 +185,8 @@ class Linear {
     __attribute__((always_inline)) void prefetch(const Unit& unit) const {
         const Job& job = *unit.job;
         int rows = rows_of(unit, job.size);
-        if (job.entry[SIGNS] != ABSENT) signs(job).prefetch(unit.first, rows);
+        for (int plane = 0; plane < planes_of(job.entry); plane++)
+            signs(job, plane).prefetch(unit.first, rows);
         if (job.rank) factor(job, LORA_B).prefetch(unit.first, rows);
     }
 
@@ -189,7 +211,7 @@ class Linear {
         }
     }
 
-    // t = A x for a tile of rows of A
+    // t = scale * A x for a tile of rows of A
     template <class T>
     void shrink(const Unit& unit, char* buffer) const {
         Floats c[WINDOW];
@@ -198,11 +220,20 @@ class Linear {
             padded_count = round_up(unit.group->count, TILE);
         std::fill_n(c, padded_count, Floats{});
         multiply<T>(c, unit, factor(job, LORA_A), rows, buffer);
+        if (job.entry[LORA_SCALE] != ABSENT)
+            multiply_rows(c, padded_count,
+                          deltas.floats(job.entry, LORA_SCALE) + unit.first, rows);
         for (int m = 0; m < padded_count; m += TILE)
             std::copy_n(c + m, rows, t(job, m) + unit.first);
     }
 
-    // y += scale * S x + B t + bias for a tile of rows of S and B
+    // c[m + n] *= scale[n] for the first `rows` n, all m
+    static void multiply_rows(Floats* c, int count, const float* scale, int rows) {
+        for (int m = 0; m < count; m += TILE)
+            for (int n = 0; n < rows; n++) c[m + n] *= scale[n];
+    }
+
+    // y += sum of scale * S x + B t + bias for a tile of rows of S and B
     template <class T>
     void expand(const Unit& unit, char* buffer) const {
         Floats c[WINDOW];
@@ -210,10 +241,13 @@ class Linear {
         int rows = rows_of(unit, job.size), count = unit.group->count;
         int padded_count = round_up(count, TILE);
         std::fill_n(c, padded_count, Floats{});
-        if (job.entry[SIGNS] != ABSENT) {
-            multiply<T>(c, unit, signs(job), rows, buffer);
-            float scale = *deltas.floats(job.entry, SCALE);
-            for (int i = 0; i < padded_count; i++) c[i] *= scale;
+        for (int plane = 0; plane < planes_of(job.entry); plane++) {
+            Floats sums[WINDOW];
+            std::fill_n(sums, padded_count, Floats{});
+            multiply<T>(sums, unit, signs(job, plane), rows, buffer);
+            const float* scale = deltas.floats(job.entry, SCALE) + plane * job.size;
+            multiply_rows(sums, padded_count, scale + unit.first, rows);
+            for (int i = 0; i < padded_count; i++) c[i] += sums[i];
         }
         if (job.rank) add_low_rank(c, unit, rows, reinterpret_cast<float*>(buffer));
         if (job.entry[BIAS] != ABSENT) {
@@ -272,34 +306,37 @@ int count_rows(const int32_t* slots, int capacity) {
            slots;
 }
 
-// y += scale * S[id] + B[id] A
-void embed(char* y, int dtype, int64_t id, int columns, const Deltas& deltas,
+// y += row `id` of a matrix of `size` rows
+void embed(char* y, int dtype, int64_t id, int columns, int size, const Deltas& deltas,
            const int64_t* entry) {
-    int rank = entry[RANK] == ABSENT ? 0 : entry[RANK], factors = entry[FACTOR_DTYPE];
+    int rank = rank_of(entry), factors = entry[FACTOR_DTYPE];
+    auto b = reinterpret_cast<float*>(workspace((rank + 1) * sizeof(float)));
+    if (rank)
+        read(b, Matrix{deltas.at(entry, LORA_B), rank, factors}.at(id, 0), factors,
+             rank);
+    if (rank && entry[LORA_SCALE] != ABSENT)
+        for (int r = 0; r < rank; r++) b[r] *= deltas.floats(entry, LORA_SCALE)[r];
     for (int k = 0; k < columns; k += BLOCK) {
         int width = std::min(BLOCK, columns - k);
-        float change[BLOCK] = {};
-        if (entry[SIGNS] != ABSENT) {
-            Matrix signs = {deltas.at(entry, SIGNS), columns, Matrix::SIGN};
-            auto words = reinterpret_cast<const uint16_t*>(signs.at(id, k));
-            unpack(change, words, (width + 15) / 16);
-            for (float& number : change) number *= *deltas.floats(entry, SCALE);
+        float change[BLOCK] = {}, part[BLOCK] = {};
+        auto add = [&](float factor) {
+            for (int i = 0; i < BLOCK; i++) change[i] += factor * part[i];
+        };
+        for (int plane = 0; plane < planes_of(entry); plane++) {
+            const char* words = deltas.signs(entry, plane, size, columns).at(id, k);
+            unpack(part, reinterpret_cast<const uint16_t*>(words), (width + 15) / 16);
+            add(deltas.floats(entry, SCALE)[int64_t(plane) * size + id]);
         }
         for (int r = 0; r < rank; r++) {
-            Matrix a = {deltas.at(entry, LORA_A), columns, factors};
-            Matrix b = {deltas.at(entry, LORA_B), rank, factors};
-            float left = load(b.at(id, r), factors, 1)[0];
-            for (int i = 0; i < width; i += 16) {
-                int part = std::min(16, width - i);
-                Floats sum = load(change + i, F32, 16);
-                store(change + i, F32, sum + left * load(a.at(r, k + i), factors, part),
-                      16);
-            }
+            read(part, Matrix{deltas.at(entry, LORA_A), columns, factors}.at(r, k),
+                 factors, width);
+            add(b[r]);
         }
         for (int i = 0; i < width; i += 16) {
-            int part = std::min(16, width - i);
+            int count = std::min(16, width - i);
             char* out = y + (k + i) * size_of(dtype);
-            store(out, dtype, load(out, dtype, part) + load(change + i, F32, 16), part);
+            store(out, dtype, load(out, dtype, count) + load(change + i, F32, 16),
+                  count);
         }
     }
 }
@@ -351,7 +388,7 @@ void dqrelo_linear(char* y, int64_t y_stride, int y_dtype, char* x, int64_t x_st
 }
 
 void dqrelo_embedding(char* y, int64_t y_stride, int y_dtype, const char* ids,
-                      int id_bytes, int columns, const char* arena,
+                      int id_bytes, int columns, int size, const char* arena,
                       const int64_t* table, const int32_t* rows, const int32_t* slots,
                       int capacity, int threads) {
     Deltas deltas = {arena, table, 0, 1};
@@ -361,8 +398,8 @@ void dqrelo_embedding(char* y, int64_t y_stride, int y_dtype, const char* ids,
         const char* at = ids + int64_t(rows[i]) * id_bytes;
         int64_t id = 0;
         std::memcpy(&id, at, id_bytes);
-        embed(y + rows[i] * y_stride * size_of(y_dtype), y_dtype, id, columns, deltas,
-              deltas.entry(slots[i]));
+        embed(y + rows[i] * y_stride * size_of(y_dtype), y_dtype, id, columns, size,
+              deltas, deltas.entry(slots[i]));
     }
 }
 

@@ -27,7 +27,7 @@ _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 # fmt: off
 SIGNATURES = {
     "dqrelo_linear": [_P, _L, _I, _P, _L, _I, _I, _P, _P, _I, _I, _P, _P, _P, _I],
-    "dqrelo_embedding": [_P, _L, _I, _P, _I, _I, _P, _P, _P, _P, _I, _I],
+    "dqrelo_embedding": [_P, _L, _I, _P, _I, _I, _I, _P, _P, _P, _P, _I, _I],
     "dqrelo_norm": [
         _P, _L, _L, _I, _P, _L, _L, _I, _I, _I, _P, _P, _P, _P, _I, _F, _I,
     ],
@@ -133,6 +133,7 @@ def delta_embedding_(
     ids: torch.Tensor,
     arena: torch.Tensor,
     table: torch.Tensor,
+    vocab: torch.Tensor,
     rows: torch.Tensor,
     slots: torch.Tensor,
 ) -> None:
@@ -145,6 +146,7 @@ def delta_embedding_(
         ids.data_ptr(),
         ids.element_size(),
         y.shape[1],
+        int(vocab[1]),
         arena.data_ptr(),
         table.data_ptr(),
         rows.data_ptr(),

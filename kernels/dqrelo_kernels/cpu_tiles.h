@@ -24,8 +24,8 @@ constexpr int BLOCK = 256;       // columns of a sign block, layout.BLOCK
 constexpr int ROW_BYTES = 2048;  // of a tile, which fills two thirds of a 48 KB L1
 constexpr int PADDING = 64;      // columns of x are padded to a multiple of this
 
-// The index in table.FACTOR_DTYPES.
-enum Dtype { F32, BF16, F16 };
+// The index in table.FACTOR_DTYPES. A byte of I4 holds two integers, see layout.py.
+enum Dtype { F32, BF16, F16, I8, I4 };
 
 struct Bf16 {
     uint16_t bits;
@@ -35,10 +35,12 @@ struct Bf16 {
 typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
 
 inline int round_up(int value, int step) { return (value + step - 1) / step * step; }
 
-inline int size_of(int dtype) { return dtype == F32 ? 4 : 2; }
+inline int size_of(int dtype) { return dtype == F32 ? 4 : dtype == I8 ? 1 : 2; }
 
 // ---- numbers ------------------------------------------------------------------------
 
@@ -91,14 +93,66 @@ inline void store(void* out, int dtype, Floats in, int n) {
     n == 16 ? std::memcpy(out, &half, 32) : std::memcpy(out, &half, 2 * n);
 }
 
-inline void read(float* out, const char* in, int dtype, int n) {
-    for (int i = 0; i < n; i += 16) {
-        int part = std::min(16, n - i);
-        store(out + i, F32, load(in + i * size_of(dtype), dtype, part), part);
-    }
+// n <= 16 integers of eight bits, zeros behind them
+inline Floats load_bytes(const char* in, int n) {
+    Bytes bytes = {};
+    n == 16 ? std::memcpy(&bytes, in, 16) : std::memcpy(&bytes, in, n);
+    return __builtin_convertvector(__builtin_convertvector(bytes, Integers), Floats);
 }
 
-inline void read(Bf16* out, const char* in, int, int n) { std::memcpy(out, in, 2 * n); }
+constexpr int I4_BLOCK = 64;  // layout.INT4_BLOCK
+
+// The lower halves of `width` <= 32 bytes, less 8, and behind them the upper halves
+inline void read_block(float* out, const char* in, int width) {
+    for (int shift : {0, 4})
+        for (int i = 0; i < width; i += 16) {
+            int part = std::min(16, width - i);
+            Bytes bytes = {};
+            part == 16 ? std::memcpy(&bytes, in + i, 16)
+                       : std::memcpy(&bytes, in + i, part);
+            Integers number = __builtin_convertvector(bytes, Integers) >> shift & 15;
+            Floats value = __builtin_convertvector(number - 8, Floats);
+            store(out + (shift ? width : 0) + i, F32, value, part);
+        }
+}
+
+#if defined(__AVX512BF16__)
+inline void read_block(Bf16* out, const char* in, int width) {
+    // bfloat16 of -8 to 7, twice: an index has five bits, of which the highest is
+    // another number's.
+    alignas(64) static constexpr uint16_t numbers[32] = {
+        0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80,
+        0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0,
+        0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80,
+        0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0};
+    __m512i table = _mm512_load_si512(numbers);
+    __mmask32 lanes = width == 32 ? ~0u : (1u << width) - 1;
+    __m512i bytes = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(lanes, in));
+    _mm512_mask_storeu_epi16(out, lanes, _mm512_permutexvar_epi16(bytes, table));
+    bytes = _mm512_srli_epi16(bytes, 4);
+    _mm512_mask_storeu_epi16(out + width, lanes,
+                             _mm512_permutexvar_epi16(bytes, table));
+}
+#endif
+
+// n numbers from the start of a row or of a block; of I4, one more if n is odd
+template <class T>
+void read(T* out, const char* in, int dtype, int n) {
+    constexpr int narrow = sizeof(T) == 2;
+    if (narrow && dtype == BF16) {
+        std::memcpy(out, in, 2 * n);
+    } else if (dtype == I4) {
+        for (int i = 0; i < n; i += I4_BLOCK)
+            read_block(out + i, in + i / 2, std::min(I4_BLOCK, n - i + 1) / 2);
+    } else {
+        for (int i = 0; i < n; i += 16) {
+            int part = std::min(16, n - i);
+            const char* from = in + i * size_of(dtype);
+            store(out + i, narrow ? BF16 : F32,
+                  dtype == I8 ? load_bytes(from, part) : load(from, dtype, part), part);
+        }
+    }
+}
 
 template <class Vector>
 float total(Vector sums) {
@@ -183,12 +237,16 @@ struct Matrix {
     static constexpr int SIGN = -1;
 
     int64_t row_bytes() const {
-        return dtype == SIGN ? (columns + 15) / 16 * 2 : columns * size_of(dtype);
+        return dtype == SIGN ? (columns + 15) / 16 * 2
+               : dtype == I4 ? (columns + 1) / 2
+                             : columns * size_of(dtype);
     }
-    // of signs, a column is the first of a block
+    // of signs and of I4, a column is the first of a block
     const char* at(int64_t row, int column) const {
         return data + row * row_bytes() +
-               (dtype == SIGN ? column / 8 : column * size_of(dtype));
+               (dtype == SIGN ? column / 8
+                : dtype == I4 ? column / 2
+                              : column * size_of(dtype));
     }
 
     // Loads `rows` rows into the cache ahead of their use: a decode step of 4 deltas on

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order of bits in a packed sign matrix, on disk and in memory.
+"""The order of bits in packed matrices, on disk and in memory.
 
+Signs
+-----
 A row of K signs is cut into blocks of 256. A block of width k is stored in
 w = ceil(k / 16) words of 16 bits, and
 
@@ -11,6 +13,15 @@ by bit, the signs of 16 *consecutive* columns. A tensor core takes them as one
 k = 16 operand and a vector unit as one mask, each word is loaded once, and the
 activations are read in their natural order. Only the last block of a row may be
 narrower. Columns at or beyond K are padding and must be clear.
+
+Integers of four bits
+---------------------
+The same with other numbers: a row of K integers is cut into blocks of 64, a block of
+width k takes w = ceil(k / 2) bytes, and
+
+    nibble j of byte i  <->  column block * 64 + j * w + i        (value + 8)
+
+where nibble 0 is the lower half of a byte. Padding must be clear.
 """
 
 import torch
@@ -94,3 +105,57 @@ def padding_is_clear(words: torch.Tensor, columns: int) -> bool:
     weights = 1 << torch.arange(WORD_BITS)[:, None]
     mask = ((columns_of_bits >= last) * weights).sum(dim=0).to(torch.int16)
     return not bool((words[:, -width:] & mask.to(words.device)).any())
+
+
+INT4_BLOCK = 64
+
+
+def int4_bytes(columns: int) -> int:
+    """Number of bytes that hold one row of ``columns`` integers of four bits."""
+    return -(-columns // 2)
+
+
+def pack_int4(values: torch.Tensor) -> torch.Tensor:
+    """Pack integers from -8 to 7.
+
+    Args:
+        values: [N, K] int8, any device.
+
+    Returns:
+        [N, ceil(K / 2)] uint8 on the same device.
+    """
+    rows, columns = values.shape
+    nibbles = (values + 8).to(torch.uint8)
+    parts = []
+    for first, width in _int4_blocks(columns):
+        part = nibbles[:, first : first + width]
+        half = int4_bytes(min(width, INT4_BLOCK))
+        part = torch.nn.functional.pad(part, (0, width % 2))
+        pairs = part.reshape(rows, part.shape[1] // (2 * half), 2, half)
+        parts.append((pairs[:, :, 0] | pairs[:, :, 1] << 4).flatten(1))
+    return torch.cat(parts, dim=1) if parts else nibbles
+
+
+def unpack_int4(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """The inverse of :func:`pack_int4`: int8 [N, columns]."""
+    rows, parts = packed.shape[0], []
+    for first, width in _int4_blocks(columns):
+        half = int4_bytes(min(width, INT4_BLOCK))
+        part = packed[:, first // 2 : first // 2 + int4_bytes(width)]
+        pairs = part.reshape(rows, part.shape[1] // half, 1, half)
+        both = torch.cat((pairs & 15, pairs >> 4), dim=2)
+        parts.append(both.flatten(1)[:, :width])
+    values = torch.cat(parts, dim=1) if parts else packed[:, :0]
+    return values.to(torch.int8) - 8
+
+
+def int4_padding_is_clear(packed: torch.Tensor, columns: int) -> bool:
+    """Whether the nibble of ``packed`` that stands for no column, if any, is clear."""
+    return columns % 2 == 0 or not bool((packed[:, -1] >> 4).any())
+
+
+def _int4_blocks(columns: int) -> list[tuple[int, int]]:
+    """(first column, columns) of the full blocks as one run, then of the narrower."""
+    rest = columns % INT4_BLOCK
+    runs = [(0, columns - rest), (columns - rest, rest)]
+    return [(first, width) for first, width in runs if width]

@@ -39,8 +39,9 @@ def delta_linear_(
     """Add every row's delta to the output of a linear layer.
 
     Semantics, for row m with delta d, in slice j of the output features:
-    ``y[m, j] += scale_dj * (S_dj x[m]) + B_dj (A_dj x[m]) + bias_dj``
-    (arXiv 2604.16940, equation 15), accumulated in float32, rounded once.
+    ``y[m, j] += sum_p scale_djp * (S_djp x[m]) + B_dj (lora_scale_dj * (A_dj x[m]))
+    + bias_dj`` over the sign planes p, accumulated in float32, rounded once. With one
+    plane and no lora_scale it is equation 15 of arXiv 2604.16940.
 
     Args:
         y: [M, N] float, the base's output. Mutated.
@@ -75,7 +76,8 @@ def delta_embedding_(
 ) -> None:
     """Add every row's delta to the rows of an embedding.
 
-    Semantics: ``y[m] += scale_d * S_d[ids[m]] + B_d[ids[m]] A_d``.
+    Semantics: ``y[m] += sum_p (scale_dp * S_dp)[ids[m]] + B_d[ids[m]] (lora_scale_d *
+    A_d)``, see ``delta_linear_``.
 
     Args:
         y: [M, K] float, the base's embeddings. Mutated.
@@ -89,7 +91,7 @@ def delta_embedding_(
 
         embedding(y, ids, arena, table, rows, slots)
     elif cpu.library():
-        cpu.delta_embedding_(y, ids, arena, table, rows, slots)
+        cpu.delta_embedding_(y, ids, arena, table, vocab, rows, slots)
     else:
         reference.delta_embedding_(y, ids, arena, table, vocab, rows, slots)
 

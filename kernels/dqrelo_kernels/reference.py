@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from dqrelo_kernels.layout import unpack_signs, words_per_row
-from dqrelo_kernels.table import ABSENT, FACTOR_DTYPES, Field, read
+from dqrelo_kernels.layout import int4_bytes, unpack_int4, unpack_signs, words_per_row
+from dqrelo_kernels.table import ABSENT, FACTOR_DTYPES, INT4, Field, read
 
 
 def groups(
@@ -25,24 +25,44 @@ def groups(
 def factors(
     arena: torch.Tensor, entry: list[int], n: int, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """B [N, R] and A [R, K] of a table row, in the dtype they are stored in."""
+    """B [N, R] and A [R, K] of a table row, as stored; A times its scale if any."""
     rank, dtype = entry[Field.RANK], FACTOR_DTYPES[entry[Field.FACTOR_DTYPE]]
-    return (
-        read(arena, entry[Field.LORA_B], dtype, n, rank),
-        read(arena, entry[Field.LORA_A], dtype, rank, k),
-    )
+    if dtype == INT4:
+        b = read(arena, entry[Field.LORA_B], dtype, n, int4_bytes(rank))
+        a = read(arena, entry[Field.LORA_A], dtype, rank, int4_bytes(k))
+        b, a = unpack_int4(b, rank), unpack_int4(a, k)
+    else:
+        b = read(arena, entry[Field.LORA_B], dtype, n, rank)
+        a = read(arena, entry[Field.LORA_A], dtype, rank, k)
+    if entry[Field.LORA_SCALE] != ABSENT:
+        a = read(arena, entry[Field.LORA_SCALE], torch.float32, rank, 1) * a
+    return b, a
+
+
+def planes(
+    arena: torch.Tensor, entry: list[int], n: int, k: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Scale [N, 1] and packed signs [N, ceil(K / 16)] of each sign plane."""
+    if entry[Field.SIGNS] != ABSENT:
+        count, words = entry[Field.PLANES], words_per_row(k)
+        yield from zip(
+            read(arena, entry[Field.SCALE], torch.float32, count, n, 1),
+            read(arena, entry[Field.SIGNS], torch.int16, count, n, words),
+            strict=True,
+        )
 
 
 def linear(
     x: torch.Tensor, arena: torch.Tensor, entry: list[int], n: int
 ) -> torch.Tensor:
-    """One matrix of one delta: ``scale * (S x) + B (A x) + bias``, float32 [M, N]."""
+    """One matrix of one delta, float32 [M, N].
+
+    Semantics: ``sum over planes of scale * (S x) + B (lora_scale * (A x)) + bias``.
+    """
     k = x.shape[1]
     out = torch.zeros(x.shape[0], n, dtype=torch.float32, device=x.device)
-    if entry[Field.SIGNS] != ABSENT:
-        words = read(arena, entry[Field.SIGNS], torch.int16, n, words_per_row(k))
-        scale = read(arena, entry[Field.SCALE], torch.float32, 1)
-        out += scale * (x @ unpack_signs(words, k, x.dtype).T).float()
+    for scale, words in planes(arena, entry, n, k):
+        out += scale.T * (x @ unpack_signs(words, k, x.dtype).T).float()
     if entry[Field.RANK] != ABSENT:
         b, a = factors(arena, entry, n, k)
         out += ((x @ a.to(x.dtype).T) @ b.to(x.dtype).T).float()
@@ -60,7 +80,7 @@ def delta_linear_(
     rows: torch.Tensor,
     slots: torch.Tensor,
 ) -> None:
-    """``y[m] += scale * (S x[m]) + B (A x[m]) + bias`` of row m's delta, per slice."""
+    """``y[m] += linear(x[m])`` of row m's delta, per slice."""
     ends = slices.tolist()
     for slot, group in groups(rows, slots):
         x_group = x[group].float()
@@ -79,16 +99,14 @@ def delta_embedding_(
     rows: torch.Tensor,
     slots: torch.Tensor,
 ) -> None:
-    """``y[m] += scale * S[ids[m]] + B[ids[m]] A`` of row m's delta."""
+    """``y[m]`` += row ids[m] of the matrix that ``linear`` multiplies by."""
     n, k = int(vocab[-1]), y.shape[1]
     for slot, group in groups(rows, slots):
         entry = table[slot, 0].tolist()
         token = ids[group].long()
         change = torch.zeros(len(group), k, dtype=torch.float32, device=y.device)
-        if entry[Field.SIGNS] != ABSENT:
-            words = read(arena, entry[Field.SIGNS], torch.int16, n, words_per_row(k))
-            scale = read(arena, entry[Field.SCALE], torch.float32, 1)
-            change += scale * unpack_signs(words[token], k, torch.float32)
+        for scale, words in planes(arena, entry, n, k):
+            change += scale[token] * unpack_signs(words[token], k, torch.float32)
         if entry[Field.RANK] != ABSENT:
             b, a = factors(arena, entry, n, k)
             change += b[token].float() @ a.float()

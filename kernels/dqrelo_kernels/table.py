@@ -7,8 +7,8 @@ The table of a site is int64 ``[slots, slices, Field]``: for each delta slot and
 slice, the byte offsets of its tensors in the arena. A field of ``ABSENT`` means
 that this delta leaves that part of the matrix alone.
 
-To add a factor dtype: append it to ``FACTOR_DTYPES`` and teach ``reference`` and
-the kernels to read it.
+To add a factor dtype: append it to ``FACTOR_DTYPES`` and teach ``reference.factors``
+and the kernels to read it.
 """
 
 from enum import IntEnum
@@ -18,21 +18,31 @@ import torch
 ABSENT = -1
 ALIGNMENT = 64  # bytes; every tensor in the arena starts on a multiple of it
 
-# The code stored in Field.FACTOR_DTYPE is the index in this tuple.
-FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The code stored in Field.FACTOR_DTYPE is the index in this tuple. A uint8 holds two
+# integers of four bits, see layout.py.
+FACTOR_DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int8,
+    torch.uint8,
+)
+INT4 = torch.uint8
 
 
 class Field(IntEnum):
     """Columns of a table row. Offsets are bytes from the start of the arena."""
 
-    SIGNS = 0  # offset of int16 [N, ceil(K / 16)], see layout.py
-    SCALE = 1  # offset of float32 [1]
-    LORA_A = 2  # offset of factor dtype [R, K]
-    LORA_B = 3  # offset of factor dtype [N, R]
-    RANK = 4  # R, a number; ABSENT without low-rank residual
-    FACTOR_DTYPE = 5  # index into FACTOR_DTYPES
-    BIAS = 6  # offset of float32 [N], added to the output
-    WEIGHT = 7  # offset of float32 [K], a norm's whole weight
+    SIGNS = 0  # offset of int16 [PLANES, N, ceil(K / 16)], see layout.py
+    PLANES = 1  # sign planes, a number
+    SCALE = 2  # offset of float32 [PLANES, N]
+    LORA_A = 3  # offset of factor dtype [R, K]; INT4: [R, ceil(K / 2)]
+    LORA_B = 4  # offset of factor dtype [N, R]; INT4: [N, ceil(R / 2)]
+    LORA_SCALE = 5  # offset of float32 [R], which A x is multiplied by; or ABSENT
+    RANK = 6  # R, a number; ABSENT without low-rank part
+    FACTOR_DTYPE = 7  # index into FACTOR_DTYPES
+    BIAS = 8  # offset of float32 [N], added to the output
+    WEIGHT = 9  # offset of float32 [K], a norm's whole weight
 
 
 OFFSETS = (
@@ -40,6 +50,7 @@ OFFSETS = (
     Field.SCALE,
     Field.LORA_A,
     Field.LORA_B,
+    Field.LORA_SCALE,
     Field.BIAS,
     Field.WEIGHT,
 )

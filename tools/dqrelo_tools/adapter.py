@@ -11,7 +11,7 @@ import torch
 
 from vllm_dqrelo.format.checkpoint import Checkpoint, SafetensorsFiles, locate
 from vllm_dqrelo.format.errors import refuse
-from vllm_dqrelo.format.tensors import MatrixDelta
+from vllm_dqrelo.format.tensors import LORA_A, LORA_B, SHAPE, MatrixDelta
 
 CONFIG = "adapter_config.json"
 STEM = "adapter_model"
@@ -120,13 +120,12 @@ class Adapter:
         dtype = a.dtype
         if pair.embedding:
             a, b = b.T, a.T
-        return MatrixDelta(
-            shape=(b.shape[0], a.shape[1]),
-            signs=None,
-            scale=None,
-            lora_a=a.contiguous(),
-            lora_b=(pair.scaling * b.float()).to(dtype).contiguous(),
-        )
+        stored = {
+            SHAPE: torch.tensor([b.shape[0], a.shape[1]]),
+            LORA_A: a.contiguous(),
+            LORA_B: (pair.scaling * b.float()).to(dtype).contiguous(),
+        }
+        return MatrixDelta.from_tensors("", stored)
 
     def change(self, parameter: str, before: torch.Tensor) -> torch.Tensor:
         """Fine-tune minus base of a parameter that the adapter holds as a whole."""

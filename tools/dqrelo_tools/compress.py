@@ -1,33 +1,321 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mathematics of one matrix (arXiv 2604.16940, section 3.3). No I/O."""
+"""The mathematics of one matrix. No I/O.
+
+The paper's method (arXiv 2604.16940, section 3.3) and ours are the same three steps in
+another order and other numbers: sign planes with scales, a low-rank part, and rounding
+of its factors. ``METHODS`` names both; ``compress`` is the whole of it.
+"""
 
 import math
+from dataclasses import dataclass
 
 import torch
 
-from dqrelo_kernels.layout import pack_signs
-from vllm_dqrelo.format.tensors import MatrixDelta
+from dqrelo_kernels.layout import int4_bytes, pack_int4, pack_signs, words_per_row
+from vllm_dqrelo.format.tensors import INT4, MatrixDelta
 
-BITS = 16  # of a full-precision weight; the sign plane is 1/BITS of it
-MIN_RATIO = 1 / BITS
-METHOD = "dqrelo-paper"
+BITS = 16  # of a full-precision weight
 
 EXACT_SVD = 1024  # smaller side up to which the SVD is exact
 OVERSAMPLING = 32
 POWER_ITERATIONS = 4
+# A plane is worth its bit only beside a low-rank part of at least half a bit a weight:
+# with less, KL is 4 to 20 times as high at an equal squared error, because the signs
+# shrink what is left of the large singular values. docs/benchmarks.md has the table.
+LOW_RANK_BITS = 0.5
+MAX_PLANES = 2
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a matrix may spend.
+
+    Attributes:
+        planes: sign planes.
+        rank: of the low-rank part.
+        dtype: of the factors; INT4 counts two to a byte.
+        by_row: whether each row of a plane has its own scale.
+    """
+
+    planes: int
+    rank: int
+    dtype: torch.dtype
+    by_row: bool = True
+
+    def bytes(self, n: int, k: int) -> int:
+        """Size of the stored tensors of an n x k matrix, without their names."""
+        size = 16 + self.planes * (
+            2 * n * words_per_row(k) + 4 * (n if self.by_row else 1)
+        )
+        if self.dtype == INT4:
+            size += self.rank * int4_bytes(k) + n * int4_bytes(self.rank)
+        else:
+            size += self.rank * (n + k) * self.dtype.itemsize
+        return size + (0 if self.dtype.is_floating_point else 4 * self.rank)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a matrix is compressed.
+
+    Attributes:
+        planes: sign planes; None for as many as the ratio is worth.
+        by_row: whether each row of a plane has its own scale.
+        dtype: of the factors; None for 16-bit floats of the fine-tune's own kind.
+        low_rank_first: whether the low-rank part is taken before the signs.
+        sweeps: how often both are taken again, each from what the other leaves.
+    """
+
+    planes: int | None = None
+    by_row: bool = True
+    dtype: torch.dtype | None = INT4
+    low_rank_first: bool = True
+    sweeps: int = 1
+
+    def size(self, n: int, k: int, ratio: float, half: torch.dtype) -> Size:
+        """What an n x k matrix may spend: the largest rank that fits into the ratio.
+
+        Args:
+            n, k: shape of the matrix.
+            ratio: of 16 bits per weight.
+            half: bfloat16 or float16, where ``dtype`` is None.
+        """
+        if self == PAPER:
+            return Size(1, rank_of(n, k, ratio), half, by_row=False)
+        dtype, budget = self.dtype or half, int(ratio * BITS * n * k / 8)
+        planes = self.planes
+        if planes is None:
+            worth = math.floor(BITS * ratio - LOW_RANK_BITS)
+            planes = min(max(worth, 0), MAX_PLANES)
+        left = budget - Size(planes, 0, dtype, self.by_row).bytes(n, k)
+        if left < 0 and self.planes is None:  # tiny: the scales of the rows matter
+            planes, left = 0, budget
+        # Two ranks at a time, because a byte holds two of INT4.
+        pair = Size(0, 2, dtype).bytes(n, k) - Size(0, 0, dtype).bytes(n, k)
+        rank = min(max(left // pair * 2, 0 if planes else 1), n, k)
+        return Size(planes, rank, dtype, self.by_row)
+
+
+PAPER = Method(planes=1, by_row=False, dtype=None, low_rank_first=False, sweeps=0)
+METHODS = {"dqrelo": Method(), "dqrelo-paper": PAPER}
 
 
 def rank_of(n: int, k: int, ratio: float) -> int:
-    """The rank that fills what the sign plane leaves of the ratio.
+    """The rank that fills what one sign plane leaves of the ratio, in the paper.
 
     Semantics: ``ceil(n k p1 / (n + k))`` with ``p1 = ratio - 1/16`` (equations 12
     and 16).
     """
-    return math.ceil(n * k * (ratio - MIN_RATIO) / (n + k))
+    return math.ceil(n * k * (ratio - 1 / BITS) / (n + k))
 
 
-def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best approximation ``B A`` of rank at most ``rank`` (equations 11 to 14).
+def compress(delta: torch.Tensor, size: Size, method: Method) -> MatrixDelta:
+    """Approximate ``delta`` by sign planes and a low-rank part.
+
+    Semantics: ``delta ~ sum_q scale_q * signs_q + B A``. Each part is taken from what
+    the other one leaves, first in the method's order and then ``sweeps`` times more;
+    the best of all pairs, by squared error, is kept. Neither is random.
+
+    Args:
+        delta: [N, K] float32, fine-tune minus base.
+        size: as ``method.size`` gives it.
+        method: the order of the steps.
+    """
+    part = Factors.of(delta, 0, size.dtype)
+    if method.low_rank_first:
+        part = Factors.of(delta, size.rank, size.dtype)
+    planes = Planes.of(delta - part.dense(), size)
+    if not method.low_rank_first:
+        part = Factors.of(delta - planes.dense(), size.rank, size.dtype)
+    best = planes, part
+    if size.planes and size.rank:
+        least = squared_error(delta, *best)
+        for _ in range(method.sweeps):
+            part = Factors.of(delta - planes.dense(), size.rank, size.dtype, part)
+            planes = Planes.of(delta - part.dense(), size)
+            if (error := squared_error(delta, planes, part)) < least:
+                least, best = error, (planes, part)
+    return stored(delta.shape, *best)
+
+
+class Planes:
+    """Sign planes and their scales: ``sum_q scale[q] * signs[q]``.
+
+    Attributes:
+        positive: bool [Q, N, K], True for +1.
+        scale: float32 [Q, N] or [Q, 1].
+    """
+
+    def __init__(self, positive: torch.Tensor, scale: torch.Tensor) -> None:
+        self.positive, self.scale = positive, scale
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor, size: Size) -> "Planes":
+        """The planes nearest to ``matrix`` [N, K] in squared error.
+
+        One plane: ``mean |matrix|`` times ``sign(matrix)``, with ``sign(0) = -1``
+        (equations 6 to 9). Two planes: the four levels ``+-low, +-high`` of Lloyd's
+        quantiser, which are ``+-(high + low) / 2 +- (high - low) / 2``.
+        """
+        n, k = matrix.shape
+        positive, sizes = matrix > 0, matrix.abs()
+        groups = sizes if size.by_row else sizes.reshape(1, -1)
+        if size.planes == 0:
+            return cls(positive[:0, None].reshape(0, n, k), sizes.new_empty(0, 1))
+        if size.planes == 1:
+            scale = groups.mean(dim=1, dtype=torch.float64).float()
+            return cls(positive[None], scale[None])
+        low, high, large = four_levels(groups)
+        large = large.reshape(n, k)
+        scale = torch.stack(((high + low) / 2, (high - low) / 2))
+        return cls(torch.stack((positive, positive == large)), scale)
+
+    def dense(self) -> torch.Tensor:
+        """float32 [N, K]."""
+        out = torch.zeros(self.positive.shape[1:], device=self.positive.device)
+        for positive, scale in zip(self.positive, self.scale, strict=True):
+            out += torch.where(positive, scale[:, None], -scale[:, None])
+        return out
+
+
+def four_levels(
+    sizes: torch.Tensor, rounds: int = 6
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lloyd's two levels of each row of ``sizes`` >= 0, and which are nearer the high.
+
+    It starts from the levels of a Gaussian, 0.45 and 1.51 standard deviations.
+    """
+    mean = sizes.mean(dim=1, keepdim=True)
+    low, high = 0.57 * mean, 1.89 * mean
+    for _ in range(rounds):
+        large = sizes > (low + high) / 2
+        count, above = (v.sum(dim=1, keepdim=True) for v in (large, sizes * large))
+        high = torch.where(count > 0, above / count.clamp_min(1), high)
+        rest = (sizes.shape[1] - count).clamp_min(1)
+        low = (sizes.sum(dim=1, keepdim=True) - above) / rest
+    return low[:, 0], high[:, 0], sizes > (low + high) / 2
+
+
+class Factors:
+    """A low-rank part as it is stored: ``b @ (scale * a)``.
+
+    Attributes:
+        a: [R, K] of ``dtype``, integers of four bits as int8.
+        b: [N, R] likewise.
+        scale: float32 [R] beside integers, else None.
+        dtype: as they will be stored.
+    """
+
+    def __init__(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.a, self.b, self.scale, self.dtype = a, b, scale, dtype
+
+    @classmethod
+    def of(
+        cls,
+        matrix: torch.Tensor,
+        rank: int,
+        dtype: torch.dtype,
+        near: "Factors | None" = None,
+    ) -> "Factors":
+        """The truncated SVD of ``matrix`` (equations 10 to 14), rounded.
+
+        Integers are rounded with a scale for each component and side. Then each side
+        is fitted once more, by least squares, to the rounded other one.
+
+        Args:
+            matrix: [N, K] float32.
+            near: factors of a similar matrix, to start from.
+        """
+        start = near.a.T.float() if near is not None else None
+        b, a = truncated_svd(matrix, rank, start)
+        if dtype.is_floating_point:
+            return cls(a.to(dtype), b.to(dtype), None, dtype)
+        if not rank:
+            return cls(a.to(torch.int8), b.to(torch.int8), a[:, 0].float(), dtype)
+        bits = 4 if dtype == INT4 else 8
+        left, _ = integers(b.float().T, bits)
+        right, right_scale = integers(least_squares(left.T.float(), matrix), bits)
+        left, left_scale = integers(
+            least_squares((right * right_scale[:, None]).T, matrix.T), bits
+        )
+        return cls(right, left.T, left_scale * right_scale, dtype)
+
+    def dense(self) -> torch.Tensor:
+        """float32 [N, K]."""
+        a = self.a.float()
+        return self.b.float() @ (a if self.scale is None else self.scale[:, None] * a)
+
+
+def integers(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round each row to integers of ``bits`` bits times a scale.
+
+    Semantics: of a few scales from the largest magnitude downwards, the one with the
+    least squared error; integers are symmetric, from ``1 - 2^(bits-1)`` up.
+
+    Returns:
+        int8 [R, K] and float32 [R].
+    """
+    largest = 2 ** (bits - 1) - 1
+    peak = rows.abs().amax(dim=1) / largest
+    peak = torch.where(peak > 0, peak, 1.0)
+    best = least = scale = None
+    for clip in (1.0, 0.85, 0.72, 0.6, 0.5) if bits == 4 else (1.0,):
+        step = (clip * peak)[:, None]
+        rounded = (rows / step).round().clamp(-largest, largest)
+        error = (rows - rounded * step).square().sum(dim=1, keepdim=True)
+        if best is None or least is None or scale is None:
+            best, least, scale = rounded, error, step
+        else:
+            better = error < least
+            best = torch.where(better, rounded, best)
+            scale = torch.where(better, step, scale)
+            least = torch.minimum(error, least)
+    assert best is not None and scale is not None
+    return best.to(torch.int8), scale[:, 0]
+
+
+def least_squares(left: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """The X that makes ``left @ X`` nearest to ``matrix``; components of zero stay."""
+    gram = left.T @ left
+    ridge = 1e-6 * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    gram.diagonal().add_(ridge)
+    return torch.linalg.solve(gram, left.T @ matrix)
+
+
+def squared_error(delta: torch.Tensor, planes: Planes, part: Factors) -> float:
+    """``||delta - planes - low-rank part||^2`` (Frobenius)."""
+    missed = delta - planes.dense() - part.dense()
+    return float(missed.square().sum(dtype=torch.float64))
+
+
+def stored(shape: torch.Size, planes: Planes, part: Factors) -> MatrixDelta:
+    """Pack both parts."""
+    n, k = shape
+    a, b = part.a, part.b
+    if part.dtype == INT4:
+        a, b = pack_int4(a), pack_int4(b)
+    words = [pack_signs(positive) for positive in planes.positive]
+    empty = planes.positive.new_empty(0, n, words_per_row(k), dtype=torch.int16)
+    return MatrixDelta(
+        shape=(n, k),
+        signs=torch.stack(words) if words else empty,
+        scale=planes.scale,
+        lora_a=a.contiguous(),
+        lora_b=b.contiguous(),
+        lora_scale=part.scale,
+    )
+
+
+def truncated_svd(
+    matrix: torch.Tensor, rank: int, start: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best approximation ``B A`` of rank at most ``rank``.
 
     Semantics: ``B = U_r sqrt(S_r), A = sqrt(S_r) V_r^T`` of ``matrix = U S V^T``.
     The right singular vectors are those of the largest eigenvalues of the smaller
@@ -37,10 +325,14 @@ def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.
     Args:
         matrix: [N, K] float32.
         rank: at most min(N, K).
+        start: [K, rank], right singular vectors of a similar matrix: one iteration
+            from there is enough, and exactness is not needed.
 
     Returns:
         B [N, rank] and A [rank, K], float64 (float32 where iterated).
     """
+    if start is not None and rank:
+        return from_right_vectors(matrix, refined(matrix, start))
     tall = matrix.shape[0] >= matrix.shape[1]
     m = matrix if tall else matrix.T
     if m.shape[1] <= EXACT_SVD:
@@ -49,12 +341,23 @@ def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.
         v = vectors[:, -rank:].flip(1) if rank else vectors[:, :0]
     else:
         v = top_right_singular_vectors(m, rank)
-    us = m @ v
-    singular = us.norm(dim=0)
-    root = singular.sqrt()
-    left = us / root.clamp_min(torch.finfo(root.dtype).tiny)
-    right = (v * root).T
+    left, right = from_right_vectors(m, v)
     return (left, right) if tall else (right.T, left.T)
+
+
+def from_right_vectors(
+    matrix: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B and A of ``truncated_svd`` from V_r [K, rank]."""
+    us = matrix @ v
+    root = us.norm(dim=0).sqrt()
+    return us / root.clamp_min(torch.finfo(root.dtype).tiny), (v * root).T
+
+
+def refined(matrix: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Right singular vectors after one power iteration from ``start`` [K, rank]."""
+    u = torch.linalg.qr(matrix @ start).Q
+    return ritz(matrix, torch.linalg.qr(matrix.T @ u).Q)
 
 
 def top_right_singular_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
@@ -66,33 +369,11 @@ def top_right_singular_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     for _ in range(POWER_ITERATIONS):
         u = torch.linalg.qr(matrix @ v).Q
         v = torch.linalg.qr(matrix.T @ u).Q
-    small = (matrix @ v).double()  # [N, width], its right vectors turn v into V
+    return ritz(matrix, v)[:, :rank]
+
+
+def ritz(matrix: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Turn orthonormal ``v`` [K, width] into singular vectors, largest first."""
+    small = (matrix @ v).double()
     _, turns = torch.linalg.eigh(small.T @ small)
-    return v @ turns[:, -rank:].flip(1).to(v.dtype) if rank else v[:, :0]
-
-
-def compress(
-    delta: torch.Tensor, ratio: float, factor_dtype: torch.dtype
-) -> MatrixDelta:
-    """One pass of D-QRELO.
-
-    Semantics: ``delta ~ alpha sign(delta) + B A`` with ``alpha = mean |delta|``,
-    ``sign(0) = -1`` and ``B A`` the truncated SVD of the remainder (equations 6 to 15).
-
-    Args:
-        delta: [N, K] float32, fine-tune minus base.
-        ratio: total size as a fraction of 16 bits per weight, 1/16 to 1.
-        factor_dtype: bfloat16 or float16, what B and A are rounded to.
-    """
-    n, k = delta.shape
-    positive = delta > 0
-    alpha = delta.abs().mean(dtype=torch.float64).to(torch.float32)
-    residual = delta - torch.where(positive, alpha, -alpha)
-    b, a = truncated_svd(residual, rank_of(n, k, ratio))
-    return MatrixDelta(
-        shape=(n, k),
-        signs=pack_signs(positive),
-        scale=alpha.reshape(1),
-        lora_a=a.to(factor_dtype).contiguous(),
-        lora_b=b.to(factor_dtype).contiguous(),
-    )
+    return v @ turns.flip(1).to(v.dtype)

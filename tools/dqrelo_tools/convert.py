@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dqrelo_tools.adapter import Adapter, is_adapter
 from dqrelo_tools.card import write_card
-from dqrelo_tools.compress import METHOD, MIN_RATIO, compress, rank_of
+from dqrelo_tools.compress import BITS, METHODS, Method, compress
 from dqrelo_tools.differences import copy_side_files, differences
 from dqrelo_tools.journal import Journal
 from dqrelo_tools.report import Entry, Report, matrix_entry
@@ -31,6 +31,7 @@ def convert(
     ratio: float,
     max_shard_size: int | str = "1GB",
     device: str = "cpu",
+    method: str = "dqrelo",
 ) -> Report:
     """Write the delta from ``base`` to ``model`` into the new folder ``output``.
 
@@ -42,37 +43,40 @@ def convert(
         base: the base model, a folder or a Hub id.
         model: the fine-tune or a LoRA adapter in PEFT's format, a folder or a Hub id.
         output: must not exist, or be empty; on any error it is left as it was.
-        ratio: size of the delta as a fraction of 16 bits per weight, 1/16 to 1.
+        ratio: size of the delta as a fraction of 16 bits per weight, at most 1.
         max_shard_size: of the files with the tensors, as Hugging Face has it.
         device: where to compute.
+        method: a name in ``compress.METHODS``.
 
     Raises:
         DqreloError: the two do not fit together, or cannot be converted.
         FileNotFoundError: one of them is not there.
     """
-    if not MIN_RATIO <= ratio <= 1:
+    how = METHODS[method]
+    least = (how.planes or 0) / BITS
+    if not (0 < ratio <= 1 and ratio >= least):
+        reason = f"the signs alone take {least} (1/16), and " if least else ""
         raise DqreloError(
-            f"--ratio {ratio:g} is out of range: the signs alone take {MIN_RATIO} "
-            "(1/16), and 1 is the size of the fine-tune"
+            f"--ratio {ratio:g} is out of range: {reason}1 is the size of the fine-tune"
         )
     before, folder = Checkpoint(resolve(base)), resolve(model)
     config = DeltaConfig(
         base_model_name_or_path=base,
         base_fingerprint=before.fingerprint(),
         digest="",
-        method="lora" if is_adapter(folder) else METHOD,
+        method="lora" if is_adapter(folder) else method,
         ratio=ratio,
     )
     if is_adapter(folder):
         return convert_adapter(before, Adapter(folder, before), output, config)
     after = Checkpoint(folder)
     refuse(f"{model} is no fine-tune of {base}:", differences(before, after))
-    require_free(output, 2 * predicted_bytes(after, ratio))
+    require_free(output, 2 * predicted_bytes(after, ratio, how))
     journal = Journal(
         output.parent / f".{output.name}.parts", identity(config, after, device)
     )
     try:
-        report = Report(convert_all(before, after, ratio, device, journal))
+        report = Report(convert_all(before, after, ratio, how, device, journal))
         if not journal:
             raise DqreloError(f"{model} has the weights of {base}: nothing to store")
         write(output, config, journal, report, before, folder, max_shard_size)
@@ -100,7 +104,9 @@ def convert_adapter(
     for name in sorted(adapter.whole):
         change = adapter.change(name, before.get(name))
         tensor = adapter.files.get(adapter.whole[name])
-        entry, stored = convert_parameter(name, tensor, change, config.ratio)
+        entry, stored = convert_parameter(
+            name, tensor, change, config.ratio, METHODS["dqrelo"]
+        )
         entries.append(entry)
         tensors |= stored
     report = Report(entries)
@@ -129,6 +135,7 @@ def convert_all(
     before: Checkpoint,
     after: Checkpoint,
     ratio: float,
+    method: Method,
     device: str,
     journal: Journal,
 ) -> list[Entry]:
@@ -148,7 +155,9 @@ def convert_all(
         for (number, name), (tensor, change) in zip(
             missing.items(), pairs, strict=True
         ):
-            entry, stored = convert_parameter(name, tensor, change.to(device), ratio)
+            entry, stored = convert_parameter(
+                name, tensor, change.to(device), ratio, method
+            )
             journal.record(number, entry, stored)
             entries[number] = journal.entry(number)
             progress.update()
@@ -180,7 +189,11 @@ def read_ahead(
 
 
 def convert_parameter(
-    name: str, tensor: torch.Tensor, change: torch.Tensor, ratio: float
+    name: str,
+    tensor: torch.Tensor,
+    change: torch.Tensor,
+    ratio: float,
+    method: Method,
 ) -> tuple[Entry, dict[str, torch.Tensor]]:
     """One parameter's entry in the report, and its stored tensors.
 
@@ -189,14 +202,16 @@ def convert_parameter(
         tensor: as the fine-tune has it.
         change: fine-tune minus base, float32, on the device to compute on.
         ratio: as for :func:`convert`.
+        method: how to compress a matrix.
     """
-    size = (tensor.numel(), tensor.nbytes)
+    counts = (tensor.numel(), tensor.nbytes)
     if not bool(change.any()):
-        return Entry(name, "unchanged", *size), {}
+        return Entry(name, "unchanged", *counts), {}
     if tensor.ndim < 2:
-        return Entry(name, "exact", *size), {name: tensor.clone()}
-    factor_dtype = torch.float16 if tensor.dtype == torch.float16 else torch.bfloat16
-    matrix = compress(change, ratio, factor_dtype)
+        return Entry(name, "exact", *counts), {name: tensor.clone()}
+    n, k = tensor.shape
+    size = method.size(n, k, ratio, half_of(tensor.dtype))
+    matrix = compress(change, size, method)
     stored = {key: value.cpu() for key, value in matrix.tensors(name).items()}
     return matrix_entry(name, tensor, change, matrix), stored
 
@@ -210,14 +225,19 @@ def identity(config: DeltaConfig, model: Checkpoint, device: str) -> str:
     return json.dumps([__version__, config.to_json(), files, device])
 
 
-def predicted_bytes(model: Checkpoint, ratio: float) -> int:
+def half_of(dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit float that stands for a checkpoint's dtype."""
+    return torch.float16 if dtype == torch.float16 else torch.bfloat16
+
+
+def predicted_bytes(model: Checkpoint, ratio: float, method: Method) -> int:
     """An upper bound of the delta's size, before anything is computed."""
     total = 1 << 20  # headers and side files
     for name in model:
         _, shape = model.spec(name)
         if len(shape) == 2:
             n, k = shape
-            total += 2 * (n * (-(-k // 16)) + rank_of(n, k, ratio) * (n + k)) + 64
+            total += method.size(n, k, ratio, torch.bfloat16).bytes(n, k)
         else:
             total += 4 * (shape[0] if shape else 1)
     return total

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_dqrelo.format.config import CONFIG_NAME
 from vllm_dqrelo.format.delta import MODEL, Delta, weight_files
+from vllm_dqrelo.format.tensors import INT4
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -21,9 +22,11 @@ def describe(folder: Path) -> dict[str, Any]:
         matrix = delta.matrix(name)
         matrices[name] = {
             "shape": list(matrix.shape),
+            "planes": matrix.planes,
             "rank": matrix.rank,
-            "scale": None if matrix.scale is None else float(matrix.scale),
-            "factor_dtype": str(matrix.lora_a.dtype).removeprefix("torch."),
+            "factors": "int4"
+            if matrix.lora_a.dtype == INT4
+            else str(matrix.lora_a.dtype).removeprefix("torch."),
         }
     return {
         **asdict(delta.config),
@@ -48,9 +51,11 @@ def to_text(description: dict[str, Any]) -> str:
             )
     lines += [f"{'exact parameters':<26}{len(description['exact'])}"]
     lines += [f"{'other files':<26}{', '.join(description['other_files']) or 'none'}"]
-    lines += ["", f"{'shape':>14}{'rank':>6}{'scale':>12}  matrix"]
+    lines += ["", f"{'shape':>14}{'planes':>8}{'rank':>6}{'factors':>10}  matrix"]
     for name, matrix in description["matrices"].items():
         n, k = matrix["shape"]
-        scale = "-" if matrix["scale"] is None else f"{matrix['scale']:.3e}"
-        lines.append(f"{f'{n} x {k}':>14}{matrix['rank']:>6}{scale:>12}  {name}")
+        lines.append(
+            f"{f'{n} x {k}':>14}{matrix['planes']:>8}{matrix['rank']:>6}"
+            f"{matrix['factors']:>10}  {name}"
+        )
     return "\n".join(lines)

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tensors describe one parameter of the fine-tune.
 
-A matrix ``P`` is described by these, N x K being its shape and R its rank:
+A matrix ``P`` is described by these, N x K being its shape, R its rank, and Q the
+number of its sign planes:
 
-    P_shape   int64   [2]                N, K
-    P_packed  int16   [N, ceil(K / 16)]  signs, in the order of dqrelo_kernels.layout;
-    P_scale   float32 [1]                alpha; both absent in a delta of low rank
-    P_lora_A  factor  [R, K]             the low-rank part is P_lora_B @ P_lora_A;
-    P_lora_B  factor  [N, R]             both absent when R is 0
+    P_shape      int64   [2]                   N, K
+    P_packed     int16   [Q, N, ceil(K / 16)]  signs, in the order of
+                                               dqrelo_kernels.layout
+    P_scale      float32 [Q, N] or [Q, 1]      of each row, or of the whole plane
+    P_lora_A     factor  [R, K]                the low-rank part is
+    P_lora_B     factor  [N, R]                P_lora_B @ P_lora_A, or with integers
+    P_lora_scale float32 [R]                   P_lora_B @ (P_lora_scale * P_lora_A)
 
-and then ``P(fine-tune) ~ P(base) + scale * signs + lora_B @ lora_A``. A tensor
-called ``P`` is the fine-tune's parameter itself, exactly (norms and biases).
-Parameters that are not mentioned are the base's.
+    P(fine-tune) ~ P(base) + sum of scale * signs + low-rank part
+
+Signs and scale are both absent in a delta of low rank, the factors when R is 0. A
+uint8 factor holds two integers of four bits a byte: A is then [R, ceil(K / 2)] and B
+[N, ceil(R / 2)]. A tensor called ``P`` is the fine-tune's parameter itself, exactly
+(norms and biases). Parameters that are not mentioned are the base's.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,32 +25,48 @@ from dataclasses import dataclass
 
 import torch
 
-from dqrelo_kernels.layout import padding_is_clear, unpack_signs, words_per_row
+from dqrelo_kernels.layout import (
+    int4_bytes,
+    int4_padding_is_clear,
+    padding_is_clear,
+    unpack_int4,
+    unpack_signs,
+    words_per_row,
+)
 
 PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"
-LORA_A, LORA_B = "_lora_A", "_lora_B"
-SUFFIXES = (PACKED, SCALE, SHAPE, LORA_A, LORA_B)
-FACTOR_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-EXACT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LORA_A, LORA_B, LORA_SCALE = "_lora_A", "_lora_B", "_lora_scale"
+# A suffix comes before those that it ends with.
+SUFFIXES = (PACKED, LORA_SCALE, SCALE, SHAPE, LORA_A, LORA_B)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+INT4 = torch.uint8  # two a byte
+FACTOR_DTYPES = (*FLOATS, torch.int8, INT4)
 
 
 @dataclass(frozen=True)
 class MatrixDelta:
-    """The compressed change of one matrix.
+    """The compressed change of one matrix; Q planes and rank R, either may be 0.
 
     Attributes:
         shape: N, K.
-        signs: [N, ceil(K / 16)] int16, packed; None in a delta of low rank.
-        scale: [1] float32; None in a delta of low rank.
-        lora_a: [R, K] bfloat16, float16 or float32; R may be 0 beside signs.
-        lora_b: [N, R] of the same dtype.
+        signs: [Q, N, ceil(K / 16)] int16, packed.
+        scale: [Q, N] or [Q, 1] float32.
+        lora_a: [R, K] of one of FACTOR_DTYPES; INT4 packed, [R, ceil(K / 2)].
+        lora_b: [N, R] of the same dtype; INT4 packed, [N, ceil(R / 2)].
+        lora_scale: [R] float32 beside integers, else None.
     """
 
     shape: tuple[int, int]
-    signs: torch.Tensor | None
-    scale: torch.Tensor | None
+    signs: torch.Tensor
+    scale: torch.Tensor
     lora_a: torch.Tensor
     lora_b: torch.Tensor
+    lora_scale: torch.Tensor | None = None
+
+    @property
+    def planes(self) -> int:
+        """Q."""
+        return self.signs.shape[0]
 
     @property
     def rank(self) -> int:
@@ -54,10 +76,12 @@ class MatrixDelta:
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The stored tensors of the matrix called ``name``."""
         stored = {name + SHAPE: torch.tensor(self.shape, dtype=torch.int64)}
-        if self.signs is not None and self.scale is not None:
+        if self.planes:
             stored |= {name + PACKED: self.signs, name + SCALE: self.scale}
         if self.rank:
             stored |= {name + LORA_A: self.lora_a, name + LORA_B: self.lora_b}
+            if self.lora_scale is not None:
+                stored[name + LORA_SCALE] = self.lora_scale
         return stored
 
     @classmethod
@@ -66,21 +90,27 @@ class MatrixDelta:
     ) -> "MatrixDelta":
         """The inverse of :meth:`tensors`; call ``matrix_problems`` on them first."""
         n, k = tensors[name + SHAPE].tolist()
+        signs = torch.empty(0, n, words_per_row(k), dtype=torch.int16)
         return cls(
             shape=(n, k),
-            signs=tensors.get(name + PACKED),
-            scale=tensors.get(name + SCALE),
+            signs=tensors.get(name + PACKED, signs),
+            scale=tensors.get(name + SCALE, torch.empty(0, 1)),
             lora_a=tensors.get(name + LORA_A, torch.empty(0, k, dtype=torch.bfloat16)),
             lora_b=tensors.get(name + LORA_B, torch.empty(n, 0, dtype=torch.bfloat16)),
+            lora_scale=tensors.get(name + LORA_SCALE),
         )
 
     def dense(self) -> torch.Tensor:
-        """``scale * signs + lora_B @ lora_A``, float32 [N, K]."""
-        low_rank = self.lora_b.float() @ self.lora_a.float()
-        if self.signs is None or self.scale is None:
-            return low_rank
-        signs = unpack_signs(self.signs, self.shape[1], torch.float32)
-        return self.scale * signs + low_rank
+        """What is added to the base's matrix, float32 [N, K]."""
+        a, b = self.lora_a, self.lora_b
+        if a.dtype == INT4:
+            a, b = unpack_int4(a, self.shape[1]), unpack_int4(b, self.rank)
+        a, b = a.float(), b.float()
+        out = b @ (a if self.lora_scale is None else self.lora_scale[:, None] * a)
+        for signs, scale in zip(self.signs, self.scale, strict=True):
+            plane = unpack_signs(signs, self.shape[1], torch.float32)
+            out += scale[:, None] * plane
+        return out
 
 
 def group(names: Iterable[str]) -> tuple[dict[str, set[str]], list[str]]:
@@ -105,39 +135,53 @@ def matrix_problems(
     for pair in ((PACKED, SCALE), (LORA_A, LORA_B)):
         if len(suffixes & {*pair}) == 1:
             return [f"{name}: one of {' and '.join(pair)} without the other"]
-    if suffixes == {SHAPE}:
+    if not suffixes & {PACKED, LORA_A}:
         return [f"{name}: neither signs nor low-rank factors"]
     shape = tensors[name + SHAPE]
     if shape.dtype != torch.int64 or shape.shape != (2,) or bool((shape < 1).any()):
         return [f"{name}{SHAPE} must be two positive int64"]
     n, k = shape.tolist()
-    rank = tensors[name + LORA_A].shape[0] if LORA_A in suffixes else 0
-    expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
-    if PACKED in suffixes:
-        expected[PACKED] = ((n, words_per_row(k)), (torch.int16,))
-        expected[SCALE] = ((1,), (torch.float32,))
-    if LORA_A in suffixes:
-        expected[LORA_A] = ((rank, k), FACTOR_DTYPES)
-        expected[LORA_B] = ((n, rank), (tensors[name + LORA_A].dtype,))
     found = []
-    for suffix, (size, dtypes) in expected.items():
+
+    def expect(
+        suffix: str, dtypes: tuple[torch.dtype, ...], *sizes: tuple[int, ...]
+    ) -> None:
         tensor = tensors[name + suffix]
-        if tuple(tensor.shape) != size or tensor.dtype not in dtypes:
+        if tensor.dtype not in dtypes or tuple(tensor.shape) not in sizes:
             found.append(
                 f"{name}{suffix} is {tensor.dtype} {list(tensor.shape)}, expected "
-                f"{' or '.join(map(str, dtypes))} {list(size)}"
+                f"{' or '.join(map(str, dtypes))} "
+                f"{' or '.join(str(list(size)) for size in sizes)}"
             )
         elif tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             found.append(f"{name}{suffix} has a NaN or an infinity")
-    packed = tensors.get(name + PACKED)
-    if not found and packed is not None and not padding_is_clear(packed, k):
-        found.append(f"{name}{PACKED} has padding bits set")
+
+    if PACKED in suffixes:
+        planes = max([1, *tensors[name + PACKED].shape[:1]])
+        expect(PACKED, (torch.int16,), (planes, n, words_per_row(k)))
+        expect(SCALE, (torch.float32,), (planes, n), (planes, 1))
+        if not found and not padding_is_clear(tensors[name + PACKED].flatten(0, 1), k):
+            found.append(f"{name}{PACKED} has padding bits set")
+    integer = False
+    if LORA_A in suffixes:
+        factor = tensors[name + LORA_A]
+        rank, dtype = max([1, *factor.shape[:1]]), factor.dtype
+        integer, packed = dtype in FACTOR_DTYPES and dtype not in FLOATS, dtype == INT4
+        expect(LORA_A, FACTOR_DTYPES, (rank, int4_bytes(k) if packed else k))
+        expect(LORA_B, (dtype,), (n, int4_bytes(rank) if packed else rank))
+        for suffix, columns in ((LORA_A, k), (LORA_B, rank)) if packed else ():
+            if not found and not int4_padding_is_clear(tensors[name + suffix], columns):
+                found.append(f"{name}{suffix} has padding bits set")
+    if integer != (LORA_SCALE in suffixes):
+        found.append(f"{name}{LORA_SCALE} belongs to integer factors, and only to them")
+    elif integer:
+        expect(LORA_SCALE, (torch.float32,), (rank,))
     return found
 
 
 def exact_problems(name: str, tensor: torch.Tensor) -> list[str]:
     """All that is wrong with an exactly stored parameter; empty when sound."""
-    if tensor.dtype not in EXACT_DTYPES:
+    if tensor.dtype not in FLOATS:
         return [f"{name} is {tensor.dtype}, expected bfloat16, float16 or float32"]
     if not bool(tensor.isfinite().all()):
         return [f"{name} has a NaN or an infinity"]
