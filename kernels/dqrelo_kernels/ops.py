@@ -89,7 +89,7 @@ def delta_embedding_(
     if y.is_cuda:
         from dqrelo_kernels.rowwise import embedding  # imports Triton
 
-        embedding(y, ids, arena, table, rows, slots)
+        embedding(y, ids, arena, table, vocab, rows, slots)
     elif cpu.library():
         cpu.delta_embedding_(y, ids, arena, table, vocab, rows, slots)
     else:

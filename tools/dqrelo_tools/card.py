@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from dqrelo_tools.report import Report
 from vllm_dqrelo.format.config import DeltaConfig
+from vllm_dqrelo.format.errors import DqreloError
 
 CARD = "README.md"
 REPORT = "report.json"
@@ -69,6 +70,20 @@ def write_card(folder: Path, config: DeltaConfig, report: Report, model: Path) -
     )
     (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n{text}")
     (folder / REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+
+
+def read_report(folder: Path) -> Report:
+    """The report of the conversion, from the folder of its delta.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DqreloError: another version wrote it, or something else.
+    """
+    path = folder / REPORT
+    try:
+        return Report.from_dict(json.loads(path.read_text()))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DqreloError(f"{path} is no report of this version: {error!r}") from error
 
 
 def licence_of(model: Path) -> str | None:

@@ -53,12 +53,24 @@ def parser() -> argparse.ArgumentParser:
         help="size as a fraction of 16 bits per weight (default: 0.125)",
     )
     command.add_argument(
+        "--method",
+        choices=("dqrelo", "dqrelo-paper"),
+        default="dqrelo",
+        help="dqrelo (default), or dqrelo-paper: arXiv 2604.16940 as it was published",
+    )
+    command.add_argument(
         "--max-shard-size",
         default="1GB",
         help="of the files with the tensors; one is in memory (default: 1GB)",
     )
     command.add_argument(
         "--device", default="cpu", help="where to compute: cpu (default) or cuda"
+    )
+    command.add_argument(
+        "--push-to-hub", metavar="REPO_ID", help="upload the delta to the Hub as well"
+    )
+    command.add_argument(
+        "--private", action="store_true", help="make the repository a private one"
     )
     command.set_defaults(run=convert)
 
@@ -72,6 +84,21 @@ def parser() -> argparse.ArgumentParser:
     )
     add_models(command, "--base", "--delta")
     command.add_argument("--model", help="the fine-tune, to measure the error")
+    command.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="measure KL divergence and top-1 agreement on this text: one prompt a "
+        'line, or .jsonl with "prompt", "text" or "messages"; takes 12 bytes of '
+        "memory a weight",
+    )
+    command.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="save a picture of the error of each layer (.png, .pdf, .svg); without "
+        "--model as the conversion found it",
+    )
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=verify)
 
@@ -114,7 +141,13 @@ def add_models(command: argparse.ArgumentParser, *options: str) -> None:
 def convert(arguments: argparse.Namespace) -> int:
     """Write a delta and print what it cost."""
     from dqrelo_tools.convert import convert
+    from dqrelo_tools.hub import push, require_access
 
+    repo_id = arguments.push_to_hub
+    if repo_id:
+        require_access(repo_id)
+    elif arguments.private:
+        raise DqreloError("--private is of the repository: it needs --push-to-hub")
     report = convert(
         arguments.base,
         arguments.model,
@@ -122,9 +155,12 @@ def convert(arguments: argparse.Namespace) -> int:
         arguments.ratio,
         arguments.max_shard_size,
         arguments.device,
+        arguments.method,
     )
     print(report.to_text())
     print(f"written to {arguments.output}")
+    if repo_id:
+        print(f"pushed to {push(arguments.output, repo_id, arguments.private)}")
     return 0
 
 
@@ -140,9 +176,16 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Check a delta and print its error."""
+    from dqrelo_tools.card import read_report
+    from dqrelo_tools.plot import plot, require_plot
     from dqrelo_tools.verify import verify
 
-    report = verify(arguments.base, arguments.delta, arguments.model)
+    if arguments.plot:
+        require_plot(arguments.plot)
+    report = verify(arguments.base, arguments.delta, arguments.model, arguments.prompts)
+    if arguments.plot:
+        shown = report if arguments.model else read_report(arguments.delta)
+        plot(shown, arguments.plot)
     if arguments.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

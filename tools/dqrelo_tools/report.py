@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a conversion or a check found about each parameter, and in all."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
+from dqrelo_tools.fidelity import Fidelity
 from vllm_dqrelo.format.tensors import MatrixDelta
 
 
@@ -18,7 +20,8 @@ class Entry:
         kind: "matrix" (compressed), "exact" (stored as it is) or "unchanged".
         weights: number of elements.
         model_bytes: their size in the fine-tune.
-        rank: of the low-rank residual; 0 unless a matrix.
+        rank: of the low-rank part; 0 unless a matrix.
+        planes: sign planes; 0 unless a matrix.
         change: squared Frobenius norm of fine-tune minus base.
         missed: squared Frobenius norm of what the delta misses of it.
     """
@@ -28,6 +31,7 @@ class Entry:
     weights: int
     model_bytes: int
     rank: int = 0
+    planes: int = 0
     change: float = 0.0
     missed: float = 0.0
 
@@ -49,6 +53,7 @@ def matrix_entry(
         tensor.numel(),
         tensor.nbytes,
         matrix.rank,
+        matrix.planes,
         float(total),
         float(missed),
     )
@@ -61,12 +66,26 @@ def relative_error(entries: list[Entry]) -> float:
     return (missed / change) ** 0.5 if change else float(missed > 0)
 
 
+def span(values: Iterable[int]) -> str:
+    """ "3", or "2-5" of several."""
+    ordered = sorted(values)
+    low, high = ordered[0], ordered[-1]
+    return str(low) if low == high else f"{low}-{high}"
+
+
 @dataclass
 class Report:
-    """All parameters of a delta and the size of its tensor file in bytes."""
+    """What is known of a delta.
+
+    Attributes:
+        entries: one for each parameter.
+        delta_bytes: size of the files with its tensors.
+        fidelity: on prompts, if it was measured.
+    """
 
     entries: list[Entry] = field(default_factory=list)
     delta_bytes: int = 0
+    fidelity: Fidelity | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -83,6 +102,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""
+        measured = {"fidelity": self.fidelity.to_dict()} if self.fidelity else {}
         return {
             "delta_bytes": self.delta_bytes,
             "model_bytes": sum(entry.model_bytes for entry in self.entries),
@@ -91,17 +111,26 @@ class Report:
                 module: relative_error(entries)
                 for module, entries in self.modules().items()
             },
+            **measured,
             "parameters": [asdict(entry) for entry in self.entries],
         }
 
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "Report":
+        """The inverse of :meth:`to_dict`, without ``fidelity``."""
+        return cls([Entry(**entry) for entry in raw["parameters"]], raw["delta_bytes"])
+
     def to_text(self) -> str:
         """For people."""
-        lines = [f"{'module':<16}{'matrices':>9}{'rank':>9}{'relative error':>16}"]
+        columns = ("matrices", "planes", "rank")
+        lines = [f"{'module':<16}" + "".join(f"{name:>9}" for name in columns)]
+        lines[0] += f"{'relative error':>16}"
         for module, entries in self.modules().items():
-            ranks = sorted({entry.rank for entry in entries})
-            rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+            planes = span(entry.planes for entry in entries)
+            rank = span(entry.rank for entry in entries)
             error = relative_error(entries)
-            lines.append(f"{module:<16}{len(entries):>9}{rank:>9}{error:>16.4f}")
+            line = f"{module:<16}{len(entries):>9}{planes:>9}{rank:>9}{error:>16.4f}"
+            lines.append(line)
         kinds = [entry.kind for entry in self.entries]
         model_bytes = sum(entry.model_bytes for entry in self.entries)
         counts = (
@@ -114,4 +143,6 @@ class Report:
             f"{model_bytes:,} bytes"
         )
         lines += ["", counts, size]
+        if self.fidelity:
+            lines += ["", self.fidelity.to_text()]
         return "\n".join(lines)

@@ -6,10 +6,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from dqrelo_tools.extras import require
+from dqrelo_tools.fidelity import measure
+from dqrelo_tools.prompts import read_prompts
 from dqrelo_tools.report import Entry, Report, matrix_entry
 from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
 from vllm_dqrelo.format.delta import Delta, weight_files
-from vllm_dqrelo.format.errors import refuse
+from vllm_dqrelo.format.errors import DqreloError, refuse
 
 
 def open_for_base(delta: Path, base: Checkpoint) -> Delta:
@@ -28,17 +31,31 @@ def open_for_base(delta: Path, base: Checkpoint) -> Delta:
     return opened
 
 
-def verify(base: str, delta: Path, model: str | None) -> Report:
+def verify(
+    base: str, delta: Path, model: str | None, prompts: Path | None = None
+) -> Report:
     """Check digest, fingerprint and shapes; with ``model`` also every error.
 
+    Args:
+        base: the base model, a folder or a Hub id.
+        delta: the folder of the delta.
+        model: the fine-tune, a folder or a Hub id.
+        prompts: a file of text to compare the models on; see ``read_prompts``.
+
     Returns:
-        The sizes, and with ``model`` the error of each parameter.
+        The sizes, with ``model`` the error of each parameter, and with ``prompts``
+        how far base + delta is from the fine-tune there.
 
     Raises:
         DqreloError: the delta is damaged, or belongs to another base, or is not
-            what a conversion of ``model`` gives.
+            what a conversion of ``model`` gives; or ``prompts`` cannot be used.
         FileNotFoundError: one of them is not there.
     """
+    if prompts and not model:
+        raise DqreloError("--prompts needs --model, the fine-tune to compare with")
+    if prompts:
+        require("transformers", "--prompts")
+        texts = read_prompts(prompts)
     before = Checkpoint(resolve(base))
     opened = open_for_base(delta, before)
     report = Report()
@@ -56,6 +73,8 @@ def verify(base: str, delta: Path, model: str | None) -> Report:
             wrong.append(f"{name} is stored as {entry.kind}, {model} has other values")
         report.entries.append(entry)
     refuse(f"{delta} is not the delta of {model}:", wrong)
+    if prompts:
+        report.fidelity = measure(before.folder, opened, after.folder, texts)
     return report
 
 
@@ -70,4 +89,4 @@ def check_parameter(
     got = delta.parameter(name) if kind == "exact" else before
     missed = float((after.double() - got.double()).square().sum())
     size = (after.numel(), after.nbytes)
-    return Entry(name, kind, *size, 0, float(change.square().sum()), missed)
+    return Entry(name, kind, *size, 0, 0, float(change.square().sum()), missed)

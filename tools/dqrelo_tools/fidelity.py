@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of a fine-tune's behaviour its delta keeps, on a user's own text."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dqrelo_tools.prompts import Prompt
+from vllm_dqrelo.format.checkpoint import Checkpoint
+from vllm_dqrelo.format.delta import Delta
+from vllm_dqrelo.format.errors import DqreloError, refuse
+
+WINDOW = 128  # tokens whose logits are in memory at a time
+
+
+@dataclass
+class Distance:
+    """From the fine-tune to another model, summed over tokens."""
+
+    tokens: int = 0
+    kl_sum: float = 0.0
+    same: int = 0
+
+    def add(self, log_p: torch.Tensor, log_q: torch.Tensor) -> None:
+        """Count some tokens.
+
+        Args:
+            log_p: of the fine-tune, float32 [tokens, vocabulary].
+            log_q: of the other model.
+        """
+        self.tokens += log_p.shape[0]
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        self.kl_sum += float(kl.sum(dtype=torch.float64))
+        self.same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+
+    def to_dict(self) -> dict[str, float]:
+        """Means over the tokens."""
+        return {"kl": self.kl_sum / self.tokens, "top1": self.same / self.tokens}
+
+
+@dataclass
+class Fidelity:
+    """What base + delta makes of some prompts, and the base alone as the yardstick.
+
+    Semantics: every token of a prompt predicts the one after it, the last one too. For
+    each, with p of the fine-tune and q of the other model over the whole vocabulary:
+    kl = sum p (log p - log q) in nats, and top1 says whether the most probable token is
+    the same. Both are means over all tokens of all prompts.
+    """
+
+    prompts: int
+    delta: Distance = field(default_factory=Distance)
+    base: Distance = field(default_factory=Distance)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "prompts": self.prompts,
+            "tokens": self.delta.tokens,
+            "delta": self.delta.to_dict(),
+            "base": self.base.to_dict(),
+        }
+
+    def to_text(self) -> str:
+        """For people."""
+        counts = f"{self.prompts:,} prompts, {self.delta.tokens:,} tokens"
+        lines = [f"{counts:<32}{'KL per token':>16}{'top-1 agreement':>18}"]
+        for name, distance in (("base + delta", self.delta), ("base", self.base)):
+            means = distance.to_dict()
+            lines.append(f"{name:<32}{means['kl']:>16.4g}{means['top1']:>18.1%}")
+        return "\n".join(lines)
+
+
+def measure(
+    base: Path, delta: Delta, model: Path, prompts: Mapping[int, Prompt]
+) -> Fidelity:
+    """Run fine-tune, base + delta and base on each prompt.
+
+    Three models are in memory, in float32: 12 bytes a weight.
+
+    Args:
+        base: the folder of the base.
+        delta: made from it.
+        model: the folder of the fine-tune; its tokenizer and chat template are used.
+        prompts: as ``read_prompts`` gives them; cut to the positions that the model
+            has, which is said on stderr.
+
+    Raises:
+        DqreloError: a prompt cannot be made into tokens, or transformers calls the
+            parameters otherwise than the checkpoint does.
+    """
+    inputs = encode(model, prompts)
+    models = [load(model), with_delta(load(base), Checkpoint(base), delta), load(base)]
+    config = models[0].config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if cut := sum(len(tokens) > (limit or len(tokens)) for tokens in inputs):
+        print(
+            f"dqrelo: {cut} of {len(inputs)} prompts are cut to {limit} tokens, "
+            "the most that the model takes",
+            file=sys.stderr,
+        )
+    found = Fidelity(len(inputs))
+    for tokens in tqdm(inputs, desc="prompts", unit=" prompts", disable=None):
+        for log_p, log_delta, log_base in log_probabilities(models, tokens[:limit]):
+            found.delta.add(log_p, log_delta)
+            found.base.add(log_p, log_base)
+    return found
+
+
+def encode(model: Path, prompts: Mapping[int, Prompt]) -> list[torch.Tensor]:
+    """The tokens of each prompt, int64; a chat goes through the template first."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    encoded, problems = [], []
+    for line, prompt in prompts.items():
+        try:
+            text = prompt if isinstance(prompt, str) else chat(tokenizer, prompt)
+        except Exception as error:  # a template is a program and raises what it likes
+            problems.append(f"line {line}: {error}")
+            continue
+        tokens = tokenizer(text, add_special_tokens=text is prompt, verbose=False)
+        if not tokens["input_ids"]:
+            problems.append(f"line {line}: {text[:80]!r} gives no tokens")
+        encoded.append(torch.tensor(tokens["input_ids"], dtype=torch.int64))
+    refuse(f"prompts that the tokenizer of {model} cannot use:", problems)
+    return encoded
+
+
+def chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    """The text of a chat, and of the start of an answer where it lacks one."""
+    return tokenizer.apply_chat_template(
+        messages,
+        tokenize=False,
+        add_generation_prompt=messages[-1]["role"] != "assistant",
+    )
+
+
+def load(folder: Path) -> Any:
+    """A model in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def with_delta(model: Any, base: Checkpoint, delta: Delta) -> Any:
+    """``model``, which is the base, with the delta's parameters in place of its own."""
+    parameters = dict(model.named_parameters())
+    if unknown := sorted({*delta.matrices, *delta.exact} - parameters.keys()):
+        raise DqreloError(
+            f"transformers has other names for the parameters of {base.folder}, "
+            f"{unknown[0]} for one; the prompts cannot be run"
+        )
+    for name in delta.matrices:
+        parameters[name].data = base.get(name).float() + delta.matrix(name).dense()
+    for name in delta.exact:
+        parameters[name].data = delta.parameter(name).float()
+    return model
+
+
+@torch.no_grad()
+def log_probabilities(
+    models: list[Any], tokens: torch.Tensor
+) -> Iterator[list[torch.Tensor]]:
+    """Of each next token by each model, float32 [WINDOW or less, vocabulary]."""
+    caches = [None for _ in models]
+    for window in tokens[None].split(WINDOW, dim=1):
+        outputs = [
+            model(input_ids=window, past_key_values=cache, use_cache=True)
+            for model, cache in zip(models, caches, strict=True)
+        ]
+        caches = [output.past_key_values for output in outputs]
+        yield [output.logits[0].float().log_softmax(-1) for output in outputs]
