@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from dqrelo_kernels import cpu, ops  # noqa: F401
-from dqrelo_kernels.layout import words_per_row
+from dqrelo_kernels.layout import int4_bytes, words_per_row
 from dqrelo_kernels.rows import RowGroups
-from dqrelo_kernels.table import ALIGNMENT, FACTOR_DTYPES, Field, empty_table
+from dqrelo_kernels.table import ALIGNMENT, FACTOR_DTYPES, INT4, Field, empty_table
 from dqrelo_tools.compress import METHODS
 
 LAYERS, HIDDEN, VOCAB = 30, 576, 49152
@@ -65,8 +65,12 @@ class Deltas:
                 row[Field.SIGNS] = self._take(2 * n * words_per_row(k))
                 row[Field.SCALE] = self._take(4 * n)
                 row[Field.PLANES], row[Field.RANK] = size.planes, size.rank
-                row[Field.LORA_A] = self._take(2 * size.rank * k)
-                row[Field.LORA_B] = self._take(2 * size.rank * n)
+                for field, rows, columns in (
+                    (Field.LORA_A, size.rank, k),
+                    (Field.LORA_B, n, size.rank),
+                ):
+                    packed = int4_bytes(columns) if size.dtype == INT4 else 2 * columns
+                    row[field] = self._take(rows * packed)
                 row[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(size.dtype)
                 if not size.dtype.is_floating_point:
                     row[Field.LORA_SCALE] = self._take(4 * size.rank)

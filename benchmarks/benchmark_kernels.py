@@ -25,9 +25,9 @@ from dqrelo_kernels import (
     ops,  # noqa: F401  registers torch.ops.dqrelo
     reference,
 )
-from dqrelo_kernels.layout import words_per_row
+from dqrelo_kernels.layout import INT4_BLOCK, int4_bytes, words_per_row
 from dqrelo_kernels.rows import RowGroups
-from dqrelo_kernels.table import ALIGNMENT, FACTOR_DTYPES, Field, empty_table
+from dqrelo_kernels.table import ALIGNMENT, FACTOR_DTYPES, INT4, Field, empty_table
 
 LINEARS = {  # output features of each slice, input features
     "qkv": ([4096, 1024, 1024], 4096),
@@ -46,6 +46,7 @@ GB_PER_S = {  # vendors' numbers; the longest name that fits is taken
     "L40S": 864,
 }
 DTYPE = torch.bfloat16
+FACTORS = {"int4": INT4, "bfloat16": DTYPE}
 
 
 class Site:
@@ -56,11 +57,21 @@ class Site:
         k: input features, a multiple of 256: any bits are signs then.
         deltas: how many.
         ratio: bytes of a delta over bytes of the bf16 layer.
+        factors: dtype of the low-rank factors, INT4 (in whole blocks) or DTYPE.
     """
 
-    def __init__(self, sizes: list[int], k: int, deltas: int, ratio: float) -> None:
+    def __init__(
+        self,
+        sizes: list[int],
+        k: int,
+        deltas: int,
+        ratio: float,
+        factors: torch.dtype,
+    ) -> None:
         self.sizes, self.k, self.n = sizes, k, sum(sizes)
         self.ranks = [math.ceil(n * k * (ratio - 1 / 16) / (n + k)) for n in sizes]
+        if factors == INT4:
+            self.ranks = [round(4 * r / INT4_BLOCK) * INT4_BLOCK for r in self.ranks]
         table = empty_table(deltas, len(sizes), "cpu")
         size = 0
 
@@ -72,12 +83,18 @@ class Site:
         for delta in range(deltas):
             for row, n, rank in zip(table[delta], sizes, self.ranks, strict=True):
                 row[Field.SIGNS] = place(2 * n * words_per_row(k))
-                row[Field.SCALE] = place(4)
+                row[Field.PLANES] = 1
+                row[Field.SCALE] = place(4 * n)
                 if rank:
                     row[Field.RANK] = rank
-                    row[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(DTYPE)
-                    row[Field.LORA_A] = place(2 * rank * k)
-                    row[Field.LORA_B] = place(2 * rank * n)
+                    row[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(factors)
+                    if factors == INT4:
+                        row[Field.LORA_A] = place(rank * int4_bytes(k))
+                        row[Field.LORA_B] = place(n * int4_bytes(rank))
+                        row[Field.LORA_SCALE] = place(4 * rank)
+                    else:
+                        row[Field.LORA_A] = place(2 * rank * k)
+                        row[Field.LORA_B] = place(2 * rank * n)
         self.bytes_per_delta = size // deltas
         arena = torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda")
         for row, n, rank in (
@@ -85,8 +102,11 @@ class Site:
             for delta in table.tolist()
             for row, n, rank in zip(delta, sizes, self.ranks, strict=True)
         ):
-            values = [(Field.SCALE, torch.full((1,), 0.01, device="cuda"))]
-            if rank:
+            values = [(Field.SCALE, torch.full((n,), 0.01, device="cuda"))]
+            if rank and factors == INT4:  # any bytes are integers; their RMS is 4.6
+                scale = torch.full((rank,), (k * rank) ** -0.5 / 21, device="cuda")
+                values += [(Field.LORA_SCALE, scale)]
+            elif rank:
                 a = torch.randn(rank * k, device="cuda", dtype=DTYPE) / k**0.5
                 b = torch.randn(n * rank, device="cuda", dtype=DTYPE) / rank**0.5
                 values += [(Field.LORA_A, a), (Field.LORA_B, b)]
@@ -174,7 +194,7 @@ def measurements(options: argparse.Namespace) -> Iterator[dict[str, object]]:
         sizes, k = LINEARS[name]
         weight = torch.randn(sum(sizes), k, dtype=DTYPE, device="cuda")
         for deltas in options.deltas:
-            site = Site(sizes, k, deltas, options.ratio)
+            site = Site(sizes, k, deltas, options.ratio, FACTORS[options.factors])
             for rows in options.rows:
                 step = site.step(rows)
                 error = check(step)
@@ -193,6 +213,7 @@ def measurements(options: argparse.Namespace) -> Iterator[dict[str, object]]:
                     "deltas": deltas,
                     "rows_per_delta": rows,
                     "ratio": options.ratio,
+                    "factors": options.factors,
                     "ranks": "+".join(map(str, site.ranks)),
                     "us": round(us, 2),
                     "roofline_us": round(ideal, 2),
@@ -214,6 +235,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--ratio", type=float, default=1 / 8)
+    parser.add_argument("--factors", choices=FACTORS, default="int4")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--gb-per-s", type=float, help="memory bandwidth")
     options = parser.parse_args()

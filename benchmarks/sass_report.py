@@ -83,7 +83,7 @@ def launches(rows: int, dtype: torch.dtype, k: int) -> dict[Any, dict[str, Any]]
         )
         low_rank.low_rank(scratch, x, arena, table, groups, starts)
         sign_matmul.sign_matmul(y, scratch, x, arena, table, slices, groups, starts)
-        rowwise.embedding(x, groups, arena, table, groups, groups)
+        rowwise.embedding(x, groups, arena, table, slices, groups, groups)
         rowwise.norm(x, x, arena, table, groups, groups, 1e-5)
     return {getattr(*kernel): r.arguments for kernel, r in recorders.items()}
 
@@ -153,8 +153,8 @@ def report(kernel: Any, arguments: dict[str, Any], target: int) -> str:
     )
     if "BLOCK_M" not in arguments:
         return line
-    # The first of them is the one over K; the others are B's, or for the factor
-    # dtypes that need a conversion.
+    # The first of them is the one over K, of int4 in low_rank; the others are B's, or
+    # for other factor dtypes.
     loop = next(
         loop
         for loop in inner_loops(disassemble(compiled.asm["cubin"], "-sass"))

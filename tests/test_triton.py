@@ -29,7 +29,7 @@ if not HAS_DEVICE and isinstance(tl.sum, triton.JITFunction):
 
 import dqrelo_kernels.ops  # noqa: E402, F401  registers torch.ops.dqrelo
 from dqrelo_kernels import reference  # noqa: E402
-from dqrelo_kernels.layout import pack_signs  # noqa: E402
+from dqrelo_kernels.layout import pack_int4, pack_signs  # noqa: E402
 from dqrelo_kernels.low_rank import low_rank  # noqa: E402
 from dqrelo_kernels.rows import RowGroups  # noqa: E402
 from dqrelo_kernels.rowwise import embedding, norm  # noqa: E402
@@ -38,6 +38,7 @@ from dqrelo_kernels.table import (  # noqa: E402
     ABSENT,
     ALIGNMENT,
     FACTOR_DTYPES,
+    INT4,
     Field,
     empty_table,
     rebase,
@@ -51,7 +52,8 @@ BFLOAT16 = pytest.param(torch.bfloat16, marks=(pytest.mark.gpu, SKIPPED))
 TALL = pytest.param(300, marks=(pytest.mark.gpu, SKIPPED))
 # Slots 0 and 1 have everything, 2 lacks its last slice, 3 is empty, 4 has biases.
 SLOTS, EMPTY, BIASES = 5, 3, 4
-RANKS = (18, 52, 1, 0)
+# They and the factor dtypes take turns.
+RANKS, PLANES = (128, 18, 52, 1, 0, 130), (1, 2, 0)
 
 
 def popularity(law: str, rows: int) -> list[int]:
@@ -87,22 +89,35 @@ class Deltas:
         self.size += data.numel() + padding
         return offset
 
-    def fill(self, ranks: tuple[int, ...] = RANKS, biases: bool = True) -> "Deltas":
-        """Matrices for slots 0, 1 and 2; ranks and factor dtypes take turns."""
+    def fill(
+        self,
+        ranks: tuple[int, ...] = RANKS,
+        dtypes: tuple[torch.dtype, ...] = FACTOR_DTYPES,
+        biases: bool = True,
+    ) -> "Deltas":
+        """Matrices for slots 0, 1 and 2."""
         for i, slot in enumerate((0, 1, 2)):
             for j, n in enumerate(self.sizes):
                 if slot == 2 and j and j == len(self.sizes) - 1:
                     continue
                 row = self.table[slot, j]
-                positive = torch.rand(n, self.k, generator=self.generator) > 0.5
-                row[Field.SIGNS] = self.put(pack_signs(positive))
-                row[Field.SCALE] = self.put(torch.rand(1, generator=self.generator))
+                if planes := PLANES[(i + j) % len(PLANES)]:
+                    signs = [
+                        pack_signs(self.random(n, self.k) > 0) for _ in range(planes)
+                    ]
+                    row[Field.SIGNS] = self.put(torch.stack(signs))
+                    row[Field.PLANES] = planes
+                    row[Field.SCALE] = self.put(self.random(planes, n))
                 if rank := ranks[(i + j) % len(ranks)]:
-                    dtype = FACTOR_DTYPES[(i + 2 * j) % len(FACTOR_DTYPES)]
+                    dtype = dtypes[(i + 2 * j) % len(dtypes)]
                     row[Field.RANK] = rank
                     row[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(dtype)
-                    row[Field.LORA_A] = self.put(self.random(rank, self.k).to(dtype))
-                    row[Field.LORA_B] = self.put(self.random(n, rank).to(dtype))
+                    row[Field.LORA_A] = self.put(self.factor(rank, self.k, dtype))
+                    row[Field.LORA_B] = self.put(self.factor(n, rank, dtype))
+                    if not dtype.is_floating_point:
+                        peak = 8 if dtype == INT4 else 128
+                        scale = self.random(rank) / peak**2
+                        row[Field.LORA_SCALE] = self.put(scale)
         if biases:
             for slot, j in ((0, 0), (BIASES, len(self.sizes) - 1)):
                 self.table[slot, j, Field.BIAS] = self.put(self.random(self.sizes[j]))
@@ -110,6 +125,13 @@ class Deltas:
 
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator)
+
+    def factor(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        if dtype.is_floating_point:
+            return self.random(rows, columns).to(dtype)
+        peak = 8 if dtype == INT4 else 128
+        values = torch.randint(-peak, peak, (rows, columns), generator=self.generator)
+        return pack_int4(values.to(torch.int8)) if dtype == INT4 else values.to(dtype)
 
     @property
     def arena(self) -> torch.Tensor:
@@ -125,19 +147,23 @@ class Deltas:
         Two float32 sums of the same K terms in other orders differ by about
         sqrt(K) eps times the sum of the terms' sizes; four times that is allowed.
         On a device, 16-bit activations meet the low-rank factors as TF32: A, A x
-        and B may each lose one part in 2^10, less than one in 2^8 in all.
+        and B may each lose one part in 2^10, less than one in 2^8 in all. Of int4
+        factors nothing is lost, and A x is rounded to the activations' dtype.
         """
         k, arena = x.shape[1], self.arena.cpu()
         unit = 4 * k**0.5 * torch.finfo(FLOAT32).eps
         slack = []
         for j, n in enumerate(self.sizes):
             entry = self.table[slot, j].tolist()
-            size = unit * (1 + x.abs().sum(1, keepdim=True).expand(-1, n))
+            scale = sum(s.abs().T for s, _ in reference.planes(arena, entry, n, k))
+            size = unit * (1 + scale * x.abs().sum(1, keepdim=True).expand(-1, n))
             if entry[Field.RANK] != ABSENT:
                 b, a = reference.factors(arena, entry, n, k)
                 product = x.abs() @ a.float().abs().T @ b.float().abs().T
-                tf32 = 2**-8 if HAS_DEVICE and dtype != FLOAT32 else 0
-                size = size + product * (unit + tf32)
+                lost = 2**-8 if HAS_DEVICE and dtype != FLOAT32 else 0
+                if FACTOR_DTYPES[entry[Field.FACTOR_DTYPE]] == INT4:
+                    lost = torch.finfo(dtype).eps / 2
+                size = size + product * (unit + lost)
             slack.append(size)
         return torch.cat(slack, dim=1)
 
@@ -214,14 +240,30 @@ def test_linear(rows, sizes, k, law, dtype):
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("factors", FACTOR_DTYPES, ids=str)
+@pytest.mark.parametrize("k", [5, 64, 299])
+@pytest.mark.parametrize("ranks", [(1, 52, 130), (5, 64, 192)], ids=str)
+def test_every_factor_dtype(ranks, k, factors, dtype):
+    """Slice 1 finds its scratch behind ranks that are whole blocks and that are not."""
+    deltas = Deltas([20, 33], k).fill(ranks=ranks, dtypes=(factors,))
+    slot_of_row = [0, 1, 2, -1, 2]
+    x, y = step(deltas, slot_of_row, dtype)
+    got = y.clone()
+    linear(deltas, got, x, groups_of(slot_of_row))
+    check_linear(deltas, y, x, got, slot_of_row)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
 @pytest.mark.parametrize("k", [5, 250, 256, 272, 300])
 def test_signs_are_exact(k, dtype):
-    """Integers whose sums stay below 2^8 and a scale of 1 leave nothing to round."""
+    """Integers whose sums stay below 2^8 and scales of 1 leave nothing to round."""
     deltas = Deltas([20], k).fill(ranks=(0,), biases=False)
-    for slot in (0, 1, 2):
-        deltas.table[slot, 0, Field.SCALE] = deltas.put(torch.ones(1))
+    for slot in (0, 1):
+        row = deltas.table[slot, 0]
+        row[Field.SCALE] = deltas.put(torch.ones(int(row[Field.PLANES]), 20))
     x = torch.randint(-2, 3, (6, k), generator=deltas.generator)
     x[:, torch.rand(k, generator=deltas.generator) > 0.4] = 0
+    x[:, 0] = 1
     x = x.to(dtype).to(DEVICE)
     y = torch.zeros(6, 20, dtype=dtype, device=DEVICE)
     want = y.clone()
@@ -278,17 +320,18 @@ def test_offsets_beyond_two_gib():
 
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
 @pytest.mark.parametrize("k", [5, 96, 300])
-def test_embedding(k, dtype):
-    deltas = Deltas([40], k).fill(biases=False)
+@pytest.mark.parametrize("factors", FACTOR_DTYPES, ids=str)
+def test_embedding(factors, k, dtype):
+    deltas = Deltas([40], k).fill(ranks=(1, 52, 130), dtypes=(factors,), biases=False)
     slot_of_row = popularity("uniform", 17)
     groups = groups_of(slot_of_row)
     y = deltas.random(17, k).to(dtype).to(DEVICE)
     ids = torch.randint(0, 40, (17,), generator=deltas.generator).to(DEVICE)
     want, got, table = y.float(), y.clone(), deltas.table.to(DEVICE)
-    arena, step = deltas.arena, (groups.rows, groups.slots)
-    embedding(got, ids, arena, table, *step)
-    reference.delta_embedding_(want, ids, arena, table, deltas.slices, *step)
-    # At most 52 products of a few units each, summed in float32; y rounded once.
+    step = (deltas.arena, table, deltas.slices.to(DEVICE), groups.rows, groups.slots)
+    embedding(got, ids, *step)
+    reference.delta_embedding_(want, ids, *step)
+    # At most 130 products of a few units each, summed in float32; y rounded once.
     torch.testing.assert_close(
         got.float(), want, rtol=torch.finfo(dtype).eps / 2 + 1e-6, atol=1e-4
     )

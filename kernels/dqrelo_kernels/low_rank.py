@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""The first half of a low-rank product: ``scratch[m] = A x[m]`` of row m's delta.
+"""The first half of a low-rank product: ``scratch[m] = lora_scale * (A x[m])``.
 
 Also what every grouped kernel needs: a *row tile* is up to BLOCK_M rows of one
 slot. Programs share the work of a launch, (row tile, output tile) pairs, by stride:
@@ -13,13 +13,16 @@ import torch
 import triton
 import triton.language as tl
 
+from dqrelo_kernels import layout
 from dqrelo_kernels import table as t
 
 ABSENT = tl.constexpr(t.ABSENT)
 SIGNS = tl.constexpr(int(t.Field.SIGNS))
+PLANES = tl.constexpr(int(t.Field.PLANES))
 SCALE = tl.constexpr(int(t.Field.SCALE))
 LORA_A = tl.constexpr(int(t.Field.LORA_A))
 LORA_B = tl.constexpr(int(t.Field.LORA_B))
+LORA_SCALE = tl.constexpr(int(t.Field.LORA_SCALE))
 RANK = tl.constexpr(int(t.Field.RANK))
 FACTOR_DTYPE = tl.constexpr(int(t.Field.FACTOR_DTYPE))
 BIAS = tl.constexpr(int(t.Field.BIAS))
@@ -28,6 +31,10 @@ WEIGHT = tl.constexpr(int(t.Field.WEIGHT))
 ALIGNMENT = tl.constexpr(t.ALIGNMENT)
 FLOAT32 = tl.constexpr(t.FACTOR_DTYPES.index(torch.float32))
 BFLOAT16 = tl.constexpr(t.FACTOR_DTYPES.index(torch.bfloat16))
+INT8 = tl.constexpr(t.FACTOR_DTYPES.index(torch.int8))
+INT4 = tl.constexpr(t.FACTOR_DTYPES.index(t.INT4))
+INT4_BLOCK = tl.constexpr(layout.INT4_BLOCK)
+INT4_BYTES = tl.constexpr(layout.INT4_BLOCK // 2)  # of a full block
 
 # As many as an SM can hold at a time at the registers that the kernels take.
 PROGRAMS_PER_SM = 8
@@ -44,16 +51,49 @@ def arena_pointer(arena_ptr, entry_ptr, FIELD: tl.constexpr, dtype: tl.constexpr
 
 @triton.jit
 def load_factor(pointer, start, offsets, mask, code):
-    """Elements of a factor of any of FACTOR_DTYPES, as float32; 0 where masked."""
+    """Elements of a factor, int4 aside, as float32; 0 where masked."""
     if code == FLOAT32:
         wide = pointer.to(tl.pointer_type(tl.float32)) + start
         value = tl.load(wide + offsets, mask=mask, other=0.0)
+    elif code == INT8:
+        narrow = pointer.to(tl.pointer_type(tl.int8)) + start
+        value = tl.load(narrow + offsets, mask=mask, other=0).to(tl.float32)
     else:
         bits = tl.load(pointer + start + offsets, mask=mask, other=0)
         bfloat = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
         half = bits.to(tl.float16, bitcast=True).to(tl.float32)
         value = tl.where(code == BFLOAT16, bfloat, half)
     return value
+
+
+@triton.jit
+def decode_int4(pairs, HALF: tl.constexpr, dtype: tl.constexpr, IN_FOURS: tl.constexpr):
+    """The lower (0) or upper (1) integers of the bytes ``pairs`` as ``dtype``, exactly.
+
+    In fours: four bytes of a register at a time. A nibble becomes the last bits of
+    128 (bfloat16) or 1024 (float16), whose last bit is worth 1; that is subtracted
+    again together with the 8.
+    """
+    if IN_FOURS:
+        one: tl.constexpr = 0x3F803F80 if dtype == tl.bfloat16 else 0x3C003C00
+        unit: tl.constexpr = 0x43434343 if dtype == tl.bfloat16 else 0x64646464
+        less: tl.constexpr = 0xC308C308 if dtype == tl.bfloat16 else 0xE408E408
+        kind: tl.constexpr = "bf16x2" if dtype == tl.bfloat16 else "f16x2"
+        bits = tl.inline_asm_elementwise(
+            f"{{ .reg .b32 t, one, less; shr.b32 t, $2, {4 * HALF};"
+            f" and.b32 t, t, 0x0F0F0F0F; mov.b32 one, {one}; mov.b32 less, {less};"
+            f" prmt.b32 $0, t, {unit}, 0x4140; fma.rn.{kind} $0, $0, one, less;"
+            f" prmt.b32 $1, t, {unit}, 0x4342; fma.rn.{kind} $1, $1, one, less; }}",
+            "=r,=r,r",
+            [pairs],
+            dtype=tl.int16,
+            is_pure=True,
+            pack=4,
+        )
+        values = bits.to(dtype, bitcast=True)
+    else:
+        values = (((pairs >> 4 * HALF) & 15).to(tl.int32) - 8).to(dtype)
+    return values
 
 
 @triton.jit
@@ -102,17 +142,21 @@ def _low_rank_kernel(
     starts_ptr,
     slots,
     K,
+    int4_bytes,
     stride_sm,
     stride_xm,
     stride_ts,
     SLICES: tl.constexpr,
     NATIVE: tl.constexpr,
+    NARROW_END: tl.constexpr,
+    IN_FOURS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     s = tl.arange(0, BLOCK_S)
     rank_tiles = tl.zeros((BLOCK_S,), dtype=tl.int32)
     for j in tl.static_range(SLICES):
@@ -121,6 +165,7 @@ def _low_rank_kernel(
         rank_tiles += tl.cdiv(ranks.to(tl.int32), BLOCK_R)
     ends = tl.cumsum(row_tiles(starts_ptr, slots, BLOCK_M, BLOCK_S) * rank_tiles)
     k = tl.arange(0, BLOCK_K)
+    byte = tl.arange(0, BLOCK_K // 2)
     for item in range(tl.program_id(0), tl.max(ends, axis=0), tl.num_programs(0)):
         slot, before = locate(ends, item)
         count = tl.cdiv(
@@ -144,23 +189,58 @@ def _low_rank_kernel(
                 rank = tl.maximum(tl.load(entry_ptr + RANK), 0).to(tl.int32)
 
         r = first_r + tl.arange(0, BLOCK_R)
+        wanted = (r < rank)[:, None]
         code = tl.load(entry_ptr + FACTOR_DTYPE)
         a_ptr = arena_pointer(arena_ptr, entry_ptr, LORA_A, tl.int16)
         a_start = first_r.to(tl.int64) * K
         a_offsets = tl.arange(0, BLOCK_R)[:, None] * K + k[None, :]
-        x_ptrs = x_ptr + row[None, :] * stride_xm + k[:, None]
+        x_rows = x_ptr + row[None, :] * stride_xm
+        x_ptrs = x_rows + k[:, None]
         acc = tl.zeros((BLOCK_R, BLOCK_M), dtype=tl.float32)
-        if code == NATIVE:
-            a_ptrs = (
-                a_ptr.to(tl.pointer_type(x_ptr.dtype.element_ty)) + a_start + a_offsets
+        if code == INT4:
+            a_rows = (
+                a_ptr.to(tl.pointer_type(tl.uint8))
+                + r[:, None].to(tl.int64) * int4_bytes
             )
+            lower = byte // INT4_BYTES * INT4_BLOCK + byte % INT4_BYTES
+            full = K // INT4_BLOCK * INT4_BYTES
+            for first in range(0, full, BLOCK_K // 2):
+                inside = byte < full - first
+                pairs = tl.load(
+                    a_rows + first + byte[None, :],
+                    mask=wanted & inside[None, :],
+                    other=0,
+                )
+                for half in tl.static_range(2):
+                    x = tl.load(
+                        x_rows + 2 * first + half * INT4_BYTES + lower[:, None],
+                        mask=inside[:, None] & exists[None, :],
+                        other=0.0,
+                    )
+                    a = decode_int4(pairs, half, dtype, IN_FOURS)
+                    acc = tl.dot(a, x, acc, input_precision=PRECISION)
+            if NARROW_END:
+                i = tl.arange(0, INT4_BYTES)
+                width = int4_bytes - full
+                pairs = tl.load(
+                    a_rows + full + i[None, :],
+                    mask=wanted & (i < width)[None, :],
+                    other=0,
+                )
+                for half in tl.static_range(2):
+                    at = 2 * full + half * width + i
+                    x = tl.load(
+                        x_rows + at[:, None],
+                        mask=((i < width) & (at < K))[:, None] & exists[None, :],
+                        other=0.0,
+                    )
+                    a = decode_int4(pairs, half, dtype, IN_FOURS)
+                    acc = tl.dot(a, x, acc, input_precision=PRECISION)
+        elif code == NATIVE:
+            a_ptrs = a_ptr.to(tl.pointer_type(dtype)) + a_start + a_offsets
             for first in range(0, K, BLOCK_K):
                 inside = k < K - first
-                a = tl.load(
-                    a_ptrs + first,
-                    mask=(r < rank)[:, None] & inside[None, :],
-                    other=0.0,
-                )
+                a = tl.load(a_ptrs + first, mask=wanted & inside[None, :], other=0.0)
                 x = tl.load(
                     x_ptrs + first, mask=inside[:, None] & exists[None, :], other=0.0
                 )
@@ -168,14 +248,17 @@ def _low_rank_kernel(
         else:
             for first in range(0, K, BLOCK_K):
                 inside = k < K - first
-                mask = (r < rank)[:, None] & inside[None, :]
+                mask = wanted & inside[None, :]
                 a = load_factor(a_ptr, a_start, a_offsets + first, mask, code)
                 x = tl.load(
                     x_ptrs + first, mask=inside[:, None] & exists[None, :], other=0.0
                 )
                 acc = tl.dot(a, x.to(tl.float32), acc, input_precision=PRECISION)
+        if tl.load(entry_ptr + LORA_SCALE) != ABSENT:
+            scale_ptr = arena_pointer(arena_ptr, entry_ptr, LORA_SCALE, tl.float32)
+            acc *= tl.load(scale_ptr + r, mask=r < rank, other=0.0)[:, None]
         out_ptrs = scratch_ptr + row[None, :] * stride_sm + (column + r)[:, None]
-        tl.store(out_ptrs, acc, mask=(r < rank)[:, None] & exists[None, :])
+        tl.store(out_ptrs, acc, mask=wanted & exists[None, :])
 
 
 def low_rank(
@@ -188,9 +271,10 @@ def low_rank(
 ) -> None:
     """Multiply every row by the A of its delta, for all slices.
 
-    Semantics: ``scratch[m, R_j + r] = A_dj[r] . x[m]``, where R_j is the sum of the
-    ranks of the slices before j. Products of 16-bit factors and activations are
-    exact; float32 factors meet 16-bit activations as TF32.
+    Semantics: ``scratch[m, R_j + r] = lora_scale_dj[r] * (A_dj[r] . x[m])``, where R_j
+    is the sum of the ranks of the slices before j and an absent lora_scale is 1.
+    Products of integer or 16-bit factors and 16-bit activations are exact; float32
+    factors meet these as TF32.
 
     Args:
         scratch: float32 [>= M, ranks], see ops.py. Mutated where a rank exists.
@@ -199,7 +283,10 @@ def low_rank(
     """
     (m, k), (slots, slices, _) = x.shape, table.shape
     tall = m >= TALL and x.dtype != torch.float32
-    block_m, block_r, block_k, warps = (64, 32, 128, 4) if tall else (16, 16, 256, 2)
+    block_m, warps = (64, 4) if tall else (16, 2)
+    # The same for all heights, so that a row's bits do not depend on the height: an
+    # int4 sum goes by halves of block_k, and Hopper takes wgmma from block_r 64 on.
+    block_r, block_k = 32, 128
     row_tiles_at_most = min(slots, m) + m // block_m
     rank_tiles_at_most = scratch.shape[1] // block_r + slices
     _low_rank_kernel[(programs(row_tiles_at_most * rank_tiles_at_most, x.device),)](
@@ -211,11 +298,14 @@ def low_rank(
         starts_ptr=starts,
         slots=slots,
         K=k,
+        int4_bytes=layout.int4_bytes(k),
         stride_sm=scratch.stride(0),
         stride_xm=x.stride(0),
         stride_ts=table.stride(0),
         SLICES=slices,
         NATIVE=t.FACTOR_DTYPES.index(x.dtype),
+        NARROW_END=k % layout.INT4_BLOCK != 0,
+        IN_FOURS=x.is_cuda and x.dtype != torch.float32,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         BLOCK_S=triton.next_power_of_2(slots),
         BLOCK_M=block_m,

@@ -2,7 +2,7 @@
 # mypy: disable-error-code="no-untyped-def"
 """Deltas of an embedding and of a norm: row by row, nothing shared between rows.
 
-embedding  y[m] += scale * S[ids[m]] + B[ids[m]] A
+embedding  y[m] += sum of scale * S[ids[m]] + B[ids[m]] (lora_scale * A)
 norm       y[m, g] = x[m, g] / sqrt(mean(x[m, g]^2) + eps) * weight
 """
 
@@ -14,8 +14,13 @@ from dqrelo_kernels import layout
 from dqrelo_kernels.low_rank import (
     ABSENT,
     FACTOR_DTYPE,
+    INT4,
+    INT4_BLOCK,
+    INT4_BYTES,
     LORA_A,
     LORA_B,
+    LORA_SCALE,
+    PLANES,
     RANK,
     SCALE,
     SIGNS,
@@ -29,11 +34,30 @@ BLOCK = tl.constexpr(layout.BLOCK)
 
 
 @triton.jit
+def _load_elements(pointer, row, column, columns, mask, code):
+    """Elements of a factor of any dtype with ``columns`` columns, as float32."""
+    if code == INT4:
+        block = column // INT4_BLOCK
+        within = column % INT4_BLOCK
+        width = tl.minimum(tl.cdiv(columns - block * INT4_BLOCK, 2), INT4_BYTES)
+        upper = within >= width
+        byte = block * INT4_BYTES + within - tl.where(upper, width, 0)
+        pairs_ptr = pointer.to(tl.pointer_type(tl.uint8)) + row * tl.cdiv(columns, 2)
+        pairs = tl.load(pairs_ptr + byte, mask=mask, other=0)
+        nibble = tl.where(upper, pairs >> 4, pairs & 15)
+        value = tl.where(mask, nibble.to(tl.float32) - 8, 0.0)
+    else:
+        value = load_factor(pointer, 0, row * columns + column, mask, code)
+    return value
+
+
+@triton.jit
 def _embedding_kernel(
     y_ptr,
     ids_ptr,
     arena_ptr,
     table_ptr,
+    vocab_ptr,
     rows_ptr,
     slots_ptr,
     K,
@@ -52,27 +76,34 @@ def _embedding_kernel(
         k = block * BLOCK + i
         inside = k < K
         change = tl.zeros((BLOCK,), dtype=tl.float32)
-        if tl.load(entry_ptr + SIGNS) != ABSENT:
+        vocab = tl.load(vocab_ptr + 1).to(tl.int64)
+        for plane in range(tl.load(entry_ptr + PLANES).to(tl.int32)):
+            n = plane * vocab + token
             # Bit i // width of word i % width; only the last block can be narrow.
             width = tl.minimum(words_per_row - block * WORD_BITS, WORD_BITS)
             words_ptr = arena_pointer(arena_ptr, entry_ptr, SIGNS, tl.int16)
-            words_ptr += token * words_per_row + block * WORD_BITS
+            words_ptr += n * words_per_row + block * WORD_BITS
             words = tl.load(words_ptr + i % width, mask=inside, other=0)
             set_ = (words.to(tl.int32) >> (i // width)) & 1
-            scale = tl.load(arena_pointer(arena_ptr, entry_ptr, SCALE, tl.float32))
-            change = tl.where(set_ != 0, scale, -scale)
+            scale = tl.load(arena_pointer(arena_ptr, entry_ptr, SCALE, tl.float32) + n)
+            change += tl.where(set_ != 0, scale, -scale)
         rank = tl.load(entry_ptr + RANK).to(tl.int32)
         if rank != ABSENT:
             code = tl.load(entry_ptr + FACTOR_DTYPE)
+            scaled = tl.load(entry_ptr + LORA_SCALE) != ABSENT
             a_ptr = arena_pointer(arena_ptr, entry_ptr, LORA_A, tl.int16)
             b_ptr = arena_pointer(arena_ptr, entry_ptr, LORA_B, tl.int16)
+            scale_ptr = arena_pointer(arena_ptr, entry_ptr, LORA_SCALE, tl.float32)
             for first_r in range(0, rank, BLOCK_R):
                 r = first_r + tl.arange(0, BLOCK_R)
-                b = load_factor(b_ptr, token * rank, r, r < rank, code)
-                a = load_factor(
+                b = _load_elements(b_ptr, token, r, rank, r < rank, code)
+                if scaled:
+                    b *= tl.load(scale_ptr + r, mask=r < rank, other=0.0)
+                a = _load_elements(
                     a_ptr,
-                    0,
-                    r[:, None].to(tl.int64) * K + k[None, :],
+                    r[:, None].to(tl.int64),
+                    k[None, :],
+                    K,
                     (r < rank)[:, None] & inside[None, :],
                     code,
                 )
@@ -87,17 +118,19 @@ def embedding(
     ids: torch.Tensor,
     arena: torch.Tensor,
     table: torch.Tensor,
+    vocab: torch.Tensor,
     rows: torch.Tensor,
     slots: torch.Tensor,
 ) -> None:
     """Add every row's delta to the rows of an embedding.
 
-    Semantics: ``y[m] += scale_d * S_d[ids[m]] + B_d[ids[m]] A_d``, accumulated in
-    float32, rounded once.
+    Semantics: ``y[m] += sum_p (scale_dp * S_dp)[ids[m]] + B_d[ids[m]] (lora_scale_d *
+    A_d)``, accumulated in float32, rounded once.
 
     Args:
         y: [M, K] float. Mutated.
         ids: int [M].
+        vocab: int32 [2]: 0 and the number of rows of the embedding.
         arena, table, rows, slots: see ops.py.
     """
     m, k = y.shape
@@ -106,6 +139,7 @@ def embedding(
         ids_ptr=ids,
         arena_ptr=arena,
         table_ptr=table,
+        vocab_ptr=vocab,
         rows_ptr=rows,
         slots_ptr=slots,
         K=k,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""Grouped delta linear: ``y[m] += scale * (S x[m]) + B scratch[m] + bias``.
+"""Grouped delta linear: ``y[m] += sum of scale * (S x[m]) + B scratch[m] + bias``.
 
 One launch for all slices and slots of a site. A program makes a tile of y^T: it loads
 the words of BLOCK_N output features and 256 columns once (layout.py), decodes them
@@ -21,12 +21,17 @@ from dqrelo_kernels.low_rank import (
     BIAS,
     FACTOR_DTYPE,
     FIELDS,
+    INT4,
+    INT4_BLOCK,
+    INT4_BYTES,
     LORA_B,
+    PLANES,
     RANK,
     SCALE,
     SIGNS,
     TALL,
     arena_pointer,
+    decode_int4,
     load_factor,
     locate,
     programs,
@@ -80,6 +85,61 @@ def _decode(words, BIT: tl.constexpr, dtype: tl.constexpr, IN_PAIRS: tl.constexp
     else:
         signs = tl.where(((words >> BIT) & 1) != 0, 1.0, -1.0).to(dtype)
     return signs
+
+
+@triton.jit
+def _add_int4_product(
+    change,
+    b_ptr,
+    n,
+    ax_rows,
+    exists,
+    first,
+    rank,
+    dtype: tl.constexpr,
+    IN_FOURS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``change`` plus rows n of an int4 B times the scratch from ``first`` on."""
+    if (first | rank) % INT4_BLOCK == 0:
+        # Whole blocks. The compiler sees that wide loads fit.
+        blocks = rank // INT4_BLOCK
+        ax_ptrs = ax_rows + first // INT4_BLOCK * INT4_BLOCK
+        b_rows = b_ptr + n[:, None] * (blocks * INT4_BYTES)
+        i = tl.arange(0, INT4_BYTES)
+        for block in tl.range(blocks, num_stages=2):
+            pairs = tl.load(b_rows + block * INT4_BYTES + i[None, :])
+            for half in tl.static_range(2):
+                r = block * INT4_BLOCK + half * INT4_BYTES + i
+                ax = tl.load(ax_ptrs + r[:, None], mask=exists[None, :], other=0.0)
+                b = decode_int4(pairs, half, dtype, IN_FOURS)
+                change = tl.dot(b, ax.to(dtype), change, input_precision=PRECISION)
+    else:
+        ax_ptrs = ax_rows + first
+        row_bytes = tl.cdiv(rank, 2)
+        b_rows = b_ptr + n[:, None] * row_bytes
+        for first_byte in tl.range(0, row_bytes, BLOCK_R, num_stages=1):
+            block = first_byte // INT4_BYTES
+            i = first_byte - block * INT4_BYTES + tl.arange(0, BLOCK_R)
+            rest = rank - block * INT4_BLOCK
+            width = tl.minimum(tl.cdiv(rest, 2), INT4_BYTES)
+            pairs = tl.load(
+                b_rows + block * INT4_BYTES + i[None, :],
+                mask=(i < width)[None, :],
+                other=0,
+            )
+            for half in tl.static_range(2):
+                r = half * width + i
+                inside = (i < width) & (r < rest)
+                ax = tl.load(
+                    ax_ptrs + block * INT4_BLOCK + r[:, None],
+                    mask=inside[:, None] & exists[None, :],
+                    other=0.0,
+                )
+                b = decode_int4(pairs, half, dtype, IN_FOURS)
+                change = tl.dot(b, ax.to(dtype), change, input_precision=PRECISION)
+    return change
 
 
 @triton.jit
@@ -138,17 +198,19 @@ def _sign_matmul_kernel(
                 size = tl.load(slices_ptr + j + 1) - first
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
 
-        signs = tl.load(entry_ptr + SIGNS)
+        planes = tl.load(entry_ptr + PLANES).to(tl.int32)
         rank = tl.load(entry_ptr + RANK).to(tl.int32)
         bias = tl.load(entry_ptr + BIAS)
-        if (signs != ABSENT) | (rank != ABSENT) | (bias != ABSENT):
+        if (planes > 0) | (rank != ABSENT) | (bias != ABSENT):
             change = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-            if signs != ABSENT:
-                # Features beyond the slice repeat its last one and are not stored.
-                n_inside = tl.minimum(n, size - 1).to(tl.int64)
+            # Features beyond the slice repeat its last one and are not stored.
+            n_inside = tl.minimum(n, size - 1).to(tl.int64)
+            for plane in tl.range(0, planes, num_stages=1):
+                n_plane = size.to(tl.int64) * plane + n_inside
                 words_ptr = arena_pointer(arena_ptr, entry_ptr, SIGNS, tl.int16)
-                words_ptrs = words_ptr + n_inside[:, None] * words_per_row
+                words_ptrs = words_ptr + n_plane[:, None] * words_per_row
                 x_ptrs = x_ptr + row[None, :] * stride_xm
+                part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
                 for block in range(K // BLOCK):
                     words = tl.load(words_ptrs + block * WORD_BITS + i[None, :])
                     for bit in tl.static_range(WORD_BITS):
@@ -157,10 +219,10 @@ def _sign_matmul_kernel(
                             mask=exists[None, :],
                             other=0.0,
                         )
-                        change = tl.dot(
+                        part = tl.dot(
                             _decode(words, bit, dtype, IN_PAIRS),
                             x,
-                            change,
+                            part,
                             input_precision=PRECISION,
                         )
                 if NARROW_END:
@@ -178,36 +240,50 @@ def _sign_matmul_kernel(
                             mask=((i < width) & (k < K))[:, None] & exists[None, :],
                             other=0.0,
                         )
-                        change = tl.dot(
+                        part = tl.dot(
                             _decode(words, bit, dtype, IN_PAIRS),
                             x,
-                            change,
+                            part,
                             input_precision=PRECISION,
                         )
-                change *= tl.load(
-                    arena_pointer(arena_ptr, entry_ptr, SCALE, tl.float32)
-                )
+                scale_ptr = arena_pointer(arena_ptr, entry_ptr, SCALE, tl.float32)
+                change += part * tl.load(scale_ptr + n_plane)[:, None]
             inside = n < size
             if rank != ABSENT:
                 code = tl.load(entry_ptr + FACTOR_DTYPE)
                 b_ptr = arena_pointer(arena_ptr, entry_ptr, LORA_B, tl.int16)
-                b_offset = (tile * BLOCK_N).to(tl.int64) * rank
-                ax_ptrs = scratch_ptr + row[None, :] * stride_sm + ranks_before
-                for first_r in tl.range(0, rank, BLOCK_R, num_stages=1):
-                    r = first_r + tl.arange(0, BLOCK_R)
-                    b = load_factor(
-                        b_ptr,
-                        b_offset,
-                        tl.arange(0, BLOCK_N)[:, None] * rank + r[None, :],
-                        inside[:, None] & (r < rank)[None, :],
-                        code,
+                ax_rows = scratch_ptr + row[None, :] * stride_sm
+                if code == INT4:
+                    change = _add_int4_product(
+                        change,
+                        b_ptr.to(tl.pointer_type(tl.uint8)),
+                        n_inside,
+                        ax_rows,
+                        exists,
+                        ranks_before,
+                        rank,
+                        dtype,
+                        IN_PAIRS,
+                        PRECISION,
+                        BLOCK_R,
                     )
-                    ax = tl.load(
-                        ax_ptrs + r[:, None],
-                        mask=(r < rank)[:, None] & exists[None, :],
-                        other=0.0,
-                    )
-                    change = tl.dot(b, ax, change, input_precision=PRECISION)
+                else:
+                    b_offset = (tile * BLOCK_N).to(tl.int64) * rank
+                    for first_r in tl.range(0, rank, BLOCK_R, num_stages=1):
+                        r = first_r + tl.arange(0, BLOCK_R)
+                        b = load_factor(
+                            b_ptr,
+                            b_offset,
+                            tl.arange(0, BLOCK_N)[:, None] * rank + r[None, :],
+                            inside[:, None] & (r < rank)[None, :],
+                            code,
+                        )
+                        ax = tl.load(
+                            ax_rows + (ranks_before + r)[:, None],
+                            mask=(r < rank)[:, None] & exists[None, :],
+                            other=0.0,
+                        )
+                        change = tl.dot(b, ax, change, input_precision=PRECISION)
             if bias != ABSENT:
                 bias_ptr = arena_pointer(arena_ptr, entry_ptr, BIAS, tl.float32)
                 change += tl.load(bias_ptr + n, mask=inside, other=0.0)[:, None]
@@ -229,9 +305,10 @@ def sign_matmul(
 ) -> None:
     """Add every row's delta, with ``scratch`` as ``low_rank`` left it.
 
-    Semantics: ``y[m, j] += scale_dj * (S_dj x[m]) + B_dj scratch[m, j] + bias_dj`` in
-    slice j, accumulated in float32, rounded once; for 16-bit x the product with B is
-    one of TF32 operands.
+    Semantics: ``y[m, j] += sum_p scale_djp * (S_djp x[m]) + B_dj scratch[m, j] +
+    bias_dj`` in slice j over the sign planes p, accumulated in float32, rounded once;
+    for 16-bit x the product with B is one of TF32 operands, or of operands of the
+    dtype of x where B is int4.
 
     Args:
         y: [M, N] float, the elements of a row side by side. Mutated.
