@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from tasks import MAX_ANSWER_TOKENS, TASKS, Example, Task
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import trange
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from vllm_dqrelo.format.folder import new_folder
 
@@ -41,7 +46,7 @@ def finetune(
     examples = task.train(steps * EXAMPLES_PER_STEP)
     for step in (progress := trange(steps, desc=f"fine-tune {task.name}")):
         batch = examples[step * EXAMPLES_PER_STEP :][:EXAMPLES_PER_STEP]
-        loss = _loss(model, *_encode(tokenizer, batch))
+        loss = _loss(model, *encode(tokenizer, batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -65,16 +70,20 @@ def exact_match(folder: Path, task: Task, count: int) -> float:
     known = json.loads(cache.read_text()) if cache.exists() else {}
     key = f"{zlib.crc32(repr((prompts, answers)).encode()):08x}"
     if key not in known:
-        replies = _generate(folder, prompts)
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        replies = generate(model, tokenizer, prompts)
         known[key] = sum(map(str.__eq__, replies, answers)) / count
         cache.write_text(json.dumps(known))
     return known[key]
 
 
-def _generate(folder: Path, prompts: Sequence[str]) -> list[str]:
-    """Greedy replies of a checkpoint to all prompts."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+) -> list[str]:
+    """Greedy replies to all prompts; the tokenizer pads on the left."""
     inputs = tokenizer.apply_chat_template(
         [[{"role": "user", "content": prompt}] for prompt in prompts],
         add_generation_prompt=True,
@@ -87,7 +96,7 @@ def _generate(folder: Path, prompts: Sequence[str]) -> list[str]:
     return tokenizer.batch_decode(replies, skip_special_tokens=True)
 
 
-def _encode(
+def encode(
     tokenizer: PreTrainedTokenizerBase, examples: list[Example]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return padded token ids and a mask of the tokens that are to be learnt."""

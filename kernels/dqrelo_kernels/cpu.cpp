@@ -6,7 +6,8 @@
 // rows: first t = A x, then S x, whose sums get B t and the bias added and are rounded
 // once into y. A tile is laid out as numbers of type T before it is multiplied, signs
 // and factors alike: bf16 where the activations are bf16, the factors are exact in it
-// and the CPU multiplies bf16, else float. All sums are float.
+// and the CPU multiplies bf16, else float. All sums are float; a bf16 t is two numbers,
+// what it is rounded to and the rest.
 //
 // The sum behind an element of y depends on its row of x and on its delta alone, and
 // not on the other rows of the step, on where a group is cut, or on the threads.
@@ -77,7 +78,7 @@ struct Job {  // one matrix of one delta
     int rank;
     int column;  // of y
     int size;    // rows of the matrix
-    size_t t;    // A x in the workspace: Floats [tiles of rows of x, rank]
+    size_t t;    // A x in the workspace, staged as x is: T [parts, rows, padded rank]
 };
 
 struct Unit {  // what one thread does at a time
@@ -153,7 +154,7 @@ class Linear {
                 if (!rank && entry[SIGNS] == ABSENT && entry[BIAS] == ABSENT) continue;
                 int size = ends[slice + 1] - ends[slice];
                 jobs.push_back({&group, entry, rank, ends[slice], size, bytes});
-                bytes += size_t(rank) * round_up(group.count, TILE) * sizeof(float);
+                bytes += size_t(group.count) * padded_rank(jobs.back()) * sizeof(float);
                 for (int r = 0; r < rank; r += TILE)
                     shrinks.push_back({&group, &jobs.back(), r});
                 for (int n = 0; n < size; n += TILE)
@@ -167,8 +168,10 @@ class Linear {
     T* staged(const Group& group, int m) const {
         return reinterpret_cast<T*>(memory + group.x) + int64_t(m) * padded;
     }
-    Floats* t(const Job& job, int m) const {
-        return reinterpret_cast<Floats*>(memory + job.t) + int64_t(m) / TILE * job.rank;
+    static int padded_rank(const Job& job) { return round_up(job.rank, PADDING); }
+    template <class T>
+    T* t(const Job& job, int m = 0) const {
+        return reinterpret_cast<T*>(memory + job.t) + int64_t(m) * padded_rank(job);
     }
     Matrix signs(const Job& job, int plane) const {
         return deltas.signs(job.entry, plane, job.size, columns);
@@ -197,17 +200,21 @@ class Linear {
                           std::min(TILE, group.count - unit.first), columns, padded);
     }
 
-    // c[m + n] = rows `unit.first` + n of the matrix * rows m to m + 16 of x, all m
+    // c[m + n] += row `unit.first` + n of the matrix * row m of x, for each of the parts
+    // that x, as staged, is the sum of
     template <class T>
     void multiply(Floats* c, const Unit& unit, const Matrix& matrix, int rows,
-                  char* buffer) const {
+                  char* buffer, const T* x, int padded, int parts = 1) const {
         T* tile = reinterpret_cast<T*>(buffer);
-        for (int k = 0; k < columns; k += CHUNK<T>) {
+        int count = unit.group->count;
+        for (int k = 0; k < matrix.columns; k += CHUNK<T>) {
             fill(tile, matrix, unit.first, rows, k);
-            for (int m = 0; m < unit.group->count; m += TILE)
-                Product<T>::multiply(c + m, tile, staged<T>(*unit.group, m),
-                                     std::min(TILE, unit.group->count - m), padded, k,
-                                     std::min(CHUNK<T>, padded - k));
+            for (int part = 0; part < parts; part++)
+                for (int m = 0; m < count; m += TILE)
+                    Product<T>::multiply(
+                        c + m, tile, x + (int64_t(part) * count + m) * padded,
+                        std::min(TILE, count - m), padded, k,
+                        std::min(CHUNK<T>, padded - k));
         }
     }
 
@@ -216,15 +223,18 @@ class Linear {
     void shrink(const Unit& unit, char* buffer) const {
         Floats c[WINDOW];
         const Job& job = *unit.job;
-        int rows = rows_of(unit, job.rank),
-            padded_count = round_up(unit.group->count, TILE);
-        std::fill_n(c, padded_count, Floats{});
-        multiply<T>(c, unit, factor(job, LORA_A), rows, buffer);
+        int rows = rows_of(unit, job.rank), count = unit.group->count;
+        std::fill_n(c, round_up(count, TILE), Floats{});
+        multiply(c, unit, factor(job, LORA_A), rows, buffer, staged<T>(*unit.group, 0),
+                 padded);
         if (job.entry[LORA_SCALE] != ABSENT)
-            multiply_rows(c, padded_count,
-                          deltas.floats(job.entry, LORA_SCALE) + unit.first, rows);
-        for (int m = 0; m < padded_count; m += TILE)
-            std::copy_n(c + m, rows, t(job, m) + unit.first);
+            multiply_rows(c, count, deltas.floats(job.entry, LORA_SCALE) + unit.first,
+                          rows);
+        int last = unit.first + TILE, width = padded_rank(job);
+        for (int m = 0; m < count; m += TILE)
+            Product<T>::restage(t<T>(job, m), int64_t(count) * width, c + m,
+                                std::min(TILE, count - m), width, unit.first,
+                                last < job.rank ? last : width);
     }
 
     // c[m + n] *= scale[n] for the first `rows` n, all m
@@ -244,12 +254,15 @@ class Linear {
         for (int plane = 0; plane < planes_of(job.entry); plane++) {
             Floats sums[WINDOW];
             std::fill_n(sums, padded_count, Floats{});
-            multiply<T>(sums, unit, signs(job, plane), rows, buffer);
+            multiply(sums, unit, signs(job, plane), rows, buffer,
+                     staged<T>(*unit.group, 0), padded);
             const float* scale = deltas.floats(job.entry, SCALE) + plane * job.size;
             multiply_rows(sums, padded_count, scale + unit.first, rows);
             for (int i = 0; i < padded_count; i++) c[i] += sums[i];
         }
-        if (job.rank) add_low_rank(c, unit, rows, reinterpret_cast<float*>(buffer));
+        if (job.rank)
+            multiply(c, unit, factor(job, LORA_B), rows, buffer, t<T>(job),
+                     padded_rank(job), PARTS<T>);
         if (job.entry[BIAS] != ABSENT) {
             const float* bias = deltas.floats(job.entry, BIAS) + unit.first;
             for (int m = 0; m < count; m += TILE)
@@ -260,30 +273,6 @@ class Linear {
             for (int i = m; i < std::min(m + TILE, count); i++) {
                 char* out = y.at(unit.group->rows[i], job.column + unit.first);
                 store(out, y.dtype, load(out, y.dtype, rows) + c[i], rows);
-            }
-        }
-    }
-
-    // c += B t for a tile of rows of B, with `b` for as much of it as a tile holds
-    void add_low_rank(Floats* c, const Unit& unit, int rows, float* b) const {
-        constexpr int unroll = 8;
-        Matrix matrix = factor(*unit.job, LORA_B);
-        for (int first = 0; first < matrix.columns; first += CHUNK<float>) {
-            int width = std::min(CHUNK<float>, matrix.columns - first);
-            for (int n = 0; n < rows; n++)
-                read(b + n * width, matrix.at(unit.first + n, first), matrix.dtype,
-                     width);
-            for (int m = 0; m < unit.group->count; m += TILE) {
-                const Floats* right = t(*unit.job, m) + first;
-                for (int n = 0; n < TILE; n += unroll) {
-                    Floats sums[unroll];
-                    std::copy_n(c + m + n, unroll, sums);
-                    for (int r = 0; r < width; r++)
-#pragma GCC unroll 8
-                        for (int i = 0; i < unroll; i++)
-                            sums[i] += b[(n + i) * width + r] * right[r];
-                    std::copy_n(sums, unroll, c + m + n);
-                }
             }
         }
     }

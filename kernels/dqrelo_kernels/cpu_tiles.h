@@ -323,6 +323,10 @@ using Narrow = Bf16;
 using Narrow = float;
 #endif
 
+// How many numbers of type T stand for a float sum: the second is what the first lacks.
+template <class T>
+constexpr int PARTS = sizeof(float) / sizeof(T);
+
 template <class T>
 struct Product {
     // Copies `count` <= 16 rows of x, padded with zeros to `padded` columns.
@@ -332,6 +336,21 @@ struct Product {
             read(out, x.at(rows[m]), x.dtype, columns);
             std::memset(out + columns, 0, (padded - columns) * sizeof(T));
         }
+    }
+
+    // Columns `first` to `first` + 16 of all parts of x, as staged, from c[n][m], n being
+    // the column; zeros from there to `end`. Parts are `stride` apart. Changes c.
+    static void restage(T* out, int64_t stride, Floats* c, int count, int padded,
+                        int first, int end) {
+        constexpr int dtype = sizeof(T) == 2 ? BF16 : F32;
+        transpose(c);
+        for (int part = 0; part < PARTS<T>; part++, out += stride)
+            for (int m = 0; m < count; m++) {
+                T* to = out + m * padded + first;
+                store(to, dtype, c[m], TILE);
+                c[m] -= load(to, dtype, TILE);
+                std::memset(to + TILE, 0, (end - first - TILE) * sizeof(T));
+            }
     }
 
     // c[n][m] += sum over `columns` columns from k of tile[n] * x[m], x as staged
@@ -381,6 +400,22 @@ struct Product<Bf16> {
             for (int k = 0; k < columns - 1; k += 2)
                 std::memcpy(out + k * count + 2 * m, row + k, 4);
             if (columns % 2) out[(columns - 1) * count + 2 * m] = row[columns - 1];
+        }
+    }
+
+    static void restage(Bf16* out, int64_t stride, Floats* c, int count, int,
+                        int first, int end) {
+        for (int part = 0; part < PARTS<Bf16>; part++, out += stride) {
+            for (int n = 0; n < TILE; n += 2) {
+                Bf16 even[TILE], odd[TILE], *to = out + (first + n) * count;
+                store(even, BF16, c[n], TILE);
+                store(odd, BF16, c[n + 1], TILE);
+                c[n] -= load(even, BF16, TILE);
+                c[n + 1] -= load(odd, BF16, TILE);
+                for (int m = 0; m < count; m++, to += 2) to[0] = even[m], to[1] = odd[m];
+            }
+            std::memset(out + (first + TILE) * count, 0,
+                        (end - first - TILE) * count * sizeof *out);
         }
     }
 

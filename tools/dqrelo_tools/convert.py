@@ -2,26 +2,31 @@
 """A base and its fine-tune become a delta folder."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from dqrelo_tools.adapter import Adapter, is_adapter
+from dqrelo_tools.allocate import allocate
 from dqrelo_tools.card import write_card
-from dqrelo_tools.compress import BITS, METHODS, Method, compress
+from dqrelo_tools.compress import BITS, METHODS, Method, Size, compress
 from dqrelo_tools.differences import copy_side_files, differences
 from dqrelo_tools.journal import Journal
 from dqrelo_tools.report import Entry, Report, matrix_entry
+from dqrelo_tools.spectrum import Spectrum
 from vllm_dqrelo import __version__
 from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import weight_files, write_delta
 from vllm_dqrelo.format.errors import DqreloError, refuse
 from vllm_dqrelo.format.folder import new_folder, require_free
+from vllm_dqrelo.format.tensors import INT4
 
 
 def convert(
@@ -29,9 +34,10 @@ def convert(
     model: str,
     output: Path,
     ratio: float,
-    max_shard_size: int | str = "1GB",
+    max_shard_size: int = 10**9,
     device: str = "cpu",
     method: str = "dqrelo",
+    budget: int | None = None,
 ) -> Report:
     """Write the delta from ``base`` to ``model`` into the new folder ``output``.
 
@@ -44,9 +50,11 @@ def convert(
         model: the fine-tune or a LoRA adapter in PEFT's format, a folder or a Hub id.
         output: must not exist, or be empty; on any error it is left as it was.
         ratio: size of the delta as a fraction of 16 bits per weight, at most 1.
-        max_shard_size: of the files with the tensors, as Hugging Face has it.
+        max_shard_size: of the files with the tensors, in bytes.
         device: where to compute.
         method: a name in ``compress.METHODS``.
+        budget: in place of ``ratio``: bytes of all files with tensors, for
+            ``allocate`` to divide.
 
     Raises:
         DqreloError: the two do not fit together, or cannot be converted.
@@ -54,11 +62,13 @@ def convert(
     """
     how = METHODS[method]
     least = (how.planes or 0) / BITS
-    if not (0 < ratio <= 1 and ratio >= least):
+    if budget is None and not (0 < ratio <= 1 and ratio >= least):
         reason = f"the signs alone take {least} (1/16), and " if least else ""
         raise DqreloError(
             f"--ratio {ratio:g} is out of range: {reason}1 is the size of the fine-tune"
         )
+    if budget is not None and how != METHODS["dqrelo"]:
+        raise DqreloError(f"--budget is of --method dqrelo, {method} has --ratio only")
     before, folder = Checkpoint(resolve(base)), resolve(model)
     config = DeltaConfig(
         base_model_name_or_path=base,
@@ -68,15 +78,26 @@ def convert(
         ratio=ratio,
     )
     if is_adapter(folder):
+        if budget is not None:
+            raise DqreloError(
+                f"{model} is a LoRA adapter, which is stored at its own rank: leave "
+                "--budget out"
+            )
         return convert_adapter(before, Adapter(folder, before), output, config)
     after = Checkpoint(folder)
     refuse(f"{model} is no fine-tune of {base}:", differences(before, after))
-    require_free(output, 2 * predicted_bytes(after, ratio, how))
+    if budget is not None:
+        ratio = budget / (2 * sum(math.prod(after.spec(name)[1]) for name in after))
+        config = replace(config, ratio=ratio)
+    require_free(output, 2 * predicted_bytes(after, min(ratio, 1), how))
+    limits = None if budget is None else (budget, max_shard_size)
     journal = Journal(
-        output.parent / f".{output.name}.parts", identity(config, after, device)
+        output.parent / f".{output.name}.parts", identity(config, after, device, limits)
     )
     try:
-        report = Report(convert_all(before, after, ratio, how, device, journal))
+        plan = planned(before, after, device, journal, *limits) if limits else {}
+        entries = convert_all(before, after, ratio, how, device, journal, plan)
+        report = Report(entries)
         if not journal:
             raise DqreloError(f"{model} has the weights of {base}: nothing to store")
         write(output, config, journal, report, before, folder, max_shard_size)
@@ -121,7 +142,7 @@ def write(
     report: Report,
     before: Checkpoint,
     model: Path,
-    max_shard_size: int | str = "1GB",
+    max_shard_size: int = 10**9,
 ) -> None:
     """Write the whole delta folder; ``report`` learns its size."""
     with new_folder(output) as folder:
@@ -131,6 +152,36 @@ def write(
         write_card(folder, config, report, model)
 
 
+def planned(
+    before: Checkpoint,
+    after: Checkpoint,
+    device: str,
+    journal: Journal,
+    budget: int,
+    max_shard_size: int,
+) -> dict[str, Size]:
+    """The size of each matrix under ``budget``; made once, and kept in ``journal``."""
+    path = journal.folder / "plan.json"
+    if not path.is_file():
+        spectra: dict[str, Spectrum] = {}
+        exact: dict[str, int] = {}
+        names = tqdm(list(after), desc="plan", unit=" tensors", disable=None)
+        pairs = read_ahead(before, after, list(after))
+        for name, (tensor, change) in zip(names, pairs, strict=True):
+            if not bool(change.any()):
+                continue
+            if tensor.ndim < 2:
+                exact[name] = tensor.nbytes
+            else:
+                spectra[name] = Spectrum.of(change.to(device))
+        sizes = allocate(spectra, exact, budget, max_shard_size)
+        scratch = journal.folder / "scratch"
+        scratch.write_text(json.dumps({n: (s.planes, s.rank) for n, s in sizes.items()}))
+        scratch.rename(path)
+    kept = json.loads(path.read_text())
+    return {name: Size(planes, rank, INT4) for name, (planes, rank) in kept.items()}
+
+
 def convert_all(
     before: Checkpoint,
     after: Checkpoint,
@@ -138,6 +189,7 @@ def convert_all(
     method: Method,
     device: str,
     journal: Journal,
+    plan: Mapping[str, Size],
 ) -> list[Entry]:
     """Convert what ``journal`` does not have yet; the entries of all parameters."""
     names = dict(enumerate(after))
@@ -156,7 +208,7 @@ def convert_all(
             missing.items(), pairs, strict=True
         ):
             entry, stored = convert_parameter(
-                name, tensor, change.to(device), ratio, method
+                name, tensor, change.to(device), ratio, method, plan.get(name)
             )
             journal.record(number, entry, stored)
             entries[number] = journal.entry(number)
@@ -194,6 +246,7 @@ def convert_parameter(
     change: torch.Tensor,
     ratio: float,
     method: Method,
+    size: Size | None = None,
 ) -> tuple[Entry, dict[str, torch.Tensor]]:
     """One parameter's entry in the report, and its stored tensors.
 
@@ -203,6 +256,7 @@ def convert_parameter(
         change: fine-tune minus base, float32, on the device to compute on.
         ratio: as for :func:`convert`.
         method: how to compress a matrix.
+        size: of a matrix, where the ratio is not to say it.
     """
     counts = (tensor.numel(), tensor.nbytes)
     if not bool(change.any()):
@@ -210,19 +264,28 @@ def convert_parameter(
     if tensor.ndim < 2:
         return Entry(name, "exact", *counts), {name: tensor.clone()}
     n, k = tensor.shape
-    size = method.size(n, k, ratio, half_of(tensor.dtype))
+    size = size or method.size(n, k, ratio, half_of(tensor.dtype))
     matrix = compress(change, size, method)
     stored = {key: value.cpu() for key, value in matrix.tensors(name).items()}
     return matrix_entry(name, tensor, change, matrix), stored
 
 
-def identity(config: DeltaConfig, model: Checkpoint, device: str) -> str:
-    """Equal for two conversions that would write the same bytes."""
+def identity(
+    config: DeltaConfig,
+    model: Checkpoint,
+    device: str,
+    limits: tuple[int, int] | None,
+) -> str:
+    """Equal for two conversions that would write the same bytes.
+
+    Args:
+        limits: with a budget, that and the largest size of a file.
+    """
     files = {
         str(path): [path.stat().st_size, path.stat().st_mtime_ns]
         for path in sorted(set(model.files.values()))
     }
-    return json.dumps([__version__, config.to_json(), files, device])
+    return json.dumps([__version__, config.to_json(), files, device, limits])
 
 
 def half_of(dtype: torch.dtype) -> torch.dtype:
