@@ -339,3 +339,41 @@ def refused(tmp_path, capsys, message, base, model, *options):
     assert "Traceback" not in refused.last
     after = [path for path in tmp_path.iterdir() if any(path.iterdir())]
     assert sorted(path.name for path in after) == before
+
+
+KINDS = ("llama-tied", "llama")
+
+
+@pytest.mark.parametrize(("base_kind", "kind"), [KINDS, KINDS[::-1]])
+def test_a_fine_tune_with_another_lm_head(tmp_path, save_model, base_kind, kind):
+    """Untied by the fine-tune, or tied by it: the merged checkpoint has both."""
+    base = save_model(base_kind, tmp_path / "base", seed=1)
+    model = save_model(kind, tmp_path / "model", seed=2)
+    delta, out = tmp_path / "delta", tmp_path / "merged"
+    pair = ["--base", base, "--model", model]
+    assert run("convert", *pair, "--output", delta, "--ratio", 0.5) == 0
+    assert run("verify", *pair, "--delta", delta) == 0
+    assert run("export", "--base", base, "--delta", delta, "--output", out) == 0
+    got, want, before = (
+        AutoModelForCausalLM.from_pretrained(folder) for folder in (out, model, base)
+    )
+    for part in ("get_input_embeddings", "get_output_embeddings"):
+        mine, theirs, old = (getattr(m, part)().weight for m in (got, want, before))
+        assert (mine - theirs).norm() < 0.05 * (old - theirs).norm(), part
+    assert not got.config.tie_word_embeddings
+
+
+def test_an_untied_head_that_did_not_change_is_stored(tmp_path, save_model):
+    base = save_model("llama-tied", tmp_path / "base", seed=1)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    head = model.get_input_embeddings().weight.detach().clone()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.1)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(head)
+    model.save_pretrained(tmp_path / "model")
+    delta, pair = tmp_path / "delta", ["--base", base, "--model", tmp_path / "model"]
+    assert run("convert", *pair, "--output", delta) == 0
+    opened = Delta(delta)
+    assert "lm_head.weight" in opened.matrices
+    assert not opened.matrix("lm_head.weight").dense().any()

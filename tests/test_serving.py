@@ -8,6 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dqrelo_tools.convert import convert
+from dqrelo_tools.export import export
+
 vllm = pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
@@ -289,12 +292,29 @@ def test_a_folder_replaced_in_place_is_another_delta(family, alone, tmp_path):
                 assert difference(answer, reference) <= TOLERANCE
 
 
+def test_a_fine_tune_that_untied_the_lm_head(family, alone, save_model, tmp_path):
+    """Its head is its own; beside it, tied deltas and the base go on as before."""
+    made, expected = family("llama-tied"), alone("llama-tied")
+    model = save_model("llama", tmp_path / "model", seed=7)
+    convert(str(made.base), str(model), tmp_path / "delta", 0.125)
+    export(str(made.base), tmp_path / "delta", tmp_path / "merged")
+    llm = engine(tmp_path / "merged")
+    untied = answers(llm, PROMPTS, prompt_logprobs=1)
+    del llm
+    gc.collect()
+    llm = engine(made.base, quantization="dqrelo")
+    requests = [None, _load(llm, "tied", made.deltas[0])]
+    requests.append(_load(llm, "untied", tmp_path / "delta"))
+    for request, known in zip(requests, [*expected[:2], untied], strict=True):
+        got = answers(llm, PROMPTS, [request] * len(PROMPTS), prompt_logprobs=1)
+        for answer, one in zip(got, known, strict=True):
+            assert difference(answer, one) <= TOLERANCE
+
+
 def test_lora_adapters_beside_full_fine_tunes(family, alone, tmp_path):
     """An adapter is a delta of low rank: same batch, same op."""
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
-
-    from dqrelo_tools.convert import convert
 
     made, expected = family("llama"), alone("llama")
     torch.manual_seed(7)

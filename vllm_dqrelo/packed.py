@@ -8,6 +8,7 @@ from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 
 from dqrelo_kernels.table import FACTOR_DTYPES, Field, empty_table
 from vllm_dqrelo.arena import aligned
+from vllm_dqrelo.format.checkpoint import HEAD
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import refuse
 from vllm_dqrelo.sites import Place, Sites
@@ -66,6 +67,8 @@ def pack(delta: Delta, sites: Sites, pinned: bool = False) -> PackedDelta:
     entries = empty_table(1, sites.count, "cpu")[0]
     for name in [*delta.matrices, *delta.exact]:
         places = sites.places(name)
+        if HEAD in delta.matrices:  # its own, though the base's may be the embedding
+            places = places[:1]
         if not places:
             problems.append(f"{name}: the model has no place for it")
             continue

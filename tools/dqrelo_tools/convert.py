@@ -21,7 +21,7 @@ from dqrelo_tools.journal import Journal
 from dqrelo_tools.report import Entry, Report, matrix_entry
 from dqrelo_tools.spectrum import Spectrum
 from vllm_dqrelo import __version__
-from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
+from vllm_dqrelo.format.checkpoint import HEAD, Checkpoint, resolve
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import weight_files, write_delta
 from vllm_dqrelo.format.errors import DqreloError, refuse
@@ -85,6 +85,8 @@ def convert(
             )
         return convert_adapter(before, Adapter(folder, before), output, config)
     after = Checkpoint(folder)
+    if before.tied != after.tied:
+        (before if before.tied else after).untie()
     refuse(f"{model} is no fine-tune of {base}:", differences(before, after))
     if budget is not None:
         ratio = budget / (2 * sum(math.prod(after.spec(name)[1]) for name in after))
@@ -175,8 +177,9 @@ def planned(
             else:
                 spectra[name] = Spectrum.of(change.to(device))
         sizes = allocate(spectra, exact, budget, max_shard_size)
+        made = {name: (size.planes, size.rank) for name, size in sizes.items()}
         scratch = journal.folder / "scratch"
-        scratch.write_text(json.dumps({n: (s.planes, s.rank) for n, s in sizes.items()}))
+        scratch.write_text(json.dumps(made))
         scratch.rename(path)
     kept = json.loads(path.read_text())
     return {name: Size(planes, rank, INT4) for name, (planes, rank) in kept.items()}
@@ -207,8 +210,10 @@ def convert_all(
         for (number, name), (tensor, change) in zip(
             missing.items(), pairs, strict=True
         ):
+            # An untied LM head that is not stored would be taken for the embedding.
+            keep = name == HEAD and before.tied
             entry, stored = convert_parameter(
-                name, tensor, change.to(device), ratio, method, plan.get(name)
+                name, tensor, change.to(device), ratio, method, plan.get(name), keep
             )
             journal.record(number, entry, stored)
             entries[number] = journal.entry(number)
@@ -247,6 +252,7 @@ def convert_parameter(
     ratio: float,
     method: Method,
     size: Size | None = None,
+    keep: bool = False,
 ) -> tuple[Entry, dict[str, torch.Tensor]]:
     """One parameter's entry in the report, and its stored tensors.
 
@@ -257,9 +263,10 @@ def convert_parameter(
         ratio: as for :func:`convert`.
         method: how to compress a matrix.
         size: of a matrix, where the ratio is not to say it.
+        keep: store it even if it did not change.
     """
     counts = (tensor.numel(), tensor.nbytes)
-    if not bool(change.any()):
+    if not bool(change.any()) and not keep:
         return Entry(name, "unchanged", *counts), {}
     if tensor.ndim < 2:
         return Entry(name, "exact", *counts), {name: tensor.clone()}

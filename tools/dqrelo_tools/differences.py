@@ -16,6 +16,7 @@ BOOKKEEPING = {
     "dtype",
     "eos_token_id",
     "pad_token_id",
+    "tie_word_embeddings",  # convert.py stores an LM head that only one of them has
     "torch_dtype",
     "transformers_version",
     "use_cache",

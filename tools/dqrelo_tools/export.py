@@ -12,6 +12,7 @@ from tqdm import tqdm
 from dqrelo_tools.card import CARD, REPORT
 from dqrelo_tools.verify import open_for_base
 from vllm_dqrelo.format.checkpoint import (
+    HEAD,
     MODEL,
     Checkpoint,
     resolve,
@@ -60,6 +61,8 @@ def export(base: str, delta: Path, output: Path) -> int:
             path.write_text(json.dumps(text, indent=2) + "\n")
         copy_other_files(source.folder, folder)
         copy_other_files(opened.folder, folder)
+        if source.tied and HEAD in opened.matrices:
+            untie_config(folder / "config.json")
     return total
 
 
@@ -68,6 +71,13 @@ def merged(name: str, before: torch.Tensor, delta: Delta) -> torch.Tensor:
     if name in delta.matrices:
         return (before.float() + delta.matrix(name).dense()).to(before.dtype)
     return delta.parameter(name).to(before.dtype) if name in delta.exact else before
+
+
+def untie_config(path: Path) -> None:
+    """Say in a config.json that the LM head is a matrix of its own."""
+    config = json.loads(path.read_text())
+    config.get("text_config", config)["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def copy_other_files(source: Path, output: Path) -> None:

@@ -10,7 +10,7 @@ from dqrelo_tools.extras import require
 from dqrelo_tools.fidelity import measure
 from dqrelo_tools.prompts import read_prompts
 from dqrelo_tools.report import Entry, Report, matrix_entry
-from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
+from vllm_dqrelo.format.checkpoint import HEAD, Checkpoint, resolve
 from vllm_dqrelo.format.delta import Delta, weight_files
 from vllm_dqrelo.format.errors import DqreloError, refuse
 
@@ -19,6 +19,8 @@ def open_for_base(delta: Path, base: Checkpoint) -> Delta:
     """Open a delta and make sure that it fits ``base``, tensor by tensor."""
     opened = Delta(delta)
     opened.config.check_base(base.fingerprint(), str(base.folder), str(delta))
+    if base.tied and HEAD in opened.matrices:
+        base.untie()
     problems = []
     shapes = {name: list(opened.matrix(name).shape) for name in opened.matrices}
     shapes |= {name: list(opened.parameter(name).shape) for name in opened.exact}
@@ -61,6 +63,8 @@ def verify(
     report = Report()
     report.delta_bytes = sum(path.stat().st_size for path in weight_files(delta))
     after = Checkpoint(resolve(model)) if model else before
+    if after.tied and HEAD in before:
+        after.untie()
     refuse(
         f"{after.folder} has other parameters than {before.folder}:",
         sorted(set(before) ^ set(after)),

@@ -18,6 +18,7 @@ from vllm_dqrelo.format.errors import DqreloError
 MODEL = "model"  # HF names: model.safetensors, model-00001-of-00002.safetensors
 FLOAT_DTYPES = {"BF16", "F16", "F32"}
 SAMPLED_ROWS = 8
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
 def resolve(name_or_path: str, revision: str | None = None) -> Path:
@@ -114,11 +115,12 @@ class Checkpoint(SafetensorsFiles):
     """The parameters of a model folder, under their names in the files.
 
     With tied embeddings a second copy of the shared matrix (``lm_head.weight``)
-    is not a parameter of its own and is left out.
+    is not a parameter of its own and is left out, unless ``untie`` was called.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._same: dict[str, str] = {}  # name -> the parameter that it is stored as
         try:
             super().__init__(locate(folder, MODEL))
         except FileNotFoundError as error:
@@ -140,6 +142,23 @@ class Checkpoint(SafetensorsFiles):
         """Whether the LM head is the embedding."""
         text = self.config.get("text_config", self.config)
         return bool(text.get("tie_word_embeddings", False))
+
+    def untie(self) -> None:
+        """Count a tied LM head as a parameter of its own, with the embedding's values.
+
+        The fingerprint is of the parameters before that.
+        """
+        embedding = next((name for name in self if name.endswith(EMBEDDING)), None)
+        if embedding is None:
+            raise DqreloError(f"{self.folder} has no embedding that its LM head is")
+        self.files[HEAD] = self.files[embedding]
+        self._same[HEAD] = embedding
+
+    def spec(self, name: str) -> tuple[str, list[int]]:
+        return super().spec(self._same.get(name, name))
+
+    def get(self, name: str) -> torch.Tensor:
+        return super().get(self._same.get(name, name))
 
     def fingerprint(self) -> str:
         """Identify the weights without reading all of them.
