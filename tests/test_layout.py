@@ -5,8 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dqrelo_kernels.layout import (
+    int4_padding_is_clear,
+    pack_int4,
     pack_signs,
     padding_is_clear,
+    unpack_int4,
     unpack_signs,
     words_per_row,
 )
@@ -68,3 +71,16 @@ def test_padding_bits_are_noticed(columns):
         assert not padding_is_clear(dirty, columns), (word, bit)
     full = pack_signs(torch.ones(2, columns, dtype=torch.bool))
     assert padding_is_clear(full, columns)
+
+
+@given(st.integers(0, 4), st.integers(0, 200), st.integers(0, 99))
+def test_int4_round_trip(rows, columns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-8, 8, (rows, columns), generator=generator).to(torch.int8)
+    packed = pack_int4(values)
+    assert packed.shape == (rows, -(-columns // 2)) and packed.dtype == torch.uint8
+    assert torch.equal(unpack_int4(packed, columns), values)
+    assert int4_padding_is_clear(packed, columns)
+    if columns % 2 and rows:
+        packed[0, -1] |= 0x10
+        assert not int4_padding_is_clear(packed, columns)
