@@ -48,9 +48,7 @@ def random(shape, seed, sparse=False) -> torch.Tensor:
 
 @slow
 @given(shapes, ratios, methods, st.integers(0, 9), st.booleans())
-def test_what_is_stored_is_what_was_computed(
-    decode, shape, ratio, method, seed, sparse
-):
+def test_what_is_stored_is_what_it_means(decode, shape, ratio, method, seed, sparse):
     delta = random(shape, seed, sparse)
     size = method.size(*shape, ratio, torch.bfloat16)
     matrix = compress(delta, size, method)
