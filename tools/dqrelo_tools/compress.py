@@ -87,9 +87,9 @@ class Method:
         if planes is None:
             worth = math.floor(BITS * ratio - LOW_RANK_BITS)
             planes = min(max(worth, 0), MAX_PLANES)
+        if Size(planes, 0, dtype, self.by_row).bytes(n, k) > budget:
+            planes = self.planes or 0  # tiny: the scales of the rows are too much
         left = budget - Size(planes, 0, dtype, self.by_row).bytes(n, k)
-        if left < 0 and self.planes is None:  # tiny: the scales of the rows matter
-            planes, left = 0, budget
         # Two ranks at a time, because a byte holds two of INT4.
         pair = Size(0, 2, dtype).bytes(n, k) - Size(0, 0, dtype).bytes(n, k)
         rank = min(max(left // pair * 2, 0 if planes else 1), n, k)
