@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures in docs/figures and the tables of docs/benchmarks.md, from results/.
+
+    python benchmarks/figures.py
+
+A table stands between two comments that name it and is replaced as a whole.
+"""
+
+import csv
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+OURS, PAPER = "dqrelo 1/8", "dqrelo-paper 1/8"
+
+Row = dict[str, str]
+
+
+def read(name: str) -> list[Row]:
+    """The rows of a results file."""
+    with (RESULTS / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def geometric_mean(values: list[float]) -> float:
+    """exp of the mean logarithm."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def put(name: str, text: str) -> None:
+    """Replace the table ``name`` of docs/benchmarks.md."""
+    path = DOCS / "benchmarks.md"
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    old = path.read_text()
+    if not pattern.search(old):
+        raise SystemExit(f"{path} has no table {name}")
+    path.write_text(pattern.sub(f"{begin}\n{text}\n{end}", old))
+
+
+def by_method(rows: list[Row], fine_tunes: set[str]) -> dict[str, list[Row]]:
+    """The rows of each method that was measured on all ``fine_tunes``."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["fine_tune"] in fine_tunes:
+            found[row["method"]].append(row)
+    return {m: r for m, r in found.items() if len(r) == len(fine_tunes)}
+
+
+def kl(rows: list[Row]) -> float:
+    """Geometric mean of KL."""
+    return geometric_mean([float(row["kl"]) for row in rows])
+
+
+def mean(rows: list[Row], key: str) -> float:
+    """Arithmetic mean."""
+    return sum(float(row[key]) for row in rows) / len(rows)
+
+
+def method_table(rows: list[Row], fine_tunes: set[str]) -> str:
+    """One line a method, best KL first."""
+    methods = by_method(rows, fine_tunes)
+    body = [
+        [
+            name,
+            f"{mean(found, 'bits_per_weight'):.2f}",
+            f"{mean(found, 'relative_error'):.3f}",
+            f"{kl(found):.2e}",
+            f"{kl(found) / kl(methods[PAPER]):.3f}",
+            f"{mean(found, 'top1'):.1%}",
+            f"{mean(found, 'exact_match'):.0%}",
+            f"{mean(found, 'seconds'):.0f}",
+        ]
+        for name, found in sorted(methods.items(), key=lambda pair: kl(pair[1]))
+    ]
+    head = ["method", "bits/weight", "relative error", "KL", "KL / paper's"]
+    return table([*head, "top-1", "exact match", "seconds"], body)
+
+
+def fine_tune_table(rows: list[Row], scales: list[Row]) -> str:
+    """One line a fine-tune: the paper's method and ours."""
+    body, ratios = [], []
+    for scale in scales:
+        name = scale["fine_tune"]
+        own = {row["method"]: row for row in rows if row["fine_tune"] == name}
+        if PAPER not in own or OURS not in own:
+            continue
+        values = [float(own[m]["kl"]) for m in (PAPER, OURS, "dqrelo 1/16")]
+        ratios.append([value / values[0] for value in values[1:]])
+        scores = [float(own[m]["exact_match"]) for m in (PAPER, OURS)]
+        body.append(
+            [name, f"{float(scale['exact_match']):.0%}"]
+            + [f"{score:.0%}" for score in scores]
+            + [f"{value:.2e}" for value in values]
+            + [f"{ratio:.3f}" for ratio in ratios[-1]]
+        )
+    means = [geometric_mean(list(column)) for column in zip(*ratios, strict=True)]
+    body.append(["geometric mean"] + [""] * 6 + [f"{value:.3f}" for value in means])
+    head = ["fine-tune", "exact match", "paper 1/8", "dqrelo 1/8"]
+    head += ["KL paper 1/8", "KL dqrelo 1/8", "KL dqrelo 1/16"]
+    return table([*head, "1/8 / paper", "1/16 / paper"], body)
+
+
+def scale_table(scales: list[Row]) -> str:
+    """The paper's Table 1, on our fine-tunes."""
+    body = [
+        [
+            row["fine_tune"],
+            f"{float(row['mean_magnitude']):.2e}",
+            f"{float(row['mean_singular_value']):.4f}",
+            row["entropy_bits"],
+            f"{float(row['exact_match']):.0%}",
+            f"{float(row['kl_of_base']):.2f}",
+        ]
+        for row in scales
+    ]
+    head = ["fine-tune", "mean magnitude", "mean singular value", "entropy, bits"]
+    return table([*head, "exact match", "KL of the base"], body)
+
+
+def quality_figure(rows: list[Row], fine_tunes: set[str]) -> Figure:
+    """KL against bits a weight; a line for each method with several sizes."""
+    methods = by_method(rows, fine_tunes)
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for name, found in methods.items():
+        family = re.sub(r" \d+/\d+$", "", name)
+        lines[family].append((mean(found, "bits_per_weight"), kl(found)))
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    markers = iter("osD^v<>pX*hP+x1234|_" * 2)
+    shown = {"dqrelo", "dqrelo-paper", "SVD", "BitDelta", "BitDelta, scale per row"}
+    shown |= {"mixed-precision SVD", "2-bit Lloyd per row", "low-rank int4 alone"}
+    for family, points in sorted(lines.items(), key=lambda pair: -len(pair[1])):
+        if family in shown:
+            points.sort()
+            axes.plot(*zip(*points, strict=True), marker=next(markers), label=family)
+    axes.set(xlabel="bits per weight", ylabel="KL(fine-tune ‖ compressed) per token")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.set_title(f"Quality against bytes: {', '.join(sorted(fine_tunes))}")
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def length_figure(rows: list[Row], scales: list[Row]) -> Figure:
+    """KL against the length of training, one line a method."""
+    steps = {row["fine_tune"]: int(row["steps"]) for row in scales}
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for (name, found), marker in zip(
+        by_method(rows, set(steps)).items(), "osD^v<>pX*hP", strict=False
+    ):
+        at: dict[int, list[Row]] = defaultdict(list)
+        for row in found:
+            at[steps[row["fine_tune"]]].append(row)
+        lengths = sorted(at)
+        axes.plot(lengths, [kl(at[n]) for n in lengths], marker=marker, label=name)
+    axes.set(xlabel="steps of training", ylabel="KL(fine-tune ‖ compressed) per token")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.set_title("Longer training, larger changes: geometric mean over three tasks")
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def main() -> None:
+    """Make all of them again."""
+    rcParams["svg.hashsalt"] = "dqrelo"  # the same bytes every time
+    scales = read("finetunes.csv")
+    scales.sort(key=lambda row: (int(row["steps"]), row["fine_tune"]))
+    rows = read("quality.csv")
+    fine_tunes = {row["fine_tune"] for row in scales}
+    detailed = max(
+        ({name} for name in fine_tunes), key=lambda one: len(by_method(rows, one))
+    )
+    put("scale", scale_table(scales))
+    put("fine-tunes", fine_tune_table(rows, scales))
+    put("methods", method_table(rows, fine_tunes))
+    put("sizes", method_table(rows, detailed))
+    folder = DOCS / "figures"
+    folder.mkdir(exist_ok=True)
+    metadata = {"Date": None}
+    quality_figure(rows, detailed).savefig(folder / "quality.svg", metadata=metadata)
+    length_figure(rows, scales).savefig(folder / "length.svg", metadata=metadata)
+
+
+if __name__ == "__main__":
+    main()
