@@ -68,12 +68,29 @@ def config_differences(base: dict[str, Any], model: dict[str, Any]) -> list[str]
     ]
 
 
+def unserved(base: Path, model: Path) -> list[str]:
+    """What the fine-tune has of its own and a server takes from the base."""
+    found = [name for name in SIDE_FILES if is_own(base, model, name)]
+    ends = [
+        json.loads((folder / "config.json").read_text()).get("eos_token_id")
+        for folder in (base, model)
+    ]
+    if ends[0] != ends[1]:
+        found.append(f"eos_token_id ({ends[1]}, the base has {ends[0]})")
+    return found
+
+
+def is_own(base: Path, model: Path, name: str) -> bool:
+    """Whether ``model`` has a file that ``base`` lacks or has otherwise."""
+    own, other = model / name, base / name
+    return own.is_file() and (not other.is_file() or not same_content(own, other))
+
+
 def copy_side_files(base: Path, model: Path, output: Path) -> None:
     """Copy the fine-tune's tokenizer and settings where the base's are different."""
     for name in SIDE_FILES:
-        own, other = model / name, base / name
-        if own.is_file() and (not other.is_file() or not same_content(own, other)):
-            shutil.copyfile(own, output / name)
+        if is_own(base, model, name):
+            shutil.copyfile(model / name, output / name)
 
 
 def same_content(one: Path, other: Path) -> bool:
