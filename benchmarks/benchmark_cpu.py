@@ -4,8 +4,9 @@
     python benchmarks/benchmark_cpu.py [--method dqrelo-paper] [--output results.csv]
 
 Every op of a forward pass, through torch.ops as the server calls it, bfloat16, ratio
-1/8: in native code, in plain torch, and beside them the time of copying the bytes that
-the step reads. The best of several runs; the ratios of one run are what counts.
+1/8: in native code and in plain torch; beside them vLLM's own LoRA at equal bytes, and
+the time of copying the bytes that the step reads. The best of several runs; the ratios
+of one run are what counts.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from vllm.lora.layers.utils import LoRAMapping
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from dqrelo_kernels import cpu, ops  # noqa: F401
 from dqrelo_kernels.layout import int4_bytes, words_per_row
@@ -115,6 +118,55 @@ class Deltas:
         return run
 
 
+class Loras:
+    """vLLM's own LoRA on the CPU: as many bytes on every linear layer and the LM head.
+
+    Embedding and norms, which it cannot change or not at equal cost, are left out.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        shapes = [*LINEARS] * LAYERS + [(HIDDEN, (VOCAB,))]
+        self.layers = [(k, sizes, *self._factors(k, sizes)) for k, sizes in shapes]
+
+    def _factors(
+        self, k: int, sizes: tuple[int, ...]
+    ) -> tuple[list[torch.Tensor], ...]:
+        n = sum(sizes)
+        rank = round(RATIO * n * k / (n + len(sizes) * k))
+        a = [torch.randn(self.slots, 1, rank, k).bfloat16() for _ in sizes]
+        return a, [torch.randn(self.slots, 1, size, rank).bfloat16() for size in sizes]
+
+    def step(self, rows: list[int]) -> Callable[[], None]:
+        """One forward pass of which ``rows[slot]`` rows belong to each slot."""
+        m, adapters = sum(rows), list(range(1, self.slots + 1))
+        ids = tuple(np.repeat(adapters[: len(rows)], rows).tolist())
+        wrapper = PunicaWrapperCPU(m, m, "cpu")
+        prefill = m > 8
+        mapping = LoRAMapping(ids, ids, is_prefill=prefill)
+        wrapper.update_metadata(mapping, [*adapters], self.slots, VOCAB)
+        calls = [
+            (
+                torch.zeros(m, sum(sizes), dtype=torch.bfloat16),
+                torch.randn(m, k).bfloat16(),
+                a,
+                b,
+                sizes,
+            )
+            for k, sizes, a, b in self.layers
+        ]
+        *linears, (y, x, (a,), (b,), _) = calls
+
+        def run() -> None:
+            for y_linear, x_linear, a_linear, b_linear, sizes in linears:
+                wrapper.add_lora_linear(
+                    y_linear, x_linear, a_linear, b_linear, 1.0, sizes
+                )
+            wrapper.add_lora_logits(y, x, a, b, 1.0)
+
+        return run
+
+
 def best_ms(run: Callable[[], None], seconds: float) -> float:
     """The shortest of the runs that fit into ``seconds``, after one to warm up."""
     run()
@@ -132,7 +184,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a CSV file to write as well")
     parser.add_argument("--method", choices=METHODS, default="dqrelo")
     args = parser.parse_args()
-    deltas = Deltas(8, args.method)
+    deltas, loras = Deltas(8, args.method), Loras(8)
     about = {
         "method": args.method,
         "machine": platform.processor() or platform.machine(),
@@ -141,13 +193,16 @@ def main() -> None:
         "python": platform.python_version(),
     }
     rows = []
-    print(f"{'rows of each delta':<22}{'native':>9}{'torch':>9}{'copy':>9}  ms a step")
+    columns = ("native", "torch", "lora", "copy")
+    head = "".join(f"{column:>9}" for column in columns)
+    print(f"{'rows of each delta':<22}{head}  ms a step")
     for step in STEPS:
         found = {}
         for name, native in (("native_ms", "1"), ("torch_ms", "0")):
             os.environ["DQRELO_NATIVE"] = native
             cpu.library.cache_clear()
             found[name] = best_ms(deltas.step(step), 3)
+        found["lora_ms"] = best_ms(loras.step(step), 3)
         source = deltas.arena[: deltas.size // deltas.slots * len(step)]
         target = torch.empty_like(source)
         found["copy_ms"] = best_ms(lambda t=target, s=source: t.copy_(s), 1)
