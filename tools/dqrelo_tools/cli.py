@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``dqrelo``: convert, inspect, verify, export, serve."""
+"""The command ``dqrelo``: advise, convert, inspect, verify, export, serve."""
 
 import argparse
 import json
@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+
+from huggingface_hub.serialization._base import parse_size_to_int
 
 from vllm_dqrelo.format.errors import DqreloError
 
@@ -40,17 +42,45 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser(
+        "advise", help="look at a fine-tune and say what to convert it with"
+    )
+    add_models(command, "--base", "--model")
+    command.add_argument(
+        "--budget",
+        type=size,
+        metavar="SIZE",
+        help="of the files with the tensors, as for convert",
+    )
+    command.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="save a picture of predicted error and singular values (.png, .pdf, .svg)",
+    )
+    command.add_argument("--json", action="store_true")
+    add_device(command)
+    command.set_defaults(run=advise)
+
+    command = commands.add_parser(
         "convert", help="write the delta from a base to its fine-tune"
     )
     add_models(command, "--base", "--model")
     command.add_argument(
         "--output", type=Path, required=True, metavar="DELTA", help="a new folder"
     )
-    command.add_argument(
+    either = command.add_mutually_exclusive_group()
+    either.add_argument(
         "--ratio",
         type=float,
         default=0.125,
         help="size as a fraction of 16 bits per weight (default: 0.125)",
+    )
+    either.add_argument(
+        "--budget",
+        type=size,
+        metavar="SIZE",
+        help="of the files with the tensors, such as 1.2GB: divided among the "
+        "matrices by predicted error; reads the models twice",
     )
     command.add_argument(
         "--method",
@@ -60,12 +90,12 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--max-shard-size",
+        type=size,
         default="1GB",
+        metavar="SIZE",
         help="of the files with the tensors; one is in memory (default: 1GB)",
     )
-    command.add_argument(
-        "--device", default="cpu", help="where to compute: cpu (default) or cuda"
-    )
+    add_device(command)
     command.add_argument(
         "--push-to-hub", metavar="REPO_ID", help="upload the delta to the Hub as well"
     )
@@ -138,6 +168,42 @@ def add_models(command: argparse.ArgumentParser, *options: str) -> None:
         command.add_argument(option, type=kind, required=True, help=texts[option])
 
 
+def add_device(command: argparse.ArgumentParser) -> None:
+    """Add the option that says where to compute."""
+    command.add_argument(
+        "--device", default="cpu", help="where to compute: cpu (default) or cuda"
+    )
+
+
+def size(text: str) -> int:
+    """The bytes that ``text`` such as "1.2GB" means to Hugging Face."""
+    try:
+        parsed = parse_size_to_int(text)
+    except (OverflowError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if parsed < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no size")
+    return parsed
+
+
+def advise(arguments: argparse.Namespace) -> int:
+    """Print what a fine-tune looks like, and what to run."""
+    from dqrelo_tools.advise import Advice, figure, survey
+    from dqrelo_tools.plot import require_plot
+
+    if arguments.plot:
+        require_plot(arguments.plot)
+    found = survey(arguments.base, arguments.model, arguments.device)
+    advice = Advice(found, arguments.budget)
+    if arguments.plot:
+        figure(advice).savefig(arguments.plot, dpi=150)
+    if arguments.json:
+        print(json.dumps(advice.to_dict(), indent=2))
+    else:
+        print(advice.to_text())
+    return 0
+
+
 def convert(arguments: argparse.Namespace) -> int:
     """Write a delta and print what it cost."""
     from dqrelo_tools.convert import convert
@@ -156,6 +222,7 @@ def convert(arguments: argparse.Namespace) -> int:
         arguments.max_shard_size,
         arguments.device,
         arguments.method,
+        arguments.budget,
     )
     print(report.to_text())
     print(f"written to {arguments.output}")

@@ -16,7 +16,7 @@ from dqrelo_tools.adapter import Adapter, is_adapter
 from dqrelo_tools.allocate import allocate
 from dqrelo_tools.card import write_card
 from dqrelo_tools.compress import BITS, METHODS, Method, Size, compress
-from dqrelo_tools.differences import copy_side_files, differences
+from dqrelo_tools.differences import copy_side_files, differences, unserved
 from dqrelo_tools.journal import Journal
 from dqrelo_tools.report import Entry, Report, matrix_entry
 from dqrelo_tools.spectrum import Spectrum
@@ -84,10 +84,7 @@ def convert(
                 "--budget out"
             )
         return convert_adapter(before, Adapter(folder, before), output, config)
-    after = Checkpoint(folder)
-    if before.tied != after.tied:
-        (before if before.tied else after).untie()
-    refuse(f"{model} is no fine-tune of {base}:", differences(before, after))
+    after = fine_tune(model, folder, base, before)
     if budget is not None:
         ratio = budget / (2 * sum(math.prod(after.spec(name)[1]) for name in after))
         config = replace(config, ratio=ratio)
@@ -108,6 +105,22 @@ def convert(
         raise
     shutil.rmtree(journal.folder)
     return report
+
+
+def fine_tune(model: str, folder: Path, base: str, before: Checkpoint) -> Checkpoint:
+    """Open ``folder``; it and ``before`` have the same parameters from then on.
+
+    Args:
+        model, base: how the two were named.
+
+    Raises:
+        DqreloError: it is no fine-tune of ``before``.
+    """
+    after = Checkpoint(folder)
+    if before.tied != after.tied:
+        (before if before.tied else after).untie()
+    refuse(f"{model} is no fine-tune of {base}:", differences(before, after))
+    return after
 
 
 def convert_adapter(
@@ -151,6 +164,7 @@ def write(
         config = write_delta(folder, config, tensors, max_shard_size)
         report.delta_bytes = sum(path.stat().st_size for path in weight_files(folder))
         copy_side_files(before.folder, model, folder)
+        report.unserved = unserved(before.folder, model)
         write_card(folder, config, report, model)
 
 
@@ -170,7 +184,7 @@ def planned(
         names = tqdm(list(after), desc="plan", unit=" tensors", disable=None)
         pairs = read_ahead(before, after, list(after))
         for name, (tensor, change) in zip(names, pairs, strict=True):
-            if not bool(change.any()):
+            if not bool(change.any()) and not always_stored(name, before):
                 continue
             if tensor.ndim < 2:
                 exact[name] = tensor.nbytes
@@ -210,8 +224,7 @@ def convert_all(
         for (number, name), (tensor, change) in zip(
             missing.items(), pairs, strict=True
         ):
-            # An untied LM head that is not stored would be taken for the embedding.
-            keep = name == HEAD and before.tied
+            keep = always_stored(name, before)
             entry, stored = convert_parameter(
                 name, tensor, change.to(device), ratio, method, plan.get(name), keep
             )
@@ -219,6 +232,14 @@ def convert_all(
             entries[number] = journal.entry(number)
             progress.update()
     return [entry for entry in entries.values() if entry is not None]
+
+
+def always_stored(name: str, before: Checkpoint) -> bool:
+    """Whether it is stored even if it did not change.
+
+    An untied LM head that is not there would be taken for the embedding.
+    """
+    return name == HEAD and before.tied
 
 
 def read_ahead(
