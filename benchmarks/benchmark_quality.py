@@ -14,7 +14,7 @@ import csv
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,9 @@ from tasks import TASKS
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dqrelo_tools.advise import RATIOS, survey
 from dqrelo_tools.compress import METHODS, Method, compress, truncated_svd
+from dqrelo_tools.report import relative_error
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 LENGTHS = (10, 30, 90)  # steps of training
@@ -133,14 +135,17 @@ class FineTune:
     state: State = field(init=False)
 
     def __post_init__(self) -> None:
-        folder = CACHE / "quality" / "finetunes" / f"{self.task}-{self.steps}"
-        finetune(self.bench.folder, TASKS[self.task], folder, steps=self.steps)
-        loaded = load_file(folder / "model.safetensors")
+        finetune(self.bench.folder, TASKS[self.task], self.folder, steps=self.steps)
+        loaded = load_file(self.folder / "model.safetensors")
         self.state = {name: tensor.float() for name, tensor in loaded.items()}
 
     @property
     def name(self) -> str:
         return f"{self.task}-{self.steps}"
+
+    @property
+    def folder(self) -> Path:
+        return CACHE / "quality" / "finetunes" / self.name
 
     @property
     def changes(self) -> State:
@@ -232,6 +237,18 @@ class Bench:
         }
 
 
+def predictions(model: FineTune) -> Iterator[dict[str, object]]:
+    """What ``dqrelo advise`` expects of each ratio."""
+    found = survey(str(model.bench.folder), str(model.folder), "cpu")
+    for ratio in RATIOS:
+        error = relative_error(found.uniform(ratio).entries)
+        yield {
+            "fine_tune": model.name,
+            "ratio": str(ratio),
+            "predicted_error": round(error, 5),
+        }
+
+
 def singular_values(matrix: torch.Tensor) -> torch.Tensor:
     """All of them, float64."""
     m = (matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T).double()
@@ -283,6 +300,7 @@ def main() -> None:
     output = parser.parse_args().output_dir
     quality = Results(output / "quality.csv", ("fine_tune", "method"))
     scale = Results(output / "finetunes.csv", ("fine_tune",))
+    predicted = Results(output / "predicted.csv", ("fine_tune", "ratio"))
     bench, middle = Bench(), LENGTHS[len(LENGTHS) // 2]
     plan = [(task, steps, MAIN) for steps in LENGTHS for task in TASKS]
     plan += [(task, middle, ALSO) for task in TASKS]
@@ -292,12 +310,15 @@ def main() -> None:
             model = FineTune(bench, task, steps)
             if (model.name,) not in scale:
                 scale.add(bench.scale(model))
+            if (model.name, str(RATIOS[0])) not in predicted:
+                for row in predictions(model):
+                    predicted.add(row)
             for name, method in methods.items():
                 progress.set_postfix_str(f"{model.name}: {name}")
                 if (model.name, name) not in quality:
                     quality.add({**bench.row(model, name, method), **machine()})
                 progress.update()
-    print(f"{quality.path} and {scale.path} are complete")
+    print(f"the files in {output} are complete")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import math
 import re
 from collections import defaultdict
 from pathlib import Path
+from statistics import correlation
 
 from matplotlib import rcParams
 from matplotlib.figure import Figure
@@ -130,6 +131,36 @@ def scale_table(scales: list[Row]) -> str:
     return table([*head, "exact match", "KL of the base"], body)
 
 
+def prediction_table(rows: list[Row], predicted: list[Row]) -> str:
+    """Relative errors that ``dqrelo advise`` expects, and measured ones."""
+    expected = {
+        (row["fine_tune"], float(row["ratio"])): float(row["predicted_error"])
+        for row in predicted
+    }
+    pairs: dict[float, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        if found := re.fullmatch(r"dqrelo (\d+)/(\d+)", row["method"]):
+            ratio = int(found[1]) / int(found[2])
+            if error := expected.get((row["fine_tune"], ratio)):
+                pairs[ratio].append((error, float(row["relative_error"])))
+    body = [
+        [
+            f"{ratio:g}",
+            str(len(some)),
+            f"{sum(p for p, _ in some) / len(some):.3f}",
+            f"{sum(m for _, m in some) / len(some):.3f}",
+            f"{max(abs(p / m - 1) for p, m in some):.1%}",
+        ]
+        for ratio, some in sorted(pairs.items())
+    ]
+    everything = [pair for some in pairs.values() for pair in some]
+    body.append(["all", str(len(everything)), "", "", ""])
+    head = ["ratio", "fine-tunes", "predicted, mean", "measured, mean"]
+    text = table([*head, "largest difference"], body)
+    value = correlation(*zip(*everything, strict=True))
+    return f"{text}\n\nCorrelation of all pairs: {value:.4f}."
+
+
 def quality_figure(rows: list[Row], fine_tunes: set[str]) -> Figure:
     """KL against bits a weight; a line for each method with several sizes."""
     methods = by_method(rows, fine_tunes)
@@ -190,6 +221,7 @@ def main() -> None:
     put("fine-tunes", fine_tune_table(rows, scales))
     put("methods", method_table(rows, fine_tunes))
     put("sizes", method_table(rows, detailed))
+    put("predictions", prediction_table(rows, read("predicted.csv")))
     folder = DOCS / "figures"
     folder.mkdir(exist_ok=True)
     metadata = {"Date": None}
