@@ -331,14 +331,16 @@ def truncated_svd(
     Returns:
         B [N, rank] and A [rank, K], float64 (float32 where iterated).
     """
-    if start is not None and rank:
+    if not rank:
+        return matrix[:, :0], matrix[:0]
+    if start is not None:
         return from_right_vectors(matrix, refined(matrix, start))
     tall = matrix.shape[0] >= matrix.shape[1]
     m = matrix if tall else matrix.T
     if m.shape[1] <= EXACT_SVD:
         m = m.double()
         _, vectors = torch.linalg.eigh(m.T @ m)  # ascending
-        v = vectors[:, -rank:].flip(1) if rank else vectors[:, :0]
+        v = vectors[:, -rank:].flip(1)
     else:
         v = top_right_singular_vectors(m, rank)
     left, right = from_right_vectors(m, v)
