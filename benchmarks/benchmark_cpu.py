@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the deltas of one step cost on this CPU, on the shapes of SmolLM2-135M.
 
-    python benchmarks/benchmark_cpu.py [--method dqrelo-paper] [--output results.csv]
+    python benchmarks/benchmark_cpu.py [--output results.csv]
 
 Every op of a forward pass, through torch.ops as the server calls it, bfloat16, ratio
-1/8: in native code and in plain torch; beside them vLLM's own LoRA at equal bytes, and
+1/8, by both methods: in native code and in plain torch; beside them vLLM's own LoRA at equal bytes, and
 the time of copying the bytes that the step reads. The best of several runs; the ratios
 of one run are what counts.
 """
@@ -182,11 +182,9 @@ def main() -> None:
     """Print the table, and write it with the machine and the versions."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="a CSV file to write as well")
-    parser.add_argument("--method", choices=METHODS, default="dqrelo")
-    args = parser.parse_args()
-    deltas, loras = Deltas(8, args.method), Loras(8)
+    output = parser.parse_args().output
+    loras = Loras(8)
     about = {
-        "method": args.method,
         "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -195,26 +193,34 @@ def main() -> None:
     rows = []
     columns = ("native", "torch", "lora", "copy")
     head = "".join(f"{column:>9}" for column in columns)
-    print(f"{'rows of each delta':<22}{head}  ms a step")
-    for step in STEPS:
-        found = {}
-        for name, native in (("native_ms", "1"), ("torch_ms", "0")):
-            os.environ["DQRELO_NATIVE"] = native
-            cpu.library.cache_clear()
-            found[name] = best_ms(deltas.step(step), 3)
-        found["lora_ms"] = best_ms(loras.step(step), 3)
-        source = deltas.arena[: deltas.size // deltas.slots * len(step)]
-        target = torch.empty_like(source)
-        found["copy_ms"] = best_ms(lambda t=target, s=source: t.copy_(s), 1)
-        label = "+".join(map(str, step))
-        rows.append({"rows": label, **{k: round(v, 2) for k, v in found.items()}})
-        print(f"{label:<22}" + "".join(f"{v:>9.1f}" for v in found.values()))
-        sys.stdout.flush()
-    if args.output:
-        with args.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *about])
+    for method in METHODS:
+        print(f"{method:<22}{head}  ms a step")
+        deltas = Deltas(8, method)
+        for step in STEPS:
+            label = "+".join(map(str, step))
+            found = measure(deltas, loras, step)
+            rows.append({"method": method, "rows": label, **found, **about})
+            print(f"{label:<22}" + "".join(f"{v:>9.1f}" for v in found.values()))
+            sys.stdout.flush()
+    if output:
+        with output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
-            writer.writerows({**row, **about} for row in rows)
+            writer.writerows(rows)
+
+
+def measure(deltas: Deltas, loras: Loras, step: list[int]) -> dict[str, float]:
+    """Milliseconds of one step by each means."""
+    found = {}
+    for name, native in (("native_ms", "1"), ("torch_ms", "0")):
+        os.environ["DQRELO_NATIVE"] = native
+        cpu.library.cache_clear()
+        found[name] = best_ms(deltas.step(step), 3)
+    found["lora_ms"] = best_ms(loras.step(step), 3)
+    source = deltas.arena[: deltas.size // deltas.slots * len(step)]
+    target = torch.empty_like(source)
+    found["copy_ms"] = best_ms(lambda: target.copy_(source), 1)
+    return {name: round(ms, 2) for name, ms in found.items()}
 
 
 if __name__ == "__main__":

@@ -161,6 +161,29 @@ def prediction_table(rows: list[Row], predicted: list[Row]) -> str:
     return f"{text}\n\nCorrelation of all pairs: {value:.4f}."
 
 
+def convert_table(rows: list[Row]) -> str:
+    """Seconds and memory of conversions."""
+    keys = ("model", "method", "seconds", "peak_mib")
+    head = ["model", "method", "seconds", "peak memory, MiB"]
+    return table(head, [[row[key] for key in keys] for row in rows])
+
+
+def cpu_table(rows: list[Row]) -> str:
+    """Milliseconds of a step, and how they compare."""
+    body = [
+        [
+            row["method"],
+            row["rows"].replace("+", " + "),
+            *(row[key] for key in ("native_ms", "torch_ms", "lora_ms", "copy_ms")),
+            f"{float(row['native_ms']) / float(row['lora_ms']):.2f}",
+            f"{float(row['native_ms']) / float(row['copy_ms']):.1f}",
+        ]
+        for row in rows
+    ]
+    head = ["method", "rows of each delta", "native", "torch", "LoRA", "copy"]
+    return table([*head, "native / LoRA", "native / copy"], body)
+
+
 def quality_figure(rows: list[Row], fine_tunes: set[str]) -> Figure:
     """KL against bits a weight; a line for each method with several sizes."""
     methods = by_method(rows, fine_tunes)
@@ -221,6 +244,8 @@ def main() -> None:
     put("fine-tunes", fine_tune_table(rows, scales))
     put("methods", method_table(rows, fine_tunes))
     put("sizes", method_table(rows, detailed))
+    put("convert", convert_table(read("convert.csv")))
+    put("cpu", cpu_table(read("cpu.csv")))
     put("predictions", prediction_table(rows, read("predicted.csv")))
     folder = DOCS / "figures"
     folder.mkdir(exist_ok=True)
