@@ -4,9 +4,9 @@
     python benchmarks/benchmark_cpu.py [--output results.csv]
 
 Every op of a forward pass, through torch.ops as the server calls it, bfloat16, ratio
-1/8, by both methods: in native code and in plain torch; beside them vLLM's own LoRA at equal bytes, and
-the time of copying the bytes that the step reads. The best of several runs; the ratios
-of one run are what counts.
+1/8, by both methods: in native code and in plain torch; beside them vLLM's own LoRA at
+equal bytes, and the time of copying the bytes that the step reads. The best of several
+runs; the ratios of one run are what counts.
 """
 
 import argparse
