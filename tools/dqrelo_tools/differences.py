@@ -71,12 +71,11 @@ def config_differences(base: dict[str, Any], model: dict[str, Any]) -> list[str]
 def unserved(base: Path, model: Path) -> list[str]:
     """What the fine-tune has of its own and a server takes from the base."""
     found = [name for name in SIDE_FILES if is_own(base, model, name)]
-    ends = [
-        json.loads((folder / "config.json").read_text()).get("eos_token_id")
-        for folder in (base, model)
-    ]
-    if ends[0] != ends[1]:
-        found.append(f"eos_token_id ({ends[1]}, the base has {ends[0]})")
+    configs = [folder / "config.json" for folder in (base, model)]
+    if configs[1].is_file():  # an adapter has none
+        old, own = (json.loads(p.read_text()).get("eos_token_id") for p in configs)
+        if old != own:
+            found.append(f"eos_token_id ({own}, the base has {old})")
     return found
 
 
