@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from dqrelo_tools.compress import METHODS, PAPER, Method, Size, compress
+from dqrelo_tools.compress import METHODS, Method, Size, compress
 from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
 from vllm_dqrelo.format.delta import Delta
@@ -28,7 +28,7 @@ methods = st.builds(
     dtype=st.sampled_from([INT4, torch.int8, None]),
     low_rank_first=st.booleans(),
     sweeps=st.integers(0, 2),
-).filter(lambda method: method != PAPER)
+)
 slow = settings(
     max_examples=40,
     deadline=None,

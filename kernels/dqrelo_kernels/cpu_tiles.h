@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What cpu.cpp computes with: numbers of three types, tiles of a matrix laid out as
+// What cpu.cpp computes with: numbers of each Dtype, tiles of a matrix laid out as
 // numbers, and their products with rows of activations.
 #pragma once
 

@@ -19,9 +19,10 @@ BITS = 16  # of a full-precision weight
 EXACT_SVD = 1024  # smaller side up to which the SVD is exact
 OVERSAMPLING = 32
 POWER_ITERATIONS = 4
-# A plane is worth its bit only beside a low-rank part of at least half a bit a weight:
-# with less, KL is 4 to 20 times as high at an equal squared error, because the signs
-# shrink what is left of the large singular values. docs/benchmarks.md has the table.
+# A plane is bought only beside a low-rank part of at least half a bit a weight. Squared
+# error would buy it earlier, but does not order by KL: at 2 bits a weight, Lloyd's two
+# planes leave 0.341 and a KL of 1.1e-2, int8 factors alone 0.367 and 2.5e-3 (orders-30
+# in docs/benchmarks.md).
 LOW_RANK_BITS = 0.5
 MAX_PLANES = 2
 
@@ -64,6 +65,8 @@ class Method:
         dtype: of the factors; None for 16-bit floats of the fine-tune's own kind.
         low_rank_first: whether the low-rank part is taken before the signs.
         sweeps: how often both are taken again, each from what the other leaves.
+        round_up: whether the rank is the paper's, which exceeds the ratio by a part
+            of one rank, and counts factors of 16 bits beside one plane.
     """
 
     planes: int | None = None
@@ -71,6 +74,7 @@ class Method:
     dtype: torch.dtype | None = INT4
     low_rank_first: bool = True
     sweeps: int = 1
+    round_up: bool = False
 
     def size(self, n: int, k: int, ratio: float, half: torch.dtype) -> Size:
         """What an n x k matrix may spend: the largest rank that fits into the ratio.
@@ -80,8 +84,8 @@ class Method:
             ratio: of 16 bits per weight.
             half: bfloat16 or float16, where ``dtype`` is None.
         """
-        if self == PAPER:
-            return Size(1, rank_of(n, k, ratio), half, by_row=False)
+        if self.round_up:
+            return Size(1, rank_of(n, k, ratio), half, self.by_row)
         dtype, budget = self.dtype or half, int(ratio * BITS * n * k / 8)
         planes = self.planes
         if planes is None:
@@ -96,7 +100,14 @@ class Method:
         return Size(planes, rank, dtype, self.by_row)
 
 
-PAPER = Method(planes=1, by_row=False, dtype=None, low_rank_first=False, sweeps=0)
+PAPER = Method(
+    planes=1,
+    by_row=False,
+    dtype=None,
+    low_rank_first=False,
+    sweeps=0,
+    round_up=True,
+)
 METHODS = {"dqrelo": Method(), "dqrelo-paper": PAPER}
 
 
@@ -262,21 +273,17 @@ def integers(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]
         int8 [R, K] and float32 [R].
     """
     largest = 2 ** (bits - 1) - 1
-    peak = rows.abs().amax(dim=1) / largest
-    peak = torch.where(peak > 0, peak, 1.0)
-    best = least = scale = None
+    peak = rows.abs().amax(dim=1, keepdim=True) / largest
+    best, scale = torch.zeros_like(rows), torch.ones_like(peak)
+    least = rows.square().sum(dim=1, keepdim=True)
     for clip in (1.0, 0.85, 0.72, 0.6, 0.5) if bits == 4 else (1.0,):
-        step = (clip * peak)[:, None]
+        step = (clip * peak).clamp_min(torch.finfo(rows.dtype).tiny)
         rounded = (rows / step).round().clamp(-largest, largest)
         error = (rows - rounded * step).square().sum(dim=1, keepdim=True)
-        if best is None or least is None or scale is None:
-            best, least, scale = rounded, error, step
-        else:
-            better = error < least
-            best = torch.where(better, rounded, best)
-            scale = torch.where(better, step, scale)
-            least = torch.minimum(error, least)
-    assert best is not None and scale is not None
+        better = error < least
+        best = torch.where(better, rounded, best)
+        scale = torch.where(better, step, scale)
+        least = torch.minimum(error, least)
     return best.to(torch.int8), scale[:, 0]
 
 
