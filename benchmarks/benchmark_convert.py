@@ -11,7 +11,6 @@ import argparse
 import csv
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 from finetune import finetune
+from machine import machine
 from safetensors.torch import save_file
 from smollm import fetch_base
 from tasks import TASKS
@@ -85,12 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="a CSV file to write as well")
     output = parser.parse_args().output
-    about = {
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    rows = []
+    about, rows = machine(), []
     with tempfile.TemporaryDirectory() as folder:
         pairs = {
             "SmolLM2-135M": smollm(),

@@ -12,7 +12,6 @@ runs; the ratios of one run are what counts.
 import argparse
 import csv
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import machine
 from vllm.lora.layers.utils import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
@@ -184,12 +184,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a CSV file to write as well")
     output = parser.parse_args().output
     loras = Loras(8)
-    about = {
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    about = {"threads": torch.get_num_threads(), **machine()}
     rows = []
     columns = ("native", "torch", "lora", "copy")
     head = "".join(f"{column:>9}" for column in columns)

@@ -7,8 +7,6 @@ is asked every task. All files are in .cache/demo; delete it to start afresh.
 
 import json
 import os
-import platform
-import re
 import signal
 import socket
 import subprocess
@@ -19,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 
 # Threads that wait spinning for long are ten times slower on a busy machine.
@@ -27,6 +24,7 @@ os.environ["GOMP_SPINCOUNT"] = "1000"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 
 from finetune import exact_match
+from machine import machine
 from openai import OpenAI
 from smollm import BASE_NAME, fetch_base
 from tasks import MAX_ANSWER_TOKENS, TASKS
@@ -134,17 +132,6 @@ def line(first: str, *others: str) -> str:
 def weight_mb(folder: Path) -> float:
     """Megabytes of a folder's weight files."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
-
-
-def machine() -> dict[str, str | int]:
-    """What the numbers were measured on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    cpus = re.findall(r"model name\s*: (.*)", text) or [platform.machine()]
-    versions = {name: version(name) for name in ("torch", "transformers", "vllm")}
-    failed, commit = subprocess.getstatusoutput(f"git -C '{HERE}' rev-parse HEAD")
-    machine = {"cpu": cpus[0], "cores": os.cpu_count()}
-    return machine | versions | {"commit": None if failed else commit}
 
 
 def main() -> None:

