@@ -238,7 +238,8 @@ def test_rebase_moves_offsets_and_nothing_else():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k", [96, 576])
 def test_a_row_alone_and_in_a_mixed_batch(path, dtype, k):
-    """Bit by bit: neither the other rows nor the number of threads matter."""
+    """Bit by bit: neither rows of other deltas nor the number of threads matter, nor how
+    many rows the delta itself has, but for few (up to 8) or many."""
     sizes = [192, 64]
     arena = Arena(3, sizes, seed=9)
     for slot in range(3):
@@ -272,8 +273,15 @@ def test_a_row_alone_and_in_a_mixed_batch(path, dtype, k):
     assert torch.equal(whole, run(list(range(300)), 1))
     if cpu.library() is None:
         return  # torch's own products depend on the shape
-    for rows in ([5], [0, 1, 2, 3], list(range(100, 140)), [299, 7]):
-        assert torch.equal(run(rows, 2), whole[rows]), rows
+    assert torch.equal(run(list(range(100, 140)), 2), whole[100:140])
+    few = list(range(32))  # eight of each delta
+    some = run(few, 2)
+    assert torch.equal(some, run(few, 1))
+    for rows in ([5], [0, 1, 2, 3], [31, 7], [2, 6, 10, 1, 5]):
+        assert torch.equal(run(rows, 2), some[rows]), rows
+    # Another delta with many rows changes nothing for one with few.
+    mixed = run([1, 2, 5, 6, *range(3, 300, 4)], 2)
+    assert torch.equal(mixed[:4], some[[1, 2, 5, 6]])
 
 
 def test_activations_that_native_code_cannot_read():

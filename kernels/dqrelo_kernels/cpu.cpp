@@ -9,9 +9,14 @@
 // and the CPU multiplies bf16, else float. All sums are float; a bf16 t is two numbers,
 // what it is rounded to and the rest.
 //
-// The sum behind an element of y depends on its row of x and on its delta alone, and
-// not on the other rows of the step, on where a group is cut, or on the threads.
+// A delta with few rows in the step goes another way (cpu_lanes.h): 16 rows of a matrix
+// are the lanes of a vector, and signs look up sums of four numbers of x.
+//
+// The sum behind an element of y depends on its row of x, on its delta and on whether
+// that has few rows, and not on the rows of others, on where a group is cut, or on the
+// threads.
 
+#include "cpu_lanes.h"
 #include "cpu_tiles.h"
 
 #include <cmath>
@@ -68,8 +73,9 @@ int rank_of(const int64_t* entry) { return entry[RANK] == ABSENT ? 0 : entry[RAN
 struct Group {  // rows of one delta
     const int32_t* rows;
     int count;
+    bool few;     // at most FEW in the whole step
     bool narrow;  // numbers are bf16
-    size_t x;     // staged rows, bytes in the workspace
+    size_t x;     // staged rows, bytes in the workspace; of few, in each thread's own
 };
 
 struct Job {  // one matrix of one delta
@@ -78,7 +84,8 @@ struct Job {  // one matrix of one delta
     int rank;
     int column;  // of y
     int size;    // rows of the matrix
-    size_t t;    // A x in the workspace, staged as x is: T [parts, rows, padded rank]
+    size_t t;    // A x in the workspace, staged as x is: T [parts, rows, padded rank],
+                 // of few rows float [rows, padded rank] as reorder() leaves it
 };
 
 struct Unit {  // what one thread does at a time
@@ -87,12 +94,14 @@ struct Unit {  // what one thread does at a time
     int first;  // row of the tile
 };
 
-// Memory that stays for the next call; what is in it does not.
-char* workspace(size_t bytes) {
-    static thread_local std::unique_ptr<char[]> memory;
-    static thread_local size_t size = 0;
-    if (size < bytes) memory.reset(new char[(size = bytes) + 64]);
-    return reinterpret_cast<char*>((uintptr_t(memory.get()) + 63) & ~uintptr_t(63));
+// Memory of this thread that stays for the next call; what is in it does not.
+enum Use { SHARED, OWN, USES };
+char* workspace(size_t bytes, Use use = SHARED) {
+    static thread_local std::unique_ptr<char[]> memory[USES];
+    static thread_local size_t size[USES] = {};
+    if (size[use] < bytes) memory[use].reset(new char[(size[use] = bytes) + 64]);
+    auto start = reinterpret_cast<uintptr_t>(memory[use].get());
+    return reinterpret_cast<char*>((start + 63) & ~uintptr_t(63));
 }
 
 class Linear {
@@ -110,23 +119,28 @@ class Linear {
              int threads) {
         plan(rows, starts, begin, end);
         int count[] = {int(stages.size()), int(shrinks.size()), int(expands.size())};
-        int chunk = std::clamp(count[2] / (8 * threads), 1, 4);
+        int chunk = std::clamp(count[2] / (8 * threads), 1, 16);
 #pragma omp parallel num_threads(threads)
         {
             alignas(64) char buffer[TILE_BYTES];
+            char* own = workspace(few_bytes, OWN);
+            for (const Group& group : groups)
+                if (group.few) stage_few(group, own);
 #pragma omp for schedule(dynamic)
             for (int i = 0; i < count[0]; i++)
                 stages[i].group->narrow ? stage<Narrow>(stages[i])
                                         : stage<float>(stages[i]);
 #pragma omp for schedule(dynamic)
             for (int i = 0; i < count[1]; i++)
-                shrinks[i].group->narrow ? shrink<Narrow>(shrinks[i], buffer)
-                                         : shrink<float>(shrinks[i], buffer);
+                shrinks[i].group->few      ? shrink_few(shrinks[i], own)
+                : shrinks[i].group->narrow ? shrink<Narrow>(shrinks[i], buffer)
+                                           : shrink<float>(shrinks[i], buffer);
 #pragma omp for schedule(dynamic, chunk) nowait
             for (int i = 0; i < count[2]; i++) {
                 if (i + 1 < count[2]) prefetch(expands[i + 1]);
-                expands[i].group->narrow ? expand<Narrow>(expands[i], buffer)
-                                         : expand<float>(expands[i], buffer);
+                expands[i].group->few      ? expand_few(expands[i], own)
+                : expands[i].group->narrow ? expand<Narrow>(expands[i], buffer)
+                                           : expand<float>(expands[i], buffer);
             }
             Product<Narrow>::release();
         }
@@ -142,11 +156,19 @@ class Linear {
                 to = std::min(end, starts[slot + 1]);
             if (from >= to) continue;
             bool narrow = sizeof(Narrow) == 2 && x.dtype == BF16;
-            groups.push_back({rows + from, to - from, narrow, bytes});
+            bool few = starts[slot + 1] - starts[slot] <= FEW;
+            groups.push_back({rows + from, to - from, few, narrow, bytes});
             Group& group = groups.back();
-            bytes += size_t(group.count) * padded * sizeof(float);
-            for (int m = 0; m < group.count; m += TILE)
-                stages.push_back({&group, nullptr, m});
+            size_t staged = size_t(group.count) * padded * sizeof(float);
+            if (few) {
+                group.x = few_bytes;
+                few_bytes += 2 * staged;
+                few_bytes += group.count * tables_of(columns) * sizeof(Floats);
+            } else {
+                bytes += staged;
+                for (int m = 0; m < group.count; m += TILE)
+                    stages.push_back({&group, nullptr, m});
+            }
             for (int slice = 0; slice < deltas.slices; slice++) {
                 const int64_t* entry = deltas.entry(slot, slice);
                 int rank = rank_of(entry), factors = entry[FACTOR_DTYPE];
@@ -270,11 +292,90 @@ class Linear {
         }
         for (int m = 0; m < count; m += TILE) {
             transpose(c + m);
-            for (int i = m; i < std::min(m + TILE, count); i++) {
-                char* out = y.at(unit.group->rows[i], job.column + unit.first);
-                store(out, y.dtype, load(out, y.dtype, rows) + c[i], rows);
-            }
+            for (int i = m; i < std::min(m + TILE, count); i++)
+                add(unit.group->rows[i], job.column + unit.first, c[i], rows);
         }
+    }
+
+    // The same for few rows. Each thread has its own copy of x, in the order of columns
+    // and in that of I4, and of the tables: to fetch them from the other core's cache
+    // would take longer than to make them.
+
+    float* x_of(const Group& group, char* own, int dtype = F32) const {
+        float* x = reinterpret_cast<float*>(own + group.x);
+        return dtype == I4 ? x + group.count * padded : x;
+    }
+    Floats* tables_of_rows(const Group& group, char* own, int m) const {
+        float* behind = x_of(group, own) + 2 * group.count * padded;
+        return reinterpret_cast<Floats*>(behind) + m * tables_of(columns);
+    }
+
+    void stage_few(const Group& group, char* own) const {
+        int count = group.count;
+        float *x = x_of(group, own), *reordered = x_of(group, own, I4);
+        for (int m = 0; m < count; m++) {
+            read(x + m * padded, this->x.at(group.rows[m]), this->x.dtype, columns);
+            std::memset(x + m * padded + columns, 0,
+                        (padded - columns) * sizeof(float));
+            reorder(reordered + m * padded, x + m * padded, I4, columns, padded);
+        }
+        by_fours(count, [&](auto M, int m) {
+            fill_tables<M>(tables_of_rows(group, own, m), x + m * padded, padded,
+                           columns);
+        });
+    }
+
+    void shrink_few(const Unit& unit, char* own) const {
+        const Job& job = *unit.job;
+        const Group& group = *unit.group;
+        int rows = rows_of(unit, job.rank), width = padded_rank(job);
+        Matrix a = factor(job, LORA_A);
+        const float* x = x_of(group, own, a.dtype);
+        Floats sums[std::max(FEW, 4)] = {}, scale = Floats{} + 1;
+        by_fours(group.count, [&](auto M, int m) {
+            multiply_lanes<M>(sums + m, a, unit.first, rows, x + m * padded, padded);
+        });
+        if (job.entry[LORA_SCALE] != ABSENT)
+            scale = load(deltas.floats(job.entry, LORA_SCALE) + unit.first, F32, rows);
+        for (int m = 0; m < group.count; m++) {
+            Floats values = sums[m] * scale;
+            float* out = t<float>(job) + m * width;
+            for (int n = 0; n < rows; n++)
+                out[place(a.dtype, unit.first + n, job.rank)] = values[n];
+            if (unit.first + TILE >= job.rank)
+                std::memset(out + job.rank, 0, (width - job.rank) * sizeof(float));
+        }
+    }
+
+    void expand_few(const Unit& unit, char* own) const {
+        const Job& job = *unit.job;
+        const Group& group = *unit.group;
+        int rows = rows_of(unit, job.size), width = padded_rank(job);
+        Floats c[std::max(FEW, 4)] = {};
+        by_fours(group.count, [&](auto M, int m) {
+            for (int plane = 0; plane < planes_of(job.entry); plane++) {
+                Floats sums[M];
+                multiply_signs<M>(sums, signs(job, plane), unit.first, rows,
+                                  tables_of_rows(group, own, m));
+                const float* scale = deltas.floats(job.entry, SCALE) + plane * job.size;
+                Floats scales = load(scale + unit.first, F32, rows);
+                for (int i = 0; i < M; i++) c[m + i] += scales * sums[i];
+            }
+            if (job.rank)
+                multiply_lanes<M>(c + m, factor(job, LORA_B), unit.first, rows,
+                                  t<float>(job, m), width);
+        });
+        Floats bias = {};
+        if (job.entry[BIAS] != ABSENT)
+            bias = load(deltas.floats(job.entry, BIAS) + unit.first, F32, rows);
+        for (int m = 0; m < group.count; m++)
+            add(group.rows[m], job.column + unit.first, c[m] + bias, rows);
+    }
+
+    // y[row, column:] += sums
+    void add(int row, int column, Floats sums, int count) const {
+        char* out = y.at(row, column);
+        store(out, y.dtype, load(out, y.dtype, count) + sums, count);
     }
 
     const Rows y, x;
@@ -283,6 +384,7 @@ class Linear {
     const int32_t* const ends;
     const int padded;
     char* memory = nullptr;
+    size_t few_bytes = 0;
     std::vector<Group> groups;
     std::vector<Job> jobs;
     std::vector<Unit> stages, shrinks, expands;

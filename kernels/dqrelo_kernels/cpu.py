@@ -19,7 +19,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("cpu.cpp", "cpu_tiles.h")
+SOURCES = ("cpu.cpp", "cpu_lanes.h", "cpu_tiles.h")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
