@@ -10,6 +10,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,24 +71,28 @@ def save_model(
     seed: int,
     scale: float = 0.02,
     dtype: torch.dtype = torch.float32,
+    added_tokens: int = 0,
 ) -> Path:
     """A random model whose every parameter moved by ``scale``, seeded."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind]).to(dtype)
+    words = SHAPE["vocab_size"] + added_tokens
+    model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[kind])).to(dtype)
+    if added_tokens:
+        model.resize_token_embeddings(words, mean_resizing=False)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(scale * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    tokenizer(words).save_pretrained(folder)
     return folder
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(size: int) -> PreTrainedTokenizerFast:
     """One word a token, "w17" for token 17, and a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = {f"w{i}": i for i in range(SHAPE["vocab_size"])}
+    words = {f"w{i}": i for i in range(size)}
     made = Tokenizer(models.WordLevel(words, unk_token="w0"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     wrapped = PreTrainedTokenizerFast(tokenizer_object=made)

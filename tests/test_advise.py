@@ -317,7 +317,7 @@ def test_only_vectors_changed(tmp_path, capsys):
     command = ["advise", "--base", base, "--model", model]
     assert run(*command, "--plot", tmp_path / "p.png") == 0
     text = capsys.readouterr().out
-    assert "0 matrices compressed, 1 vectors exact, 1 parameters unchanged" in text
+    assert "0 matrices compressed, 1 parameters exact, 1 unchanged" in text
 
 
 def test_quarters_of_an_odd_number_of_layers(tmp_path):

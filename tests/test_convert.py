@@ -70,7 +70,7 @@ def test_a_parameter_that_did_not_change_costs_nothing(models, tmp_path, capsys)
     )
     delta = Delta(tmp_path / "d")
     assert not same & {*delta.matrices, *delta.exact}
-    assert "2 parameters unchanged" in capsys.readouterr().out
+    assert "2 unchanged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("ratio", "index"), [(0.125, 0), (0.25, 1)])

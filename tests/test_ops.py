@@ -238,8 +238,8 @@ def test_rebase_moves_offsets_and_nothing_else():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k", [96, 576])
 def test_a_row_alone_and_in_a_mixed_batch(path, dtype, k):
-    """Bit by bit: neither rows of other deltas nor the number of threads matter, nor how
-    many rows the delta itself has, but for few (up to 8) or many."""
+    """Bit by bit: neither rows of other deltas nor the number of threads matter, nor
+    how many rows the delta itself has, but for few (up to 8) or many."""
     sizes = [192, 64]
     arena = Arena(3, sizes, seed=9)
     for slot in range(3):

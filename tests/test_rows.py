@@ -11,6 +11,7 @@ def test_the_example_of_the_docstring():
     assert groups.rows.tolist() == [2, 0, 3, -1, -1, -1]
     assert groups.slots.tolist() == [0, 2, 2, -1, -1, -1]
     assert groups.starts.tolist() == [0, 1, 1, 3]
+    assert groups.by_row.tolist() == [2, -1, 0, 2, -1, -1]
     assert groups.num_active.tolist() == [2]
 
 
@@ -30,6 +31,8 @@ def test_against_a_plain_loop_and_reused_buffers(seed):
         assert groups.rows.tolist() == rows + tail
         assert groups.slots.tolist() == [int(slot_of_row[i]) for i in rows] + tail
         assert groups.starts.tolist() == starts
+        assert groups.by_row.tolist()[: len(slot_of_row)] == slot_of_row.tolist()
+        assert set(groups.by_row.tolist()[len(slot_of_row) :]) <= {-1}
         assert groups.num_active.item() == len(set(slot_of_row.tolist()) - {-1})
     assert addresses == [
         t.data_ptr() for t in (groups.rows, groups.slots, groups.starts)

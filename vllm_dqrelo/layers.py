@@ -14,6 +14,7 @@ from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
 from dqrelo_kernels.rows import RowGroups
 from vllm_dqrelo.sites import Site
 from vllm_dqrelo.step import Step
+from vllm_dqrelo.vocabulary import AddedRows
 
 
 class DeltaMethod(QuantizeMethodBase):
@@ -28,6 +29,7 @@ class DeltaMethod(QuantizeMethodBase):
         arena: uint8 [bytes], see dqrelo_kernels.ops.
         table: int64 [slots, slices, Field] of this site.
         step: which rows belong to which delta.
+        added: rows of tokens that are not the base's, in a vocabulary matrix.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class DeltaMethod(QuantizeMethodBase):
         arena: torch.Tensor,
         table: torch.Tensor,
         step: Step,
+        added: AddedRows | None = None,
     ) -> None:
         self.inner = inner
         self.arena = arena
         self.table = table
         self.slices = site.slices(arena.device)
         self.step = step
+        self.added = added
         self.is_head = isinstance(site.module, ParallelLMHead)
 
     def __getattr__(self, name: str) -> Any:
@@ -74,6 +78,8 @@ class DeltaMethod(QuantizeMethodBase):
             groups.starts,
             groups.num_active,
         )
+        if self.added is not None:
+            self.added.logits_(y, x, groups.by_row[: len(x)])
         return y
 
     def embedding(self, layer: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -81,7 +87,7 @@ class DeltaMethod(QuantizeMethodBase):
         groups = self.step.tokens
         torch.ops.dqrelo.delta_embedding_(
             y,
-            ids,
+            ids if self.added is None else ids.clamp_max(self.added.start - 1),
             self.arena,
             self.table,
             self.slices,
@@ -89,6 +95,8 @@ class DeltaMethod(QuantizeMethodBase):
             groups.slots,
             groups.num_active,
         )
+        if self.added is not None:
+            self.added.embed_(y, ids, groups.by_row[: len(ids)])
         return y
 
 
@@ -148,6 +156,7 @@ def install(
     arena: torch.Tensor,
     table: torch.Tensor,
     step: Step,
+    added: AddedRows | None,
 ) -> None:
     """Put the deltas behind one module of ``model``, which is changed in place."""
     if site.is_norm:
@@ -156,7 +165,7 @@ def install(
         setattr(model.get_submodule(parent), leaf, norm)
         return
     site.module.quant_method = DeltaMethod(
-        site.module.quant_method, site, arena, table, step
+        site.module.quant_method, site, arena, table, step, added
     )
     # vLLM has faster paths around quant_method, which would leave the deltas out.
     embedding = isinstance(site.module, VocabParallelEmbedding)

@@ -31,8 +31,9 @@ from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.layers import install
 from vllm_dqrelo.options import Options, refuse_unsupported
 from vllm_dqrelo.packed import PackedDelta, pack
-from vllm_dqrelo.sites import Sites
+from vllm_dqrelo.sites import Site, Sites
 from vllm_dqrelo.step import Step
+from vllm_dqrelo.vocabulary import AddedRows
 
 logger = init_logger(__name__)
 
@@ -69,7 +70,8 @@ class DeltaManager:
     ) -> torch.nn.Module:
         """Put deltas behind every site of the loaded ``model``; returns it."""
         ops.prepare(self.device)
-        self.sites = Sites(model)
+        self.sites = Sites(model, self.options.added_tokens)
+        self.added: dict[str, AddedRows] = {}
         size = self.options.arena_bytes(self.sites, self.slots)
         self.arena = Arena(size, self.device)
         # The tables of all sites, one behind another: a site's is contiguous.
@@ -84,7 +86,10 @@ class DeltaManager:
             self.table_rows[:, site.first : site.first + slices] = rows
             table = self.table[start : start + rows.numel()]
             table = table.view(self.slots, slices, -1)
-            install(model, site, self.arena.data, table, self.step)
+            if self.options.added_tokens and site.is_vocabulary:
+                self.added[site.name] = self._added_rows(site)
+            added = self.added.get(site.name)
+            install(model, site, self.arena.data, table, self.step, added)
         logger.info(
             "dqrelo: %d sites, room for %.2f GiB of deltas, up to %d in one step",
             len(self.sites.by_name),
@@ -92,6 +97,11 @@ class DeltaManager:
             self.slots,
         )
         return model
+
+    def _added_rows(self, site: Site) -> AddedRows:
+        shape = (self.options.added_tokens, site.columns)
+        dtype = site.module.get_parameter("weight").dtype
+        return AddedRows(site.sizes[0], self.slots, shape, dtype, self.device)
 
     # Registration: called between steps, may refuse.
 
@@ -228,6 +238,8 @@ class DeltaManager:
         extent.copy_(packed.extent, non_blocking=True)
         slot = min(set(range(self.slots)) - set(self.resident.values()))
         self._write_table(slot, rebase(packed.entries, offset))
+        for name, added in self.added.items():
+            added.set(slot, packed.added.get(name))
         self.resident[adapter_id] = slot
 
     def _evict(self, adapter_id: int) -> None:

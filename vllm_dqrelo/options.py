@@ -23,10 +23,12 @@ class Options:
     Attributes:
         delta_memory_gib: device memory for resident deltas; by default what
             ``--max-loras`` deltas of ratio 1/8 take.
+        added_tokens: the most tokens that a delta may add to the base's vocabulary.
         version: of the plugin, put there by it.
     """
 
     delta_memory_gib: float | None = None
+    added_tokens: int = 0
     version: str = ""
 
     @classmethod

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A delta ready for the device: one run of bytes and a table of where things are."""
 
+import dataclasses
+import json
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,8 @@ from dqrelo_kernels.table import FACTOR_DTYPES, Field, empty_table
 from vllm_dqrelo.arena import aligned
 from vllm_dqrelo.format.checkpoint import HEAD
 from vllm_dqrelo.format.delta import Delta
-from vllm_dqrelo.format.errors import refuse
+from vllm_dqrelo.format.errors import DqreloError, refuse
+from vllm_dqrelo.format.tensors import ADDED
 from vllm_dqrelo.sites import Place, Sites
 
 
@@ -22,11 +25,13 @@ class PackedDelta:
         digest: of its content.
         extent: uint8 [bytes], copied as a whole into the arena.
         entries: int64 [slices of all sites, Field], offsets from the extent's start.
+        added: site -> rows [E, K] of tokens that are not the base's.
     """
 
     digest: str
     extent: torch.Tensor
     entries: torch.Tensor
+    added: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -63,14 +68,26 @@ def pack(delta: Delta, sites: Sites, pinned: bool = False) -> PackedDelta:
         DqreloError: it has a parameter that no site takes, or of another shape; a
             delta is served as a whole or not at all.
     """
+    if delta.added_tokens > sites.added_tokens:
+        option = {"dqrelo": {"added_tokens": delta.added_tokens}}
+        raise DqreloError(
+            f"{delta.folder} adds {delta.added_tokens} tokens to the vocabulary; this "
+            f"server has room for {sites.added_tokens}. Start it with "
+            f"--additional-config '{json.dumps(option)}'"
+        )
     extent, problems = _Extent(), []
+    added: dict[str, torch.Tensor] = {}
     entries = empty_table(1, sites.count, "cpu")[0]
     for name in [*delta.matrices, *delta.exact]:
-        places = sites.places(name)
+        places = sites.places(name.removesuffix(ADDED))
         if HEAD in delta.matrices:  # its own, though the base's may be the embedding
             places = places[:1]
         if not places:
             problems.append(f"{name}: the model has no place for it")
+            continue
+        if name.endswith(ADDED):
+            rows = delta.parameter(name)
+            added |= {place.site.name: rows for place in places}
             continue
         fields, shape = (
             _matrix(delta, name, extent)
@@ -85,7 +102,7 @@ def pack(delta: Delta, sites: Sites, pinned: bool = False) -> PackedDelta:
             for field, value in fields.items():
                 entries[place.slice, field] = value
     refuse(f"{delta.folder} does not fit the served model:", problems)
-    return PackedDelta(delta.config.digest, extent.bytes(pinned), entries)
+    return PackedDelta(delta.config.digest, extent.bytes(pinned), entries, added)
 
 
 def _matrix(

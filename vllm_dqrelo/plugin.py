@@ -40,11 +40,14 @@ def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) 
     """Turn on vLLM's LoRA control plane, which deltas use, for a dqrelo engine."""
     if model_config.quantization != "dqrelo":
         return
+    from vllm_dqrelo.vocabulary import enlarge
+
     engine_args.enable_lora = True
     if engine_args.max_loras == 1:
         engine_args.max_loras = DEFAULT_MAX_DELTAS
     # additional_config is part of vLLM's compile cache key; the plugin must be too.
     options = dict(engine_args.additional_config.get("dqrelo", {}))
+    enlarge(model_config, options.get("added_tokens", 0))
     engine_args.additional_config = {
         **engine_args.additional_config,
         "dqrelo": {**options, "version": __version__},

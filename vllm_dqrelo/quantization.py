@@ -4,11 +4,13 @@
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 
 class DqreloConfig(QuantizationConfig):
@@ -47,7 +49,12 @@ class DqreloConfig(QuantizationConfig):
         self, layer: torch.nn.Module, prefix: str
     ) -> QuantizeMethodBase | None:
         """The base's own method. A worker asks for it while it builds the model."""
+        from vllm_dqrelo.options import Options
         from vllm_dqrelo.plugin import patch_worker
+        from vllm_dqrelo.vocabulary import EnlargedEmbedding
 
         patch_worker()
+        if isinstance(layer, VocabParallelEmbedding):
+            options = Options.from_config(get_current_vllm_config())
+            return EnlargedEmbedding(options.added_tokens)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None

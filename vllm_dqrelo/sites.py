@@ -47,6 +47,11 @@ class Site:
         """Whether the site has one vector instead of matrices."""
         return not self.columns
 
+    @property
+    def is_vocabulary(self) -> bool:
+        """Whether the rows of its matrix are tokens."""
+        return isinstance(self.module, VocabParallelEmbedding)
+
     def slices(self, device: torch.device) -> torch.Tensor:
         """int32 [slices + 1]: the first output feature of each slice, then N."""
         ends = torch.tensor((0, *self.sizes)).cumsum(0)
@@ -83,17 +88,22 @@ class Place:
 class Sites:
     """All sites of a loaded model.
 
+    Args:
+        model: with its weights.
+        added_tokens: rows of its vocabulary matrices that are not the base's.
+
     Attributes:
         by_name: module path -> site, in the order of the model.
         count: slices in all.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, added_tokens: int = 0) -> None:
         self.model = model
+        self.added_tokens = added_tokens
         self.by_name: dict[str, Site] = {}
         self.count = 0
         for name, module in model.named_modules():
-            if shape := _slices_of(module):
+            if shape := _slices_of(module, added_tokens):
                 sizes, columns = shape
                 self.by_name[name] = Site(name, module, self.count, sizes, columns)
                 self.count += len(sizes)
@@ -123,12 +133,14 @@ class Sites:
         return places
 
 
-def _slices_of(module: torch.nn.Module) -> tuple[tuple[int, ...], int] | None:
+def _slices_of(
+    module: torch.nn.Module, added_tokens: int
+) -> tuple[tuple[int, ...], int] | None:
     """Sizes and columns of a site; None when the module is none."""
     if isinstance(module, LinearBase):
         return tuple(module.output_partition_sizes), module.input_size
     if isinstance(module, VocabParallelEmbedding):
-        return (module.org_vocab_size,), module.embedding_dim
+        return (module.org_vocab_size - added_tokens,), module.embedding_dim
     if isinstance(module, RMSNorm | GemmaRMSNorm) and module.weight is not None:
         return (module.weight.numel(),), 0
     return None

@@ -17,24 +17,26 @@ class RowGroups:
         rows        [2, 0, 3, -1, -1, -1]   row numbers, grouped by slot, stable
         slots       [0, 2, 2, -1, -1, -1]   the slot of each of them
         starts      [0, 1, 1, 3]            group of slot s: rows[starts[s]:starts[s+1]]
+        by_row      [2, -1, 0, 2, -1, -1]   the slots as they were given
         num_active  [2]                     distinct slots, on the CPU: a launcher
                                             reads it without waiting for the device
 
     Args:
         capacity: the most rows a step can have.
         slots: number of delta slots.
-        device: where rows, slots and starts live.
+        device: where all but num_active live.
     """
 
     def __init__(self, capacity: int, slots: int, device: torch.device | str) -> None:
         self.capacity = capacity
-        size = 2 * capacity + slots + 1
+        size = 3 * capacity + slots + 1
         pinned = torch.device(device).type == "cuda"
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=pinned)
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
         self.rows = self._device[:capacity]
         self.slots = self._device[capacity : 2 * capacity]
-        self.starts = self._device[2 * capacity :]
+        self.by_row = self._device[2 * capacity : 3 * capacity]
+        self.starts = self._device[3 * capacity :]
         self.num_active = torch.zeros(1, dtype=torch.int32)
         self.set(np.empty(0, dtype=np.int32))
 
@@ -49,14 +51,15 @@ class RowGroups:
                 f"a step of {len(slot_of_row)} rows, room for {self.capacity}"
             )
         host = self._host.numpy()
-        starts = host[2 * self.capacity :]
+        starts = host[3 * self.capacity :]
         rows = np.argsort(slot_of_row, kind="stable").astype(np.int32)
         grouped = slot_of_row[rows]
         first = np.searchsorted(grouped, 0)  # base rows sort first
         rows, grouped = rows[first:], grouped[first:]
-        host[: 2 * self.capacity] = BASE
+        host[: 3 * self.capacity] = BASE
         host[: len(rows)] = rows
         host[self.capacity : self.capacity + len(rows)] = grouped
+        host[2 * self.capacity :][: len(slot_of_row)] = slot_of_row
         starts[:] = np.searchsorted(grouped, np.arange(len(starts)))
         self.num_active[0] = int(np.count_nonzero(np.diff(starts)))
         self._device.copy_(self._host, non_blocking=True)

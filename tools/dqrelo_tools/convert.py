@@ -16,7 +16,12 @@ from dqrelo_tools.adapter import Adapter, is_adapter
 from dqrelo_tools.allocate import allocate
 from dqrelo_tools.card import write_card
 from dqrelo_tools.compress import BITS, METHODS, Method, Size, compress
-from dqrelo_tools.differences import copy_side_files, differences, unserved
+from dqrelo_tools.differences import (
+    copy_side_files,
+    differences,
+    split_added_tokens,
+    unserved,
+)
 from dqrelo_tools.journal import Journal
 from dqrelo_tools.report import Entry, Report, matrix_entry
 from dqrelo_tools.spectrum import Spectrum
@@ -26,7 +31,7 @@ from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import weight_files, write_delta
 from vllm_dqrelo.format.errors import DqreloError, refuse
 from vllm_dqrelo.format.folder import new_folder, require_free
-from vllm_dqrelo.format.tensors import INT4
+from vllm_dqrelo.format.tensors import ADDED, INT4
 
 
 def convert(
@@ -110,6 +115,8 @@ def convert(
 def fine_tune(model: str, folder: Path, base: str, before: Checkpoint) -> Checkpoint:
     """Open ``folder``; it and ``before`` have the same parameters from then on.
 
+    But for those of added tokens, which only the fine-tune has.
+
     Args:
         model, base: how the two were named.
 
@@ -119,6 +126,7 @@ def fine_tune(model: str, folder: Path, base: str, before: Checkpoint) -> Checkp
     after = Checkpoint(folder)
     if before.tied != after.tied:
         (before if before.tied else after).untie()
+    split_added_tokens(before, after)
     refuse(f"{model} is no fine-tune of {base}:", differences(before, after))
     return after
 
@@ -186,7 +194,7 @@ def planned(
         for name, (tensor, change) in zip(names, pairs, strict=True):
             if not bool(change.any()) and not always_stored(name, before):
                 continue
-            if tensor.ndim < 2:
+            if is_exact(name, tensor):
                 exact[name] = tensor.nbytes
             else:
                 spectra[name] = Spectrum.of(change.to(device))
@@ -237,9 +245,15 @@ def convert_all(
 def always_stored(name: str, before: Checkpoint) -> bool:
     """Whether it is stored even if it did not change.
 
-    An untied LM head that is not there would be taken for the embedding.
+    An untied LM head that is not there would be taken for the embedding, and an added
+    token for one that the model does not have.
     """
-    return name == HEAD and before.tied
+    return (name == HEAD and before.tied) or name.endswith(ADDED)
+
+
+def is_exact(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a parameter that changed is stored as it is: vectors, added tokens."""
+    return tensor.ndim < 2 or name.endswith(ADDED)
 
 
 def read_ahead(
@@ -248,12 +262,12 @@ def read_ahead(
     """Each parameter of the fine-tune and its change; the next is read meanwhile."""
 
     def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        pair = {"base": before.get(name), "fine-tune": after.get(name)}
-        for side, tensor in pair.items():
-            if not bool(tensor.isfinite().all()):
+        tensor = after.get(name)
+        old = before.get(name) if name in before else torch.zeros_like(tensor)
+        for side, values in (("base", old), ("fine-tune", tensor)):
+            if not bool(values.isfinite().all()):
                 raise DqreloError(f"{name} of the {side} has a NaN or an infinity")
-        tensor = pair["fine-tune"]
-        return tensor, tensor.float() - pair["base"].float()
+        return tensor, tensor.float() - old.float()
 
     with ThreadPoolExecutor(1) as reader:
         coming = None
@@ -289,7 +303,7 @@ def convert_parameter(
     counts = (tensor.numel(), tensor.nbytes)
     if not bool(change.any()) and not keep:
         return Entry(name, "unchanged", *counts), {}
-    if tensor.ndim < 2:
+    if is_exact(name, tensor):
         return Entry(name, "exact", *counts), {name: tensor.clone()}
     n, k = tensor.shape
     size = size or method.size(n, k, ratio, half_of(tensor.dtype))
@@ -326,9 +340,9 @@ def predicted_bytes(model: Checkpoint, ratio: float, method: Method) -> int:
     total = 1 << 20  # headers and side files
     for name in model:
         _, shape = model.spec(name)
-        if len(shape) == 2:
+        if len(shape) == 2 and not name.endswith(ADDED):
             n, k = shape
             total += method.size(n, k, ratio, torch.bfloat16).bytes(n, k)
         else:
-            total += 4 * (shape[0] if shape else 1)
+            total += 4 * math.prod(shape)
     return total

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dqrelo.format.checkpoint import FLOAT_DTYPES, Checkpoint
-from vllm_dqrelo.format.tensors import SUFFIXES
+from vllm_dqrelo.format.tensors import ADDED, SUFFIXES
 
 # What a config.json may say differently without the model computing otherwise.
 BOOKKEEPING = {
@@ -20,15 +20,19 @@ BOOKKEEPING = {
     "torch_dtype",
     "transformers_version",
     "use_cache",
+    "vocab_size",  # added tokens are stored; see split_added_tokens
 }
 # A fine-tune's own files that travel with the delta when the base's differ.
 SIDE_FILES = (
+    "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
+    "merges.txt",
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
+    "vocab.json",
 )
 
 
@@ -42,7 +46,11 @@ def differences(base: Checkpoint, model: Checkpoint) -> list[str]:
     found += config_differences(base.config, model.config)
     names, others = set(model), set(base)
     found += [f"{n} is only in the base" for n in sorted(others - names)]
-    found += [f"{n} is only in the fine-tune" for n in sorted(names - others)]
+    found += [
+        f"{n} is only in the fine-tune"
+        for n in sorted(names - others)
+        if not n.endswith(ADDED)
+    ]
     for name in sorted(names & others):
         (dtype, shape), (base_dtype, base_shape) = model.spec(name), base.spec(name)
         if shape != base_shape:
@@ -53,19 +61,47 @@ def differences(base: Checkpoint, model: Checkpoint) -> list[str]:
             )
         if len(shape) > 2:
             found.append(f"{name} is {shape}: only vectors and matrices so far")
-        if name.endswith(SUFFIXES):
+        if name.endswith((*SUFFIXES, ADDED)):
             found.append(f"{name} ends like a tensor of the delta format")
     return found
 
 
 def config_differences(base: dict[str, Any], model: dict[str, Any]) -> list[str]:
     """Keys of config.json that make the two compute differently."""
-    keys = sorted((base.keys() | model.keys()) - BOOKKEEPING)
+    old, own = computing(base), computing(model)
     return [
-        f"config.json: {key} is {model.get(key)!r}, the base has {base.get(key)!r}"
-        for key in keys
-        if base.get(key) != model.get(key)
+        f"config.json: {key} is {own.get(key)!r}, the base has {old.get(key)!r}"
+        for key in sorted(old.keys() | own.keys())
+        if old.get(key) != own.get(key)
     ]
+
+
+def computing(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that says how to compute, text_config's included."""
+    return {
+        key: computing(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in BOOKKEEPING
+    }
+
+
+def split_added_tokens(base: Checkpoint, model: Checkpoint) -> None:
+    """Let the rows of tokens that ``model`` added be parameters of their own.
+
+    They are what its vocabulary matrices have beyond the base's ``vocab_size`` rows.
+    """
+    old, own = (vocabulary(checkpoint.config) for checkpoint in (base, model))
+    if old is None or own is None or own <= old:
+        return
+    for name in set(base) & set(model):
+        shape, base_shape = model.spec(name)[1], base.spec(name)[1]
+        if len(shape) == 2 and (shape[0], base_shape[0]) == (own, old):
+            model.split(name, old)
+
+
+def vocabulary(config: dict[str, Any]) -> int | None:
+    """The rows of the embedding, as a config.json has it."""
+    return config.get("text_config", config).get("vocab_size")
 
 
 def unserved(base: Path, model: Path) -> list[str]:

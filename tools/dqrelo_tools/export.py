@@ -5,7 +5,6 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -50,7 +49,7 @@ def export(base: str, delta: Path, output: Path) -> int:
         for file, names in names_of.items():
             tensors = {}
             for name in names:
-                tensors[name] = merged(name, source.get(name), opened)
+                tensors[name] = opened.merged(name, source.get(name))
                 total += tensors[name].nbytes
                 progress.update()
             save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -61,22 +60,24 @@ def export(base: str, delta: Path, output: Path) -> int:
             path.write_text(json.dumps(text, indent=2) + "\n")
         copy_other_files(source.folder, folder)
         copy_other_files(opened.folder, folder)
-        if source.tied and HEAD in opened.matrices:
-            untie_config(folder / "config.json")
+        update_config(folder / "config.json", source.tied, opened)
     return total
 
 
-def merged(name: str, before: torch.Tensor, delta: Delta) -> torch.Tensor:
-    """The parameter ``name`` of base + delta, in the base's dtype."""
-    if name in delta.matrices:
-        return (before.float() + delta.matrix(name).dense()).to(before.dtype)
-    return delta.parameter(name).to(before.dtype) if name in delta.exact else before
+def update_config(path: Path, tied: bool, delta: Delta) -> None:
+    """Say in a base's config.json if the LM head is untied now, and added tokens.
 
-
-def untie_config(path: Path) -> None:
-    """Say in a config.json that the LM head is a matrix of its own."""
+    Args:
+        path: of the file.
+        tied: whether the base's LM head is its embedding.
+        delta: what was added to it.
+    """
     config = json.loads(path.read_text())
-    config.get("text_config", config)["tie_word_embeddings"] = False
+    text = config.get("text_config", config)
+    if tied and HEAD in delta.matrices:
+        text["tie_word_embeddings"] = False
+    if delta.added_tokens:
+        text["vocab_size"] += delta.added_tokens
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 

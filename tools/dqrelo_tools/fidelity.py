@@ -14,6 +14,7 @@ from dqrelo_tools.prompts import Prompt
 from vllm_dqrelo.format.checkpoint import Checkpoint
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError, refuse
+from vllm_dqrelo.format.tensors import ADDED
 
 WINDOW = 128  # tokens whose logits are in memory at a time
 
@@ -50,7 +51,8 @@ class Fidelity:
     Semantics: every token of a prompt predicts the one after it, the last one too. For
     each, with p of the fine-tune and q of the other model over the whole vocabulary:
     kl = sum p (log p - log q) in nats, and top1 says whether the most probable token is
-    the same. Both are means over all tokens of all prompts.
+    the same. Both are means over all tokens of all prompts. Without the base where the
+    fine-tune has tokens that it lacks.
     """
 
     prompts: int
@@ -63,7 +65,7 @@ class Fidelity:
             "prompts": self.prompts,
             "tokens": self.delta.tokens,
             "delta": self.delta.to_dict(),
-            "base": self.base.to_dict(),
+            "base": self.base.to_dict() if self.base.tokens else None,
         }
 
     def to_text(self) -> str:
@@ -71,6 +73,8 @@ class Fidelity:
         counts = f"{self.prompts:,} prompts, {self.delta.tokens:,} tokens"
         lines = [f"{counts:<32}{'KL per token':>16}{'top-1 agreement':>18}"]
         for name, distance in (("base + delta", self.delta), ("base", self.base)):
+            if not distance.tokens:
+                continue
             means = distance.to_dict()
             lines.append(f"{name:<32}{means['kl']:>16.4g}{means['top1']:>18.1%}")
         return "\n".join(lines)
@@ -95,7 +99,9 @@ def measure(
             parameters otherwise than the checkpoint does.
     """
     inputs = encode(model, prompts)
-    models = [load(model), with_delta(load(base), Checkpoint(base), delta), load(base)]
+    models = [load(model), with_delta(load(base), Checkpoint(base), delta)]
+    if not delta.added_tokens:  # which the base could not read
+        models.append(load(base))
     config = models[0].config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if cut := sum(len(tokens) > (limit or len(tokens)) for tokens in inputs):
@@ -106,9 +112,10 @@ def measure(
         )
     found = Fidelity(len(inputs))
     for tokens in tqdm(inputs, desc="prompts", unit=" prompts", disable=None):
-        for log_p, log_delta, log_base in log_probabilities(models, tokens[:limit]):
+        for log_p, log_delta, *log_base in log_probabilities(models, tokens[:limit]):
             found.delta.add(log_p, log_delta)
-            found.base.add(log_p, log_base)
+            for log_q in log_base:
+                found.base.add(log_p, log_q)
     return found
 
 
@@ -150,16 +157,18 @@ def load(folder: Path) -> Any:
 
 def with_delta(model: Any, base: Checkpoint, delta: Delta) -> Any:
     """``model``, which is the base, with the delta's parameters in place of its own."""
+    if delta.added_tokens:
+        tokens = model.get_input_embeddings().num_embeddings + delta.added_tokens
+        model.resize_token_embeddings(tokens, mean_resizing=False)
     parameters = dict(model.named_parameters())
-    if unknown := sorted({*delta.matrices, *delta.exact} - parameters.keys()):
+    changed = {n.removesuffix(ADDED) for n in (*delta.matrices, *delta.exact)}
+    if unknown := sorted(changed - parameters.keys()):
         raise DqreloError(
             f"transformers has other names for the parameters of {base.folder}, "
             f"{unknown[0]} for one; the prompts cannot be run"
         )
-    for name in delta.matrices:
-        parameters[name].data = base.get(name).float() + delta.matrix(name).dense()
-    for name in delta.exact:
-        parameters[name].data = delta.parameter(name).float()
+    for name in changed:
+        parameters[name].data = delta.merged(name, base.get(name).float())
     return model
 
 

@@ -138,7 +138,7 @@ class Report:
         model_bytes = sum(entry.model_bytes for entry in self.entries)
         counts = (
             f"{kinds.count('matrix')} matrices compressed, {kinds.count('exact')} "
-            f"vectors exact, {kinds.count('unchanged')} parameters unchanged"
+            f"parameters exact, {kinds.count('unchanged')} unchanged"
         )
         size = (
             f"{self.delta_bytes:,} bytes, {self.bits_per_weight:.3f} bits per weight, "

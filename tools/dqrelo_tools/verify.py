@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from dqrelo_tools.differences import split_added_tokens
 from dqrelo_tools.extras import require
 from dqrelo_tools.fidelity import measure
 from dqrelo_tools.prompts import read_prompts
@@ -13,6 +14,7 @@ from dqrelo_tools.report import Entry, Report, matrix_entry
 from vllm_dqrelo.format.checkpoint import HEAD, Checkpoint, resolve
 from vllm_dqrelo.format.delta import Delta, weight_files
 from vllm_dqrelo.format.errors import DqreloError, refuse
+from vllm_dqrelo.format.tensors import ADDED
 
 
 def open_for_base(delta: Path, base: Checkpoint) -> Delta:
@@ -25,6 +27,9 @@ def open_for_base(delta: Path, base: Checkpoint) -> Delta:
     shapes = {name: list(opened.matrix(name).shape) for name in opened.matrices}
     shapes |= {name: list(opened.parameter(name).shape) for name in opened.exact}
     for name, shape in shapes.items():
+        matrix = name.removesuffix(ADDED)
+        if matrix != name and matrix in base:
+            shape, name = [base.spec(matrix)[1][0], *shape[1:]], matrix
         if name not in base:
             problems.append(f"{name} is not in the base")
         elif base.spec(name)[1] != shape:
@@ -65,14 +70,19 @@ def verify(
     after = Checkpoint(resolve(model)) if model else before
     if after.tied and HEAD in before:
         after.untie()
-    refuse(
-        f"{after.folder} has other parameters than {before.folder}:",
-        sorted(set(before) ^ set(after)),
-    )
+    split_added_tokens(before, after)
+    added = {name for name in opened.exact if name.endswith(ADDED)}
+    if model:
+        refuse(
+            f"{delta} is no delta of {after.folder}, parameters that differ:",
+            sorted((set(before) | added) ^ set(after)),
+        )
     wrong = []
-    for name in tqdm(list(after), desc="verify", unit=" tensors", disable=None):
-        tensor = after.get(name)
-        entry = check_parameter(name, before.get(name), tensor, opened)
+    names = sorted(set(before) | added)
+    for name in tqdm(names, desc="verify", unit=" tensors", disable=None):
+        tensor = after.get(name) if name in after else opened.parameter(name)
+        old = before.get(name) if name in before else torch.zeros_like(tensor)
+        entry = check_parameter(name, old, tensor, opened)
         if model and entry.kind != "matrix" and entry.missed:
             wrong.append(f"{name} is stored as {entry.kind}, {model} has other values")
         report.entries.append(entry)
@@ -91,6 +101,8 @@ def check_parameter(
         return matrix_entry(name, after, change, delta.matrix(name))
     kind = "exact" if name in delta.exact else "unchanged"
     got = delta.parameter(name) if kind == "exact" else before
+    if got.shape != after.shape:
+        raise DqreloError(f"{name} is {list(got.shape)}, expected {list(after.shape)}")
     missed = float((after.double() - got.double()).square().sum())
     size = (after.numel(), after.nbytes)
     return Entry(name, kind, *size, 0, 0, float(change.square().sum()), missed)

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.format.tensors import ADDED
 
 MODEL = "model"  # HF names: model.safetensors, model-00001-of-00002.safetensors
 FLOAT_DTYPES = {"BF16", "F16", "F32"}
@@ -120,7 +121,8 @@ class Checkpoint(SafetensorsFiles):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._same: dict[str, str] = {}  # name -> the parameter that it is stored as
+        # name -> the parameter that it is stored as, and which rows of it
+        self._views: dict[str, tuple[str, slice]] = {}
         try:
             super().__init__(locate(folder, MODEL))
         except FileNotFoundError as error:
@@ -151,14 +153,30 @@ class Checkpoint(SafetensorsFiles):
         embedding = next((name for name in self if name.endswith(EMBEDDING)), None)
         if embedding is None:
             raise DqreloError(f"{self.folder} has no embedding that its LM head is")
-        self.files[HEAD] = self.files[embedding]
-        self._same[HEAD] = embedding
+        self._view(HEAD, embedding, slice(None))
+
+    def split(self, name: str, rows: int) -> None:
+        """Count the rows of a matrix from ``rows`` on as a parameter of its own.
+
+        It is called ``name + ADDED``.
+        """
+        stored, _ = self._views.get(name, (name, None))
+        self._view(name + ADDED, stored, slice(rows, None))
+        self._view(name, stored, slice(rows))
+
+    def _view(self, name: str, stored: str, rows: slice) -> None:
+        self.files[name] = self.files[stored]
+        self._views[name] = stored, rows
 
     def spec(self, name: str) -> tuple[str, list[int]]:
-        return super().spec(self._same.get(name, name))
+        stored, rows = self._views.get(name, (name, slice(None)))
+        dtype, shape = super().spec(stored)
+        return dtype, [len(range(shape[0])[rows]), *shape[1:]] if shape else shape
 
     def get(self, name: str) -> torch.Tensor:
-        return super().get(self._same.get(name, name))
+        stored, rows = self._views.get(name, (name, None))
+        tensor = super().get(stored)
+        return tensor if rows is None else tensor[rows].clone()
 
     def fingerprint(self) -> str:
         """Identify the weights without reading all of them.

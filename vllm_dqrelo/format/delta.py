@@ -19,6 +19,7 @@ from vllm_dqrelo.format.checkpoint import (
 from vllm_dqrelo.format.config import CONFIG_NAME, DeltaConfig
 from vllm_dqrelo.format.errors import DqreloError, refuse
 from vllm_dqrelo.format.tensors import (
+    ADDED,
     MatrixDelta,
     exact_problems,
     group,
@@ -58,6 +59,7 @@ class Delta:
         config: the parsed delta_config.json.
         matrices: names of the parameters stored as a compressed change.
         exact: names of the parameters stored as they are.
+        added_tokens: how many the fine-tune has beyond the base's vocabulary.
 
     Raises:
         FileNotFoundError: it is no delta folder.
@@ -76,7 +78,11 @@ class Delta:
             problems += matrix_problems(name, present, stored)
         for name in self.exact:
             problems += exact_problems(name, self._files.get(name))
+        added = {n: self._files.spec(n)[1][0] for n in self.exact if n.endswith(ADDED)}
+        if len(set(added.values())) > 1:
+            problems.append(f"different numbers of added tokens: {added}")
         refuse(f"{folder} is not a sound delta:", problems)
+        self.added_tokens = next(iter(added.values()), 0)
         self._suffixes = suffixes
         if (found := self.content_digest()) != self.config.digest:
             raise DqreloError(
@@ -99,6 +105,21 @@ class Delta:
     def parameter(self, name: str) -> torch.Tensor:
         """The exactly stored parameter ``name``."""
         return self._files.get(name)
+
+    def merged(self, name: str, before: torch.Tensor) -> torch.Tensor:
+        """The parameter ``name`` of base + delta, in the dtype of the base's.
+
+        Args:
+            before: the base's.
+        """
+        value = before
+        if name in self.matrices:
+            value = before.float() + self.matrix(name).dense()
+        elif name in self.exact:
+            value = self.parameter(name)
+        if name + ADDED in self.exact:
+            value = torch.cat((value.float(), self.parameter(name + ADDED).float()))
+        return value.to(before.dtype)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -17,7 +17,9 @@ number of its sign planes:
 Signs and scale are both absent in a delta of low rank, the factors when R is 0. A
 uint8 factor holds two integers of four bits a byte: A is then [R, ceil(K / 2)] and B
 [N, ceil(R / 2)]. A tensor called ``P`` is the fine-tune's parameter itself, exactly
-(norms and biases). Parameters that are not mentioned are the base's.
+(norms and biases). ``P_added`` [E, K] are the rows that the fine-tune's matrix has
+beyond the base's N, exactly: tokens that it added to the vocabulary. Parameters that
+are not mentioned are the base's.
 """
 
 from collections.abc import Iterable, Mapping
@@ -38,6 +40,7 @@ PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"
 LORA_A, LORA_B, LORA_SCALE = "_lora_A", "_lora_B", "_lora_scale"
 # A suffix comes before those that it ends with.
 SUFFIXES = (PACKED, LORA_SCALE, SCALE, SHAPE, LORA_A, LORA_B)
+ADDED = "_added"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INT4 = torch.uint8  # two a byte
 FACTOR_DTYPES = (*FLOATS, torch.int8, INT4)
@@ -183,6 +186,8 @@ def exact_problems(name: str, tensor: torch.Tensor) -> list[str]:
     """All that is wrong with an exactly stored parameter; empty when sound."""
     if tensor.dtype not in FLOATS:
         return [f"{name} is {tensor.dtype}, expected bfloat16, float16 or float32"]
+    if name.endswith(ADDED) and (tensor.ndim != 2 or not tensor.numel()):
+        return [f"{name} is {list(tensor.shape)}, expected rows of a matrix"]
     if not bool(tensor.isfinite().all()):
         return [f"{name} has a NaN or an infinity"]
     return []

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tunes with tokens that their base does not have."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from dqrelo_tools import cli
+from vllm_dqrelo.format.config import DeltaConfig
+from vllm_dqrelo.format.delta import Delta, write_delta
+from vllm_dqrelo.format.errors import DqreloError
+
+ADDED = 5
+
+
+def run(*arguments) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(params=["llama-tied", "llama"])
+def pair(request, tmp_path, save_model):
+    """A base, and a fine-tune with ADDED tokens more."""
+    base = save_model(request.param, tmp_path / "base", seed=1)
+    model = save_model(request.param, tmp_path / "model", seed=2, added_tokens=ADDED)
+    return base, model
+
+
+def test_added_tokens_are_exact_and_the_rest_is_a_delta(pair, tmp_path):
+    base, model = pair
+    delta, merged = tmp_path / "delta", tmp_path / "merged"
+    options = ("--base", base, "--model", model)
+    assert run("convert", *options, "--output", delta, "--ratio", "0.5") == 0
+    assert run("verify", *options, "--delta", delta) == 0
+    assert run("verify", "--base", base, "--delta", delta) == 0
+    assert Delta(delta).added_tokens == ADDED
+    assert run("export", "--base", base, "--delta", delta, "--output", merged) == 0
+    got, want = (AutoModelForCausalLM.from_pretrained(m) for m in (merged, model))
+    assert got.config.vocab_size == want.config.vocab_size
+    old = AutoModelForCausalLM.from_pretrained(base)
+    for part in ("get_input_embeddings", "get_output_embeddings"):
+        mine, theirs, before = (getattr(m, part)().weight for m in (got, want, old))
+        assert torch.equal(mine[-ADDED:], theirs[-ADDED:])
+        change = theirs[:-ADDED] - before
+        assert (mine - theirs).norm() < 0.05 * change.norm()
+    words = json.loads((merged / "tokenizer.json").read_text())["model"]["vocab"]
+    assert len(words) == want.config.vocab_size
+
+
+def test_with_a_budget_too(pair, tmp_path):
+    base, model = pair
+    delta = tmp_path / "delta"
+    options = ("--base", base, "--model", model, "--output", delta)
+    assert run("convert", *options, "--budget", "120KB") == 0
+    assert 0.9 * 120e3 < (delta / "delta_model.safetensors").stat().st_size <= 120e3
+    assert Delta(delta).added_tokens == ADDED
+
+
+def test_prompts_with_added_tokens(pair, tmp_path, capsys):
+    """At a ratio that loses nearly nothing; the base cannot be compared."""
+    base, model = pair
+    delta, prompts = tmp_path / "delta", tmp_path / "prompts.txt"
+    options = ("--base", base, "--model", model)
+    assert run("convert", *options, "--output", delta, "--ratio", "1") == 0
+    prompts.write_text("w7 w321 w9 w324 w11\n")
+    capsys.readouterr()
+    check = ("--delta", delta, "--prompts", prompts, "--json")
+    assert run("verify", *options, *check) == 0
+    fidelity = json.loads(capsys.readouterr().out)["fidelity"]
+    assert fidelity["tokens"] == 5 and fidelity["base"] is None
+    assert fidelity["delta"]["kl"] < 1e-3
+
+
+def test_fewer_tokens_are_refused(pair, tmp_path, capsys):
+    base, model = pair
+    options = ("--base", model, "--model", base, "--output", tmp_path / "delta")
+    assert run("convert", *options) == 1
+    assert "embed_tokens.weight is [320, 96], the base has [325, 96]" in (
+        capsys.readouterr().err
+    )
+
+
+def test_another_fine_tune_has_other_tokens(pair, tmp_path, capsys):
+    base, model = pair
+    delta = tmp_path / "delta"
+    assert run("convert", "--base", base, "--model", model, "--output", delta) == 0
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.embed_tokens.weight"][-1] += 1
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    options = ("--base", base, "--model", model, "--delta", delta)
+    assert run("verify", *options) == 1
+    assert "embed_tokens.weight_added is stored as exact" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "shapes, problem",
+    [
+        ([(5, 96), (4, 96)], "different numbers of added tokens"),
+        ([(96,)], "expected rows of a matrix"),
+        ([(0, 96)], "expected rows of a matrix"),
+    ],
+)
+def test_added_rows_that_cannot_be(tmp_path, shapes, problem):
+    config = DeltaConfig("base", "", "", "dqrelo", 0.125)
+    names = ("lm_head.weight_added", "model.embed_tokens.weight_added")
+    tensors = {n: torch.ones(s) for n, s in zip(names, shapes, strict=False)}
+    write_delta(tmp_path, config, tensors)
+    with pytest.raises(DqreloError, match=problem):
+        Delta(tmp_path)
