@@ -21,8 +21,8 @@ OVERSAMPLING = 32
 POWER_ITERATIONS = 4
 # A plane is bought only beside a low-rank part of at least half a bit a weight. Squared
 # error would buy it earlier, but does not order by KL: at 2 bits a weight, Lloyd's two
-# planes leave 0.341 and a KL of 1.1e-2, int8 factors alone 0.367 and 2.5e-3 (orders-30
-# in docs/benchmarks.md).
+# planes leave 0.336 and a KL of 2.5e-2, int8 factors alone 0.362 and 3.4e-3
+# (docs/benchmarks.md).
 LOW_RANK_BITS = 0.5
 MAX_PLANES = 2
 
