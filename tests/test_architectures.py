@@ -16,13 +16,16 @@ from transformers import (
     Idefics3Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     PhiConfig,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen2VLConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from dqrelo_tools.convert import convert
@@ -68,6 +71,24 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     "phi": PhiConfig(**SHAPE, **UNTIED, partial_rotary_factor=0.5),
     # q, k and v of each head side by side in one matrix
     "gpt-neox": GPTNeoXConfig(**SHAPE, **UNTIED),
+    # experts: one of four chosen, and two of three
+    "qwen3-moe": Qwen3MoeConfig(
+        **GROUPED,
+        **UNTIED,
+        moe_intermediate_size=40,
+        num_experts=4,
+        num_experts_per_tok=1,
+    ),
+    "mixtral": MixtralConfig(**GROUPED, **UNTIED, num_local_experts=3),
+    # and one that every token goes through
+    "qwen2-moe": Qwen2MoeConfig(
+        **GROUPED,
+        **UNTIED,
+        moe_intermediate_size=40,
+        shared_expert_intermediate_size=72,
+        num_experts=5,
+        num_experts_per_tok=2,
+    ),
     # position embeddings are learnt
     "opt": OPTConfig(**SHAPE, **TIED, ffn_dim=200, word_embed_proj_dim=96),
 }
@@ -75,8 +96,11 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
 
 @pytest.fixture(autouse=True)
 def free_engines():
+    from vllm.distributed import cleanup_dist_env_and_memory
+
     yield
     gc.collect()
+    cleanup_dist_env_and_memory()  # of a mixture of experts there are more groups
 
 
 def alone(folder, model_class):
@@ -118,13 +142,13 @@ def batch(llm, prompts, requests):
     return found
 
 
-def engine(base, **options):
+def engine(base, dtype="float32", **options):
     return vllm.LLM(
         str(base),
         quantization="dqrelo",
         skip_tokenizer_init=True,
         enforce_eager=True,
-        dtype="float32",
+        dtype=dtype,
         max_model_len=128,
         max_num_seqs=16,
         additional_config={"dqrelo": {"delta_memory_gib": 0.001}},
@@ -190,13 +214,14 @@ def test_half_of_a_layer_norm(part, tmp_path):
     check_mixed_batch(base, [tuned], tmp_path)
 
 
-def test_parameters_in_another_order_are_refused_by_name(family, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_in_another_order_are_refused_by_name(family, tmp_path, dtype):
     """The checkpoint beside the folder from which the model was loaded differs."""
     from vllm_dqrelo import load_delta
     from vllm_dqrelo.loaded import rearranged
 
     made = family("llama")
-    llm = engine(made.base)
+    llm = engine(made.base, dtype)
     core = llm.llm_engine.engine_core.engine_core
     manager = core.model_executor.driver_worker.worker.model_runner.lora_manager
     tensors = load_file(made.base / "model.safetensors")

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
 from dqrelo_kernels.rows import RowGroups
 from vllm_dqrelo import compat
+from vllm_dqrelo.experts import DeltaExperts
 from vllm_dqrelo.sites import Site
 from vllm_dqrelo.step import Step
 from vllm_dqrelo.vocabulary import AddedRows
@@ -221,6 +222,10 @@ def install(
         module.__class__ = type(type(module).__name__, (*own, DeltaEmbedding), {})
         module.arena, module.table, module.groups = arena, table, step.tokens
         module.slices = site.slices(arena.device)
+        return
+    if isinstance(module.quant_method, DeltaExperts):
+        part = site.name.rpartition(".")[2]
+        module.quant_method.install(part, arena, table, site.slices(arena.device), step)
         return
     method = DeltaMethod(module.quant_method, site, arena, table, step, added)
     module.quant_method = method

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vllm_dqrelo.experts import DOWN, DeltaExperts
 from vllm_dqrelo.format.checkpoint import Checkpoint
 from vllm_dqrelo.sites import Place, Sites
 
@@ -43,6 +44,12 @@ def _as_stored(place: Place, name: str, checkpoint: Checkpoint) -> bool:
     start = sum(place.site.sizes[: place.index])
     if not hasattr(module, "quant_method"):
         return _equal(module.weight[rows], stored)
+    if isinstance(module.quant_method, DeltaExperts):
+        expert, part = divmod(place.index, len(place.site.of_a_row))
+        down = place.site.name.endswith(DOWN)
+        weight = (module.w2_weight if down else module.w13_weight)[expert]
+        found = weight[part * shape[0] :][rows][:, columns]
+        return _equal(found, stored[:, columns])
     x = torch.zeros(len(columns), shape[1], dtype=module.params_dtype)
     x[range(len(columns)), columns] = 1
     y = module.quant_method.apply(module, x.to(module.weight.device))

@@ -163,10 +163,14 @@ class DeltaManager:
             )
 
     def _site_ranks(self, packed: PackedDelta) -> list[int]:
-        """The sum of ranks in each site."""
+        """The largest sum of ranks that one row meets, in each site."""
         ranks = packed.entries[:, Field.RANK].clamp_min(0)
-        starts = [site.first for site in self.sites.by_name.values()]
-        return [int(part.sum()) for part in ranks.tensor_split(starts[1:])]
+        sites = self.sites.by_name.values()
+        parts = ranks.split([len(site.sizes) for site in sites])
+        return [
+            int(part.view(site.experts, -1).sum(1).max())
+            for site, part in zip(sites, parts, strict=True)
+        ]
 
     def _base_fingerprint(self) -> str:
         if self._fingerprint is None:

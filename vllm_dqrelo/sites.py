@@ -3,8 +3,9 @@
 
 A fused module (q/k/v, gate/up) is one site with a slice for each checkpoint
 matrix. A tied LM head is a site of its own: the same stored change feeds it and
-the embedding, but it sees the sampled rows. Of a multimodal model only the language
-model has sites: the rows of its other parts are not tokens.
+the embedding, but it sees the sampled rows. The experts of a layer are two sites, with
+slices for each expert. Of a multimodal model only the language model has sites: the
+rows of its other parts are not tokens.
 """
 
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -21,6 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models import supports_multimodal
 
 from vllm_dqrelo import compat
+from vllm_dqrelo.experts import DOWN, GATE_UP, DeltaExperts
 
 # What the q/k/v slices of a fused attention projection are called.
 QKV = {"q": 0, "k": 1, "v": 2}
@@ -39,6 +42,7 @@ class Site:
         sizes: output features (rows of the checkpoint matrix) of each slice; for
             a norm the length of its weight.
         columns: input features of its matrices; 0 for a norm.
+        experts: how many the module has, one after another in ``sizes``.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Site:
     first: int
     sizes: tuple[int, ...]
     columns: int
+    experts: int = 1
 
     @property
     def is_norm(self) -> bool:
@@ -57,9 +62,14 @@ class Site:
         """Whether the rows of its matrix are tokens."""
         return isinstance(self.module, VocabParallelEmbedding)
 
+    @property
+    def of_a_row(self) -> tuple[int, ...]:
+        """Sizes of the slices that one row meets: all, or those of one expert."""
+        return self.sizes[: len(self.sizes) // self.experts]
+
     def slices(self, device: torch.device) -> torch.Tensor:
-        """int32 [slices + 1]: the first output feature of each slice, then N."""
-        ends = torch.tensor((0, *self.sizes)).cumsum(0)
+        """int32 [slices of a row + 1]: the first output feature of each, then N."""
+        ends = torch.tensor((0, *self.of_a_row)).cumsum(0)
         return ends.to(dtype=torch.int32, device=device)
 
     @property
@@ -126,6 +136,7 @@ class Sites:
         self.by_name: dict[str, Site] = {}
         self.count = 0
         self.rearranged: set[str] = set()
+        self._experts: dict[str, tuple[str, int]] = {}  # path -> site, slice
         mapped = [compat.map_name(model, name) for name in parameters]
         whole = {
             name.rpartition(".")[0]
@@ -136,11 +147,38 @@ class Sites:
         for name, module in model.named_modules():
             if module not in known and not isinstance(module, ParallelLMHead):
                 continue
-            if shape := _slices_of(module, added_tokens):
+            if isinstance(module, RoutedExperts):
+                self._add_experts(name, module)
+            elif shape := _slices_of(module, added_tokens):
                 sizes, columns = shape
                 sizes = (sum(sizes),) if name in whole else sizes
-                self.by_name[name] = Site(name, module, self.count, sizes, columns)
-                self.count += len(sizes)
+                self._add(name, module, sizes, columns)
+
+    def _add(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        sizes: tuple[int, ...],
+        columns: int,
+        experts: int = 1,
+    ) -> None:
+        site = Site(name, module, self.count, sizes, columns, experts)
+        self.by_name[name] = site
+        self.count += len(sizes)
+
+    def _add_experts(self, name: str, module: Any) -> None:
+        """Two sites: the gate and up matrices of all experts, and the down matrices."""
+        if not isinstance(module.quant_method, DeltaExperts):
+            return
+        count, both, columns = module.w13_weight.shape
+        parts = {"w1": (GATE_UP, 2, 0), "w3": (GATE_UP, 2, 1), "w2": (DOWN, 1, 0)}
+        self._add(f"{name}.{GATE_UP}", module, (both // 2,) * 2 * count, columns, count)
+        self._add(f"{name}.{DOWN}", module, (columns,) * count, both // 2, count)
+        runner = name.rpartition(".")[0]
+        for _, weight, expert, shard in module.get_expert_mapping():
+            part, slices, index = parts[shard]
+            path = runner + weight.removeprefix("experts").rstrip(".")
+            self._experts[path] = f"{name}.{part}", expert * slices + index
 
     def places(self, parameter: str) -> list[Place]:
         """Where the fine-tune's ``parameter`` goes; empty if nowhere."""
@@ -149,7 +187,8 @@ class Sites:
             return []
         name, shard = mapped
         module, _, leaf = name.rpartition(".")
-        site, index = self.by_name.get(module), _index(shard)
+        module, index = self._experts.get(module, (module, _index(shard)))
+        site = self.by_name.get(module)
         if site is None or leaf not in ("weight", "bias"):
             return []
         if index is None or index >= len(site.sizes):
