@@ -66,7 +66,7 @@ def save_model_fixture():
 
 
 def save_model(
-    kind: str,
+    kind: str | PretrainedConfig,
     folder: Path,
     seed: int,
     scale: float = 0.02,
@@ -76,7 +76,8 @@ def save_model(
     """A random model whose every parameter moved by ``scale``, seeded."""
     torch.manual_seed(0)
     words = SHAPE["vocab_size"] + added_tokens
-    model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[kind])).to(dtype)
+    config = CONFIGS[kind] if isinstance(kind, str) else kind
+    model = AutoModelForCausalLM.from_config(deepcopy(config)).to(dtype)
     if added_tokens:
         model.resize_token_embeddings(words, mean_resizing=False)
     torch.manual_seed(seed)

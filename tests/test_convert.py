@@ -225,6 +225,18 @@ def test_wrong_tensors(models, tmp_path, capsys, damage, message):
     refused(tmp_path, capsys, message, base, model)
 
 
+def test_a_convolution_must_be_the_bases(models, tmp_path, capsys):
+    base, model = models
+    for folder in models:
+        edit(folder, lambda tensors: tensors.update(conv=torch.ones(4, 3, 2)))
+    made = tmp_path / "delta"
+    assert run("convert", "--base", base, "--model", model, "--output", made) == 0
+    assert "conv" not in Delta(made).exact
+    edit(model, replace("conv", lambda t: t * 2))
+    message = "conv is [4, 3, 2] and was changed: only vectors and matrices can be"
+    refused(tmp_path, capsys, message, base, model)
+
+
 def test_all_wrong_tensors_in_one_message(models, tmp_path, capsys):
     base, model = models
     edit(model, drop(NORM))

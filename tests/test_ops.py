@@ -197,10 +197,13 @@ def test_embedding(popularity, k, dtype):
 
 @pytest.mark.parametrize("popularity", POPULARITY)
 @pytest.mark.parametrize("heads", [None, 4])
-def test_norm(popularity, heads):
-    slot_of_row, k = POPULARITY[popularity], 48
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("k", [48, 75])
+def test_norm(popularity, heads, centred, k):
+    slot_of_row = POPULARITY[popularity]
     arena = Arena(3, [k], seed=2)
     weight = {s: arena.vector(s, 0, Field.WEIGHT, k) for s in (0, 2)}  # 1 has none
+    bias = {2: arena.vector(2, 0, Field.BIAS, k)}
     m = len(slot_of_row)
     shape = (m, k) if heads is None else (m, heads, k)
     x = torch.randn(shape, generator=arena.generator)
@@ -208,8 +211,10 @@ def test_norm(popularity, heads):
     expected = y.double().clone()
     for i, slot in enumerate(slot_of_row):
         if slot in weight:
-            rms = x[i].double().square().mean(-1, keepdim=True).add(1e-5).sqrt()
-            expected[i] = x[i].double() / rms * weight[slot]
+            z = x[i].double()
+            z = z - z.mean(-1, keepdim=True) if centred else z
+            rms = z.square().mean(-1, keepdim=True).add(1e-5).sqrt()
+            expected[i] = z / rms * weight[slot] + bias.get(slot, 0)
     groups = groups_of(slot_of_row)
     torch.ops.dqrelo.delta_norm_(
         y,
@@ -220,9 +225,10 @@ def test_norm(popularity, heads):
         groups.slots,
         groups.num_active,
         1e-5,
+        centred,
     )
-    # The mean of k squares, a square root and two products, of numbers below 20.
-    assert ((y.double() - expected).abs() <= (k + 4) * EPS * 20).all()
+    # Two means of k numbers, a square root and two products, of numbers below 20.
+    assert ((y.double() - expected).abs() <= (2 * k + 4) * EPS * 20).all()
 
 
 def test_rebase_moves_offsets_and_nothing_else():

@@ -131,7 +131,6 @@ def test_the_option_alone_switches_the_control_plane_on(config):
     [
         ("parallel_config", "world_size", 2, "--tensor-parallel-size 1"),
         (None, "speculative_config", object(), "speculative decoding"),
-        ("model_config", "is_moe", True, "mixtures of experts"),
     ],
 )
 def test_what_is_not_right_with_deltas_is_refused(
@@ -150,12 +149,15 @@ def test_what_is_not_right_with_deltas_is_refused(
         DeltaManager(config, torch.device("cpu"))
 
 
-def test_a_gpu_is_refused_until_it_was_tested(config):
+def test_a_gpu_is_refused_until_it_was_tested(monkeypatch, config):
     import torch
 
     from vllm_dqrelo.manager import DeltaManager
 
     with pytest.raises(ValueError, match="runs on the CPU only so far, not on cuda"):
+        DeltaManager(config, torch.device("cuda"))
+    monkeypatch.setattr(type(config.model_config), "is_moe", True)
+    with pytest.raises(ValueError, match="it has mixtures of experts on the CPU only"):
         DeltaManager(config, torch.device("cuda"))
 
 

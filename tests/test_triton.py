@@ -341,11 +341,13 @@ def test_embedding(factors, k, dtype):
 
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
 @pytest.mark.parametrize("shape", [(9, 96), (9, 3, 20)], ids=str)
-def test_norm(shape, dtype):
+@pytest.mark.parametrize("centred", [False, True])
+def test_norm(centred, shape, dtype):
     deltas = Deltas([shape[-1]], shape[-1])
     for slot in (0, 1):
         weight = deltas.random(shape[-1])
         deltas.table[slot, 0, Field.WEIGHT] = deltas.put(weight)
+    deltas.table[1, 0, Field.BIAS] = deltas.put(deltas.random(shape[-1]))
     slot_of_row = popularity("uniform", 9)
     groups = groups_of(slot_of_row)
     # x is a part of a wider tensor, as q is of the fused q/k/v.
@@ -354,12 +356,13 @@ def test_norm(shape, dtype):
     y = deltas.random(*shape).to(dtype).to(DEVICE)
     want, got = y.float(), y.clone()
     table = deltas.table.to(DEVICE)
-    arguments = (deltas.arena, table, groups.rows, groups.slots, 1e-5)
+    arguments = (deltas.arena, table, groups.rows, groups.slots, 1e-5, centred)
     norm(got, x, *arguments)
     reference.delta_norm_(want, x, *arguments)
-    # A float32 mean of 96 squares, a square root, two products; y rounded once.
+    # Two float32 means of 96 numbers, a square root, two products, of numbers below
+    # 10; y rounded once.
     torch.testing.assert_close(
-        got.float(), want, rtol=torch.finfo(dtype).eps / 2 + 2e-6, atol=1e-7
+        got.float(), want, rtol=torch.finfo(dtype).eps / 2 + 2e-6, atol=2e-6
     )
     kept = ~torch.isin(torch.tensor(slot_of_row), torch.tensor([0, 1]))
     assert torch.equal(got[kept], y[kept])

@@ -112,12 +112,39 @@ def around_prompt_logprobs(
 def map_name(model: torch.nn.Module, name: str) -> tuple[str, Any] | None:
     """vLLM's parameter and shard id for a checkpoint name (models/utils.py:91).
 
+    A module that loads its own weights maps the rest of the name again, as the
+    language model inside a multimodal one does.
+
     Returns:
         ("model.layers.0.self_attn.qkv_proj.weight", "q"); the shard id is None for
         a parameter that is not fused. None for a name that vLLM drops.
     """
-    mapper = _find(model, "hf_to_vllm_mapper")
-    return _find(mapper, "_map_name_with_shard")(name)
+    module: torch.nn.Module | None = model
+    path: list[str] = []
+    shard = None
+    while module is not None:
+        if mapper := getattr(module, "hf_to_vllm_mapper", None):
+            mapped = _find(mapper, "_map_name_with_shard")(name)
+            if mapped is None:
+                return None
+            name, found = mapped
+            shard = shard if found is None else found
+        head, _, rest = name.partition(".")
+        module = module._modules.get(head)
+        if module is not None:
+            path.append(head)
+            name = rest
+    return ".".join([*path, name]), shard
+
+
+def adds_batch_dimension(model: torch.nn.Module) -> bool:
+    """Whether activations are [1, M, ...] and not [M, ...].
+
+    They are in vLLM's own models for transformers code
+    (models/transformers/base.py:746).
+    """
+    package = "vllm.model_executor.models.transformers"
+    return any(cls.__module__.startswith(package) for cls in type(model).__mro__)
 
 
 def run_serve(arguments: list[str]) -> None:

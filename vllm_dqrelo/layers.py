@@ -12,6 +12,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
 from dqrelo_kernels.rows import RowGroups
+from vllm_dqrelo import compat
+from vllm_dqrelo.experts import DeltaExperts
 from vllm_dqrelo.sites import Site
 from vllm_dqrelo.step import Step
 from vllm_dqrelo.vocabulary import AddedRows
@@ -67,9 +69,9 @@ class DeltaMethod(QuantizeMethodBase):
         y = self.inner.apply(layer, x, bias)
         groups = self.step.head_rows(x) if self.is_head else self.step.tokens
         torch.ops.dqrelo.delta_linear_(
-            y.view(-1, y.shape[-1]),
+            _rows(y),
             self.step.scratch,
-            x.reshape(-1, x.shape[-1]),
+            _rows(x),
             self.arena,
             self.table,
             self.slices,
@@ -84,19 +86,30 @@ class DeltaMethod(QuantizeMethodBase):
 
     def embedding(self, layer: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
         y = self.inner.embedding(layer, ids)
+        known = ids if self.added is None else ids.clamp_max(self.added.start - 1)
         groups = self.step.tokens
-        torch.ops.dqrelo.delta_embedding_(
-            y,
-            ids if self.added is None else ids.clamp_max(self.added.start - 1),
-            self.arena,
-            self.table,
-            self.slices,
-            groups.rows,
-            groups.slots,
-            groups.num_active,
-        )
+        _embed(y, known, self.arena, self.table, self.slices, groups)
         if self.added is not None:
-            self.added.embed_(y, ids, groups.by_row[: len(ids)])
+            rows = ids.reshape(-1)
+            self.added.embed_(_rows(y), rows, groups.by_row[: len(rows)])
+        return y
+
+
+class DeltaEmbedding(torch.nn.Embedding):
+    """A table that is not the vocabulary's, such as learnt position embeddings.
+
+    ``install`` puts it between the module's class and torch.nn.Embedding, so that it
+    sees the numbers that the class looks up, whatever it makes of its input.
+    """
+
+    arena: torch.Tensor
+    table: torch.Tensor
+    slices: torch.Tensor
+    groups: RowGroups
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y = super().forward(ids)
+        _embed(y, ids, self.arena, self.table, self.slices, self.groups)
         return y
 
 
@@ -104,22 +117,28 @@ class DeltaNorm(torch.nn.Module):
     """A norm of the base, redone for the rows whose delta has its own weight.
 
     Args:
-        base_layer: an RMS norm with a weight.
+        site: an RMS norm or a layer norm with a weight.
         arena, table, step: as for DeltaMethod.
+        batched: whether activations are [1, M, ...] and not [M, ...].
     """
 
     def __init__(
         self,
-        base_layer: torch.nn.Module,
+        site: Site,
         arena: torch.Tensor,
         table: torch.Tensor,
         step: Step,
+        batched: bool,
     ) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer = site.module
         self.arena = arena
         self.table = table
         self.groups: RowGroups = step.tokens
+        self.batched = batched
+        self.centred = site.is_layer_norm
+        eps = "eps" if self.centred else "variance_epsilon"
+        self.eps: float = getattr(site.module, eps)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -138,16 +157,48 @@ class DeltaNorm(torch.nn.Module):
 
     def _redo(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         torch.ops.dqrelo.delta_norm_(
-            y,
-            x,
+            y[0] if self.batched else y,
+            x[0] if self.batched else x,
             self.arena,
             self.table,
             self.groups.rows,
             self.groups.slots,
             self.groups.num_active,
-            self.base_layer.variance_epsilon,
+            self.eps,
+            self.centred,
         )
         return y
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[M, K] of [M, K] or [1, M, K]: what deltas are for has one row a token."""
+    if x.numel() != x.shape[-2] * x.shape[-1]:
+        raise RuntimeError(
+            f"a layer is called with {tuple(x.shape)}, expected one row a token: this "
+            "model cannot have deltas"
+        )
+    return x.reshape(x.shape[-2:])
+
+
+def _embed(
+    y: torch.Tensor,
+    ids: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    slices: torch.Tensor,
+    groups: RowGroups,
+) -> None:
+    """Add every row's delta to embeddings [M, K] of ids [M], or [1, M, K] of [1, M]."""
+    torch.ops.dqrelo.delta_embedding_(
+        _rows(y),
+        ids.reshape(-1),
+        arena,
+        table,
+        slices,
+        groups.rows,
+        groups.slots,
+        groups.num_active,
+    )
 
 
 def install(
@@ -159,15 +210,26 @@ def install(
     added: AddedRows | None,
 ) -> None:
     """Put the deltas behind one module of ``model``, which is changed in place."""
+    module: Any = site.module
     if site.is_norm:
         parent, _, leaf = site.name.rpartition(".")
-        norm = DeltaNorm(site.module, arena, table, step)
+        batched = compat.adds_batch_dimension(model)
+        norm = DeltaNorm(site, arena, table, step, batched)
         setattr(model.get_submodule(parent), leaf, norm)
         return
-    site.module.quant_method = DeltaMethod(
-        site.module.quant_method, site, arena, table, step, added
-    )
+    if not hasattr(module, "quant_method"):
+        own = () if type(module) is torch.nn.Embedding else (type(module),)
+        module.__class__ = type(type(module).__name__, (*own, DeltaEmbedding), {})
+        module.arena, module.table, module.groups = arena, table, step.tokens
+        module.slices = site.slices(arena.device)
+        return
+    if isinstance(module.quant_method, DeltaExperts):
+        part = site.name.rpartition(".")[2]
+        module.quant_method.install(part, arena, table, site.slices(arena.device), step)
+        return
+    method = DeltaMethod(module.quant_method, site, arena, table, step, added)
+    module.quant_method = method
     # vLLM has faster paths around quant_method, which would leave the deltas out.
-    embedding = isinstance(site.module, VocabParallelEmbedding)
+    embedding = isinstance(module, VocabParallelEmbedding)
     path = "use_fused_embedding" if embedding else "requires_unquantized_input"
-    setattr(site.module, path, not embedding)
+    setattr(module, path, not embedding)

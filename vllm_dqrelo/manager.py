@@ -29,6 +29,7 @@ from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.layers import install
+from vllm_dqrelo.loaded import rearranged
 from vllm_dqrelo.options import Options, refuse_unsupported
 from vllm_dqrelo.packed import PackedDelta, pack
 from vllm_dqrelo.sites import Site, Sites
@@ -70,7 +71,8 @@ class DeltaManager:
     ) -> torch.nn.Module:
         """Put deltas behind every site of the loaded ``model``; returns it."""
         ops.prepare(self.device)
-        self.sites = Sites(model, self.options.added_tokens)
+        self.sites = Sites(model, self._base(), self.options.added_tokens)
+        self.sites.rearranged = rearranged(self.sites, self._base())
         self.added: dict[str, AddedRows] = {}
         size = self.options.arena_bytes(self.sites, self.slots)
         self.arena = Arena(size, self.device)
@@ -161,17 +163,23 @@ class DeltaManager:
             )
 
     def _site_ranks(self, packed: PackedDelta) -> list[int]:
-        """The sum of ranks in each site."""
+        """The largest sum of ranks that one row meets, in each site."""
         ranks = packed.entries[:, Field.RANK].clamp_min(0)
-        starts = [site.first for site in self.sites.by_name.values()]
-        return [int(part.sum()) for part in ranks.tensor_split(starts[1:])]
+        sites = self.sites.by_name.values()
+        parts = ranks.split([len(site.sizes) for site in sites])
+        return [
+            int(part.view(site.experts, -1).sum(1).max())
+            for site, part in zip(sites, parts, strict=True)
+        ]
 
     def _base_fingerprint(self) -> str:
         if self._fingerprint is None:
-            config = self.model_config
-            folder = resolve(config.model, config.revision)
-            self._fingerprint = Checkpoint(folder).fingerprint()
+            self._fingerprint = self._base().fingerprint()
         return self._fingerprint
+
+    def _base(self) -> Checkpoint:
+        config = self.model_config
+        return Checkpoint(resolve(config.model, config.revision))
 
     def remove_adapter(self, adapter_id: int) -> bool:
         """Forget a delta; whether it was there."""

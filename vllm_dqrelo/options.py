@@ -63,7 +63,7 @@ class Options:
         What factors of 4 bits have in two bits a weight, twice the default.
         """
         return max(
-            sum(min(n, k, math.ceil(n * k / 2 / (n + k))) for n in site.sizes)
+            sum(min(n, k, math.ceil(n * k / 2 / (n + k))) for n in site.of_a_row)
             for site in sites.by_name.values()
             if (k := site.columns)
         )
@@ -78,7 +78,8 @@ def refuse_unsupported(vllm_config: VllmConfig, device: torch.device) -> None:
         "and --pipeline-parallel-size 1": parallel.world_size > 1,
         "cannot be used with speculative decoding": vllm_config.speculative_config
         is not None,
-        "has no deltas for mixtures of experts yet": vllm_config.model_config.is_moe,
+        "has mixtures of experts on the CPU only": vllm_config.model_config.is_moe
+        and device.type != "cpu",
     }
     if found := [problem for problem, present in problems.items() if present]:
         raise ValueError("--quantization dqrelo " + "; it ".join(found))

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 
-from dqrelo_kernels.table import FACTOR_DTYPES, Field, empty_table
+from dqrelo_kernels.table import ABSENT, FACTOR_DTYPES, Field, empty_table
 from vllm_dqrelo.arena import aligned
 from vllm_dqrelo.format.checkpoint import HEAD
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError, refuse
 from vllm_dqrelo.format.tensors import ADDED
 from vllm_dqrelo.sites import Place, Sites
+
+NORM_FIELDS = {"weight": Field.WEIGHT, "bias": Field.BIAS}
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,14 @@ def pack(delta: Delta, sites: Sites, pinned: bool = False) -> PackedDelta:
                 problems.append(f"{name} is {shape}, {place.site.name} {place.shape}")
             elif not fields:
                 problems.append(f"{name} is stored exactly: only vectors can be")
+            if name in sites.rearranged:
+                problems.append(
+                    f"{name}: vLLM has it in another order than the checkpoint, which "
+                    "deltas cannot follow"
+                )
             for field, value in fields.items():
                 entries[place.slice, field] = value
+    _complete_norms(entries, sites, extent)
     refuse(f"{delta.folder} does not fit the served model:", problems)
     return PackedDelta(delta.config.digest, extent.bytes(pinned), entries, added)
 
@@ -133,8 +141,21 @@ def _vector(
     if place.site.is_norm:
         # Gemma's norm multiplies by 1 + weight; the op multiplies by what it is given.
         gemma = isinstance(place.site.module, GemmaRMSNorm)
-        return {Field.WEIGHT: extent.add(value + 1 if gemma else value)}, shape
+        field = NORM_FIELDS[place.leaf]
+        return {field: extent.add(value + 1 if gemma else value)}, shape
     if place.leaf == "bias" and shape == place.shape:
-        change = value - place.site.base_bias(place.index)
-        return {Field.BIAS: extent.add(change)}, shape
+        base = place.site.base_vector("bias", place.index)
+        return {Field.BIAS: extent.add(value - base)}, shape
     return {}, shape
+
+
+def _complete_norms(entries: torch.Tensor, sites: Sites, extent: _Extent) -> None:
+    """A norm is redone as a whole: what the fine-tune left alone is the base's."""
+    for site in sites.by_name.values():
+        entry = entries[site.first]
+        fields = list(NORM_FIELDS.values())
+        if not site.is_norm or bool((entry[fields] == ABSENT).all()):
+            continue
+        for leaf, field in NORM_FIELDS.items():
+            if entry[field] == ABSENT and site.has(leaf):
+                entry[field] = extent.add(site.base_vector(leaf))

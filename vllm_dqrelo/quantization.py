@@ -49,6 +49,9 @@ class DqreloConfig(QuantizationConfig):
         self, layer: torch.nn.Module, prefix: str
     ) -> QuantizeMethodBase | None:
         """The base's own method. A worker asks for it while it builds the model."""
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+        from vllm_dqrelo.experts import DeltaExperts
         from vllm_dqrelo.options import Options
         from vllm_dqrelo.plugin import patch_worker
         from vllm_dqrelo.vocabulary import EnlargedEmbedding
@@ -57,4 +60,6 @@ class DqreloConfig(QuantizationConfig):
         if isinstance(layer, VocabParallelEmbedding):
             options = Options.from_config(get_current_vllm_config())
             return EnlargedEmbedding(options.added_tokens)
+        if isinstance(layer, RoutedExperts):
+            return DeltaExperts(layer.moe_config)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None

@@ -3,24 +3,32 @@
 
 A fused module (q/k/v, gate/up) is one site with a slice for each checkpoint
 matrix. A tied LM head is a site of its own: the same stored change feeds it and
-the embedding, but it sees the sampled rows.
+the embedding, but it sees the sampled rows. The experts of a layer are two sites, with
+slices for each expert. Of a multimodal model only the language model has sites: the
+rows of its other parts are not tokens.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.models import supports_multimodal
 
 from vllm_dqrelo import compat
+from vllm_dqrelo.experts import DOWN, GATE_UP, DeltaExperts
 
 # What the q/k/v slices of a fused attention projection are called.
 QKV = {"q": 0, "k": 1, "v": 2}
+
+LAYER_NORMS = (LayerNorm, torch.nn.LayerNorm)
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Site:
         sizes: output features (rows of the checkpoint matrix) of each slice; for
             a norm the length of its weight.
         columns: input features of its matrices; 0 for a norm.
+        experts: how many the module has, one after another in ``sizes``.
     """
 
     name: str
@@ -41,6 +50,7 @@ class Site:
     first: int
     sizes: tuple[int, ...]
     columns: int
+    experts: int = 1
 
     @property
     def is_norm(self) -> bool:
@@ -52,16 +62,30 @@ class Site:
         """Whether the rows of its matrix are tokens."""
         return isinstance(self.module, VocabParallelEmbedding)
 
+    @property
+    def of_a_row(self) -> tuple[int, ...]:
+        """Sizes of the slices that one row meets: all, or those of one expert."""
+        return self.sizes[: len(self.sizes) // self.experts]
+
     def slices(self, device: torch.device) -> torch.Tensor:
-        """int32 [slices + 1]: the first output feature of each slice, then N."""
-        ends = torch.tensor((0, *self.sizes)).cumsum(0)
+        """int32 [slices of a row + 1]: the first output feature of each, then N."""
+        ends = torch.tensor((0, *self.of_a_row)).cumsum(0)
         return ends.to(dtype=torch.int32, device=device)
 
-    def base_bias(self, index: int) -> torch.Tensor:
-        """The base's bias of one slice, float32 on the CPU."""
+    @property
+    def is_layer_norm(self) -> bool:
+        """Whether it is a norm that subtracts the mean."""
+        return isinstance(self.module, LAYER_NORMS)
+
+    def has(self, leaf: str) -> bool:
+        """Whether the module has a "weight" or a "bias"."""
+        return getattr(self.module, leaf, None) is not None
+
+    def base_vector(self, leaf: str, index: int = 0) -> torch.Tensor:
+        """The base's bias of one slice or a norm's weight, float32 on the CPU."""
+        vector = self.module.get_parameter(leaf)
         start = sum(self.sizes[:index])
-        bias = self.module.get_parameter("bias")
-        return bias[start : start + self.sizes[index]].detach().float().cpu()
+        return vector[start : start + self.sizes[index]].detach().float().cpu()
 
 
 @dataclass(frozen=True)
@@ -89,24 +113,72 @@ class Sites:
     """All sites of a loaded model.
 
     Args:
-        model: with its weights.
+        model: as vLLM has loaded it.
+        parameters: of the base's checkpoint. A module that is fused in vLLM and in
+            the checkpoint has one slice.
         added_tokens: rows of its vocabulary matrices that are not the base's.
 
     Attributes:
         by_name: module path -> site, in the order of the model.
         count: slices in all.
+        rearranged: parameters that vLLM has in another order than the checkpoint
+            (loaded.py).
     """
 
-    def __init__(self, model: torch.nn.Module, added_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        parameters: Iterable[str],
+        added_tokens: int = 0,
+    ) -> None:
         self.model = model
         self.added_tokens = added_tokens
         self.by_name: dict[str, Site] = {}
         self.count = 0
+        self.rearranged: set[str] = set()
+        self._experts: dict[str, tuple[str, int]] = {}  # path -> site, slice
+        mapped = [compat.map_name(model, name) for name in parameters]
+        whole = {
+            name.rpartition(".")[0]
+            for name, shard in filter(None, mapped)
+            if shard is None
+        }
+        known = set(_language_model(model).modules())
         for name, module in model.named_modules():
-            if shape := _slices_of(module, added_tokens):
+            if module not in known and not isinstance(module, ParallelLMHead):
+                continue
+            if isinstance(module, RoutedExperts):
+                self._add_experts(name, module)
+            elif shape := _slices_of(module, added_tokens):
                 sizes, columns = shape
-                self.by_name[name] = Site(name, module, self.count, sizes, columns)
-                self.count += len(sizes)
+                sizes = (sum(sizes),) if name in whole else sizes
+                self._add(name, module, sizes, columns)
+
+    def _add(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        sizes: tuple[int, ...],
+        columns: int,
+        experts: int = 1,
+    ) -> None:
+        site = Site(name, module, self.count, sizes, columns, experts)
+        self.by_name[name] = site
+        self.count += len(sizes)
+
+    def _add_experts(self, name: str, module: Any) -> None:
+        """Two sites: the gate and up matrices of all experts, and the down matrices."""
+        if not isinstance(module.quant_method, DeltaExperts):
+            return
+        count, both, columns = module.w13_weight.shape
+        parts = {"w1": (GATE_UP, 2, 0), "w3": (GATE_UP, 2, 1), "w2": (DOWN, 1, 0)}
+        self._add(f"{name}.{GATE_UP}", module, (both // 2,) * 2 * count, columns, count)
+        self._add(f"{name}.{DOWN}", module, (columns,) * count, both // 2, count)
+        runner = name.rpartition(".")[0]
+        for _, weight, expert, shard in module.get_expert_mapping():
+            part, slices, index = parts[shard]
+            path = runner + weight.removeprefix("experts").rstrip(".")
+            self._experts[path] = f"{name}.{part}", expert * slices + index
 
     def places(self, parameter: str) -> list[Place]:
         """Where the fine-tune's ``parameter`` goes; empty if nowhere."""
@@ -115,12 +187,15 @@ class Sites:
             return []
         name, shard = mapped
         module, _, leaf = name.rpartition(".")
+        module, index = self._experts.get(module, (module, _index(shard)))
         site = self.by_name.get(module)
         if site is None or leaf not in ("weight", "bias"):
             return []
-        if leaf == "bias" and getattr(site.module, "bias", None) is None:
+        if index is None or index >= len(site.sizes):
             return []
-        places = [Place(site, _index(shard), leaf)]
+        if leaf == "bias" and not site.has(leaf):
+            return []
+        places = [Place(site, index, leaf)]
         if isinstance(site.module, VocabParallelEmbedding) and leaf == "weight":
             shared = site.module.weight.data_ptr()
             places += [
@@ -133,6 +208,10 @@ class Sites:
         return places
 
 
+def _language_model(model: Any) -> torch.nn.Module:
+    return model.get_language_model() if supports_multimodal(model) else model
+
+
 def _slices_of(
     module: torch.nn.Module, added_tokens: int
 ) -> tuple[tuple[int, ...], int] | None:
@@ -141,11 +220,22 @@ def _slices_of(
         return tuple(module.output_partition_sizes), module.input_size
     if isinstance(module, VocabParallelEmbedding):
         return (module.org_vocab_size - added_tokens,), module.embedding_dim
-    if isinstance(module, RMSNorm | GemmaRMSNorm) and module.weight is not None:
-        return (module.weight.numel(),), 0
-    return None
+    if isinstance(module, torch.nn.Embedding):
+        return (module.num_embeddings,), module.embedding_dim
+    partial = getattr(module, "variance_size_override", None)
+    if isinstance(module, RMSNorm | GemmaRMSNorm | LayerNorm) and not partial:
+        return _norm(module)
+    # A subclass may compute something else, or see images.
+    return _norm(module) if type(module) is torch.nn.LayerNorm else None
 
 
-def _index(shard: Any) -> int:
-    """The slice that a vLLM shard id means."""
-    return QKV[shard] if isinstance(shard, str) else shard or 0
+def _norm(module: torch.nn.Module) -> tuple[tuple[int, ...], int] | None:
+    weight = getattr(module, "weight", None)
+    return ((weight.numel(),), 0) if weight is not None and weight.dim() == 1 else None
+
+
+def _index(shard: Any) -> int | None:
+    """The slice that a vLLM shard id means; None for one that is not one slice."""
+    if isinstance(shard, str):
+        return QKV.get(shard)
+    return shard or 0 if isinstance(shard, int | None) else None

@@ -432,21 +432,28 @@ void embed(char* y, int dtype, int64_t id, int columns, int size, const Deltas& 
     }
 }
 
-// y = x / rms(x) * weight
+// y = x / rms(x) * weight + bias, of x less its mean if it is `centred`
 void normalise(char* y, int y_dtype, const char* x, int x_dtype, int columns,
-               const float* weight, float eps) {
-    Floats squares = {};
+               const float* weight, const float* bias, float eps, bool centred) {
+    auto at = [&](int i, int part) {
+        return load(x + i * size_of(x_dtype), x_dtype, part);
+    };
+    Floats sum = {}, squares = {};
+    for (int i = 0; centred && i < columns; i += 16)
+        sum += at(i, std::min(16, columns - i));
+    float mean = total(sum) / columns;
     for (int i = 0; i < columns; i += 16) {
-        Floats number =
-            load(x + i * size_of(x_dtype), x_dtype, std::min(16, columns - i));
+        int part = std::min(16, columns - i);
+        Floats number = at(i, part) - mean;
+        for (int k = part; k < 16; k++) number[k] = 0;
         squares += number * number;
     }
     float factor = 1 / std::sqrt(total(squares) / columns + eps);
     for (int i = 0; i < columns; i += 16) {
         int part = std::min(16, columns - i);
-        Floats number = load(x + i * size_of(x_dtype), x_dtype, part) * factor;
-        store(y + i * size_of(y_dtype), y_dtype, number * load(weight + i, F32, part),
-              part);
+        Floats number = (at(i, part) - mean) * factor * load(weight + i, F32, part);
+        if (bias) number += load(bias + i, F32, part);
+        store(y + i * size_of(y_dtype), y_dtype, number, part);
     }
 }
 
@@ -497,7 +504,8 @@ void dqrelo_embedding(char* y, int64_t y_stride, int y_dtype, const char* ids,
 void dqrelo_norm(char* y, int64_t y_stride, int64_t y_inner, int y_dtype, char* x,
                  int64_t x_stride, int64_t x_inner, int x_dtype, int inner, int columns,
                  const char* arena, const int64_t* table, const int32_t* rows,
-                 const int32_t* slots, int capacity, float eps, int threads) {
+                 const int32_t* slots, int capacity, float eps, int centred,
+                 int threads) {
     Deltas deltas = {arena, table, 0, 1};
     int count = count_rows(slots, capacity);
 #pragma omp parallel for num_threads(threads) if (int64_t(count) * inner * columns > \
@@ -509,7 +517,8 @@ void dqrelo_norm(char* y, int64_t y_stride, int64_t y_inner, int y_dtype, char* 
             char* out = y + (rows[i] * y_stride + g * y_inner) * size_of(y_dtype);
             const char* in = x + (rows[i] * x_stride + g * x_inner) * size_of(x_dtype);
             normalise(out, y_dtype, in, x_dtype, columns, deltas.floats(entry, WEIGHT),
-                      eps);
+                      entry[BIAS] == ABSENT ? nullptr : deltas.floats(entry, BIAS), eps,
+                      centred);
         }
     }
 }

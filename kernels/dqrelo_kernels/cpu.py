@@ -29,7 +29,7 @@ SIGNATURES = {
     "dqrelo_linear": [_P, _L, _I, _P, _L, _I, _I, _P, _P, _I, _I, _P, _P, _P, _I],
     "dqrelo_embedding": [_P, _L, _I, _P, _I, _I, _I, _P, _P, _P, _P, _I, _I],
     "dqrelo_norm": [
-        _P, _L, _L, _I, _P, _L, _L, _I, _I, _I, _P, _P, _P, _P, _I, _F, _I,
+        _P, _L, _L, _I, _P, _L, _L, _I, _I, _I, _P, _P, _P, _P, _I, _F, _I, _I,
     ],
 }
 # fmt: on
@@ -164,6 +164,7 @@ def delta_norm_(
     rows: torch.Tensor,
     slots: torch.Tensor,
     eps: float,
+    centred: bool,
 ) -> None:
     """See ``ops.delta_norm_``."""
     inner = y.shape[1] if y.ndim == 3 else 1
@@ -184,6 +185,7 @@ def delta_norm_(
         slots.data_ptr(),
         len(rows),
         eps,
+        centred,
         torch.get_num_threads(),
     )
 

@@ -105,27 +105,30 @@ def delta_norm_(
     slots: torch.Tensor,
     num_active: torch.Tensor,
     eps: float,
+    centred: bool = False,
 ) -> None:
-    """Redo an RMS norm with the weight of every row's delta.
+    """Redo a norm with the weight and the bias of every row's delta.
 
-    Semantics: ``y[m, g] = x[m, g] / sqrt(mean(x[m, g]^2) + eps) * weight_d``; rows
+    Semantics: ``y[m, g] = z / sqrt(mean(z^2) + eps) * weight_d + bias_d``, where z is
+    ``x[m, g]`` for an RMS norm and ``x[m, g] - mean(x[m, g])`` for a layer norm; rows
     whose delta has no weight for this norm keep what the base computed.
 
     Args:
         y: [M, ..., K] float, the base's output. Mutated.
         x: [M, ..., K] float, what the base normalised (with the residual added).
-        eps: the same for all norms of a model.
+        eps: the same for all norms of a model, as is the next.
+        centred: whether they are layer norms.
     """
     if not int(num_active):
         return
     if y.is_cuda:
         from dqrelo_kernels.rowwise import norm  # imports Triton
 
-        norm(y, x, arena, table, rows, slots, eps)
+        norm(y, x, arena, table, rows, slots, eps, centred)
     elif cpu.library():
-        cpu.delta_norm_(y, x, arena, table, rows, slots, eps)
+        cpu.delta_norm_(y, x, arena, table, rows, slots, eps, centred)
     else:
-        reference.delta_norm_(y, x, arena, table, rows, slots, eps)
+        reference.delta_norm_(y, x, arena, table, rows, slots, eps, centred)
 
 
 def prepare(device: torch.device) -> None:

@@ -121,12 +121,20 @@ def delta_norm_(
     rows: torch.Tensor,
     slots: torch.Tensor,
     eps: float,
+    centred: bool,
 ) -> None:
-    """``y[m] = x[m] / rms(x[m]) * weight`` with the weight of row m's delta."""
+    """``y[m] = x[m] / rms(x[m]) * weight + bias`` with those of row m's delta."""
+    k = x.shape[-1]
     for slot, group in groups(rows, slots):
-        offset = int(table[slot, 0, Field.WEIGHT])
-        if offset != ABSENT:
-            x_group = x[group].float()
-            variance = x_group.square().mean(dim=-1, keepdim=True)
-            weight = read(arena, offset, torch.float32, x.shape[-1])
-            y[group] = (x_group * torch.rsqrt(variance + eps) * weight).to(y.dtype)
+        entry = table[slot, 0].tolist()
+        if entry[Field.WEIGHT] == ABSENT:
+            continue
+        x_group = x[group].float()
+        if centred:
+            x_group = x_group - x_group.mean(dim=-1, keepdim=True)
+        variance = x_group.square().mean(dim=-1, keepdim=True)
+        weight = read(arena, entry[Field.WEIGHT], torch.float32, k)
+        normed = x_group * torch.rsqrt(variance + eps) * weight
+        if entry[Field.BIAS] != ABSENT:
+            normed += read(arena, entry[Field.BIAS], torch.float32, k)
+        y[group] = normed.to(y.dtype)

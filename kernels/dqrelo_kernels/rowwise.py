@@ -3,7 +3,7 @@
 """Deltas of an embedding and of a norm: row by row, nothing shared between rows.
 
 embedding  y[m] += sum of scale * S[ids[m]] + B[ids[m]] (lora_scale * A)
-norm       y[m, g] = x[m, g] / sqrt(mean(x[m, g]^2) + eps) * weight
+norm       y[m, g] = z / sqrt(mean(z^2) + eps) * weight + bias, z = x[m, g] (- its mean)
 """
 
 import torch
@@ -13,6 +13,7 @@ import triton.language as tl
 from dqrelo_kernels import layout
 from dqrelo_kernels.low_rank import (
     ABSENT,
+    BIAS,
     FACTOR_DTYPE,
     INT4,
     INT4_BLOCK,
@@ -166,6 +167,7 @@ def _norm_kernel(
     stride_xg,
     stride_ts,
     eps,
+    CENTRED: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     row = tl.load(rows_ptr + tl.program_id(0)).to(tl.int64)
@@ -178,9 +180,14 @@ def _norm_kernel(
             inside = k < K
             x_ptrs = x_ptr + row * stride_xm + group * stride_xg + k
             x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
+            if CENTRED:
+                x = tl.where(inside, x - tl.sum(x, axis=0) / K, 0.0)
             weight_ptr = arena_pointer(arena_ptr, entry_ptr, WEIGHT, tl.float32)
             weight = tl.load(weight_ptr + k, mask=inside, other=0.0)
             y = x * tl.rsqrt(tl.sum(x * x, axis=0) / K + eps) * weight
+            if tl.load(entry_ptr + BIAS) != ABSENT:
+                bias_ptr = arena_pointer(arena_ptr, entry_ptr, BIAS, tl.float32)
+                y += tl.load(bias_ptr + k, mask=inside, other=0.0)
             y_ptrs = y_ptr + row * stride_ym + group * stride_yg + k
             tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -193,17 +200,20 @@ def norm(
     rows: torch.Tensor,
     slots: torch.Tensor,
     eps: float,
+    centred: bool = False,
 ) -> None:
-    """Redo an RMS norm with the weight of every row's delta.
+    """Redo a norm with the weight and the bias of every row's delta.
 
-    Semantics: ``y[m, g] = x[m, g] / sqrt(mean(x[m, g]^2) + eps) * weight_d`` in
-    float32; rows whose delta has no weight for this norm keep what they have.
+    Semantics: ``y[m, g] = z / sqrt(mean(z^2) + eps) * weight_d + bias_d`` in float32,
+    where z is ``x[m, g]``, less its mean if ``centred``; rows whose delta has no
+    weight for this norm keep what they have.
 
     Args:
         y: [M, K] or [M, G, K] float. Mutated.
         x: like y; either may be a slice of a wider tensor.
         arena, table, rows, slots: see ops.py.
         eps: added to the mean square.
+        centred: whether it is a layer norm.
     """
     if y.dim() == 2:
         y, x = y.unsqueeze(1), x.unsqueeze(1)
@@ -222,6 +232,7 @@ def norm(
         stride_xg=x.stride(1),
         stride_ts=table.stride(0),
         eps=eps,
+        CENTRED=centred,
         BLOCK_K=triton.next_power_of_2(k),
         num_warps=4 if k > 256 else 1,
     )

@@ -41,7 +41,7 @@ class Field(IntEnum):
     LORA_SCALE = 5  # offset of float32 [R], which A x is multiplied by; or ABSENT
     RANK = 6  # R, a number; ABSENT without low-rank part
     FACTOR_DTYPE = 7  # index into FACTOR_DTYPES
-    BIAS = 8  # offset of float32 [N], added to the output
+    BIAS = 8  # offset of float32 [N], added to the output; a norm's whole bias
     WEIGHT = 9  # offset of float32 [K], a norm's whole weight
 
 

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_dqrelo.format.checkpoint import FLOAT_DTYPES, Checkpoint
 from vllm_dqrelo.format.tensors import ADDED, SUFFIXES
 
@@ -59,11 +61,18 @@ def differences(base: Checkpoint, model: Checkpoint) -> list[str]:
             found.append(
                 f"{name} is {', '.join(sorted(unusable))}, expected BF16, F16 or F32"
             )
-        if len(shape) > 2:
-            found.append(f"{name} is {shape}: only vectors and matrices so far")
+        if len(shape) > 2 and changed(name, base, model):
+            found.append(
+                f"{name} is {shape} and was changed: only vectors and matrices can be"
+            )
         if name.endswith((*SUFFIXES, ADDED)):
             found.append(f"{name} ends like a tensor of the delta format")
     return found
+
+
+def changed(name: str, base: Checkpoint, model: Checkpoint) -> bool:
+    """Whether the fine-tune has other values there; reads both."""
+    return not torch.equal(base.get(name).float(), model.get(name).float())
 
 
 def config_differences(base: dict[str, Any], model: dict[str, Any]) -> list[str]:

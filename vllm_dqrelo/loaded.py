@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the model computes with the parameters in the order of the checkpoint.
+
+A loader may turn or permute what it reads, as for q/k/v that are stored head by head.
+A delta is in the checkpoint's order, and would be another model there.
+"""
+
+from typing import Any
+
+import torch
+
+from vllm_dqrelo.experts import DOWN, DeltaExperts
+from vllm_dqrelo.format.checkpoint import Checkpoint
+from vllm_dqrelo.sites import Place, Sites
+
+SAMPLES = 8  # rows and columns of a matrix
+
+
+def rearranged(sites: Sites, checkpoint: Checkpoint) -> set[str]:
+    """The parameters of ``checkpoint`` that ``sites`` have in another order.
+
+    Each matrix is tried where rows and columns with index ``i * (size - 1) // 7``
+    cross, for i = 0..7. Linear layers are called, so that it does not matter how they
+    store their weights; deltas must not be installed yet.
+    """
+    return {
+        name
+        for name in checkpoint
+        for place in sites.places(name)
+        if not _as_stored(place, name, checkpoint)
+    }
+
+
+def _as_stored(place: Place, name: str, checkpoint: Checkpoint) -> bool:
+    _, shape = checkpoint.spec(name)
+    if tuple(shape) != place.shape:
+        return False
+    module: Any = place.site.module
+    if len(shape) == 1:
+        found = place.site.base_vector(place.leaf, place.index)
+        return _equal(found, checkpoint.get(name))
+    rows, columns = (_spread(size) for size in shape)
+    stored = torch.cat(list(checkpoint.rows(name, rows)))
+    start = sum(place.site.sizes[: place.index])
+    if not hasattr(module, "quant_method"):
+        return _equal(module.weight[rows], stored)
+    if isinstance(module.quant_method, DeltaExperts):
+        expert, part = divmod(place.index, len(place.site.of_a_row))
+        down = place.site.name.endswith(DOWN)
+        weight = (module.w2_weight if down else module.w13_weight)[expert]
+        found = weight[part * shape[0] :][rows][:, columns]
+        return _equal(found, stored[:, columns])
+    x = torch.zeros(len(columns), shape[1], dtype=module.params_dtype)
+    x[range(len(columns)), columns] = 1
+    y = module.quant_method.apply(module, x.to(module.weight.device))
+    return _equal(y[:, [start + row for row in rows]].T, stored[:, columns])
+
+
+def _spread(size: int) -> list[int]:
+    return sorted({i * (size - 1) // (SAMPLES - 1) for i in range(SAMPLES)})
+
+
+def _equal(loaded: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Whether they are the same but for a rounding to the model's dtype."""
+    stored = stored.float()
+    # bfloat16 is the coarsest of the dtypes that a base is served in.
+    slack = torch.finfo(torch.bfloat16).eps * stored.abs().max()
+    return bool(((loaded.float().cpu() - stored).abs() <= slack).all())
