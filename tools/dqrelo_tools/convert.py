@@ -16,7 +16,7 @@ from dqrelo_tools.adapter import Adapter, is_adapter
 from dqrelo_tools.allocate import allocate
 from dqrelo_tools.card import write_card
 from dqrelo_tools.compress import BITS, METHODS, Method, Size, compress
-from dqrelo_tools.differences import copy_side_files, differences, unserved
+from dqrelo_tools.differences import copy_side_files, differences
 from dqrelo_tools.journal import Journal
 from dqrelo_tools.report import Entry, Report, matrix_entry
 from dqrelo_tools.spectrum import Spectrum
@@ -164,7 +164,6 @@ def write(
         config = write_delta(folder, config, tensors, max_shard_size)
         report.delta_bytes = sum(path.stat().st_size for path in weight_files(folder))
         copy_side_files(before.folder, model, folder)
-        report.unserved = unserved(before.folder, model)
         write_card(folder, config, report, model)
 
 
