@@ -133,7 +133,7 @@ class DeltaModels(OpenAIServingModels):
     async def all_infos(self) -> dict[str, DeltaInfo]:
         """Name -> what is known of each delta that a request can name."""
         listed = await asyncio.to_thread(self.catalogue.list)
-        infos = {**self.infos, **listed, **self.infos}
+        infos = listed | self.infos  # of a folder that changed: what is served
         return {n: info for n, info in infos.items() if not self.is_base_model(n)}
 
     def running(self, name: str) -> int:

@@ -85,11 +85,10 @@ def plugins_with_endpoints() -> list[str]:
     """All that vLLM would load, and the endpoints, which it loads only by name."""
     if allowed := os.environ.get("VLLM_PLUGINS"):
         return [*allowed.split(","), ENDPOINTS]
-    groups = ("general", "platform", "io_processor", "stat_logger")
+    kinds = ("general", "io_processor", "platform", "stat_logger")
+    groups = [*(f"vllm.{kind}_plugins" for kind in kinds), "vllm.logits_processors"]
     names = {
-        plugin.name
-        for group in groups
-        for plugin in metadata.entry_points(group=f"vllm.{group}_plugins")
+        plugin.name for group in groups for plugin in metadata.entry_points(group=group)
     }
     return [*sorted(names), ENDPOINTS]
 
