@@ -87,7 +87,10 @@ def test_only_given_folders_and_namespaces_may_be_named(store, monkeypatch):
     private = store.parent / "private"
     known = Catalogue([str(store)], ["mine"])
     assert known.allowed(str(store / "math")) == store / "math"
-    for path in (str(private), f"{store}/../private", "other/delta"):
+    monkeypatch.chdir(store.parent)
+    (store.parent / "mine").mkdir()
+    named = ("private", "mine/../private", "mine/..", "mine/", "other/delta")
+    for path in (str(private), f"{store}/../private", *named):
         with pytest.raises(DqreloError, match="must not be loaded"):
             known.allowed(path)
     with pytest.raises(FileNotFoundError):

@@ -110,9 +110,9 @@ class Catalogue:
         Raises:
             DqreloError: it may not. FileNotFoundError: it is not there.
         """
-        if path.partition("/")[0] in self.namespaces:
+        folder, parts = Path(path).resolve(), path.split("/")
+        if len(parts) == 2 and parts[0] in self.namespaces and not folder.exists():
             return resolve(path)
-        folder = Path(path).resolve()
         if folder in self._given:
             return folder
         if not any(folder.is_relative_to(parent) for parent in self.folders):

@@ -20,7 +20,6 @@ from vllm.renderers import BaseRenderer
 from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import TokenizerLike, get_tokenizer
 
-from vllm_dqrelo.format.checkpoint import resolve
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.side_files import GENERATION_CONFIG, TOKENIZER_FILES
 
@@ -33,6 +32,7 @@ class Frontend:
     Args:
         files: content of its tokenizer and settings, by file name.
         folder: where they are from, for people.
+        base: the folder of the base.
         config: of the engine.
         renderer: the base's.
 
@@ -48,6 +48,7 @@ class Frontend:
         self,
         files: dict[str, bytes],
         folder: Path,
+        base: Path,
         config: VllmConfig,
         renderer: BaseRenderer,
     ) -> None:
@@ -63,6 +64,7 @@ class Frontend:
                 if GENERATION_CONFIG in files:
                     self._take_generation_config(scratch)
                 if renderer.tokenizer and not files.keys().isdisjoint(TOKENIZER_FILES):
+                    shutil.copy(base / "config.json", scratch)  # says which class
                     self._take_tokenizer(scratch, folder, renderer)
         except DqreloError:
             raise
@@ -90,8 +92,6 @@ class Frontend:
     ) -> None:
         """The tokenizer, and the chat template that comes with it."""
         base = renderer.get_tokenizer()
-        source = resolve(self._model.model, self._model.revision)
-        shutil.copyfile(source / "config.json", Path(scratch) / "config.json")
         tokenizer: TokenizerLike = get_tokenizer(
             scratch,
             runner_type=self._model.runner_type,

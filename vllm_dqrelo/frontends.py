@@ -54,8 +54,7 @@ class Frontends:
 
     def _read(self, request: LoRARequest) -> Frontend | None:
         """Read the delta's own files, unless they are the base's."""
-        folder, config = folder_of(request), self._config.model_config
-        base = resolve(config.model, config.revision)
+        folder, base = folder_of(request), self._base
         names = [*TOKENIZER_FILES, GENERATION_CONFIG]
         files = {
             name: (folder / name).read_bytes()
@@ -68,9 +67,14 @@ class Frontends:
         for name, content in files.items():
             key.update(f"{name} {len(content)}\n".encode() + content)
         if (frontend := self._by_content.get(key.digest())) is None:
-            frontend = Frontend(files, folder, self._config, self._renderer)
+            frontend = Frontend(files, folder, base, self._config, self._renderer)
             self._by_content[key.digest()] = frontend
         return frontend
+
+    @functools.cached_property
+    def _base(self) -> Path:
+        config = self._config.model_config
+        return resolve(config.model, config.revision)
 
     def _keep(self, request: LoRARequest, frontend: Frontend | None) -> None:
         self._of[request.lora_int_id] = (request.lora_path, frontend)
