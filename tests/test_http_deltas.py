@@ -137,7 +137,7 @@ def test_what_vllm_does_with_the_base_s_tokens_is_refused(client, own):
         chat(client, own, response_format=shape)
     with pytest.raises(openai.BadRequestError, match="which this route does not know"):
         client.post(
-            "/chat/completions/render",
+            "/messages/count_tokens",
             body={"model": "own", "messages": own.chat},
             cast_to=object,
         )
