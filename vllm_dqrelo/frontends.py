@@ -126,12 +126,8 @@ class Frontends:
 
         def add_request(request: Any, *args: Any, **kwargs: Any) -> None:
             frontend = self.of(request.lora_request)
-            add(
-                frontend.twin(outputs) if frontend else outputs,
-                request,
-                *args,
-                **kwargs,
-            )
+            target = frontend.twin(outputs) if frontend else outputs
+            add(target, request, *args, **kwargs)
 
         inputs.process_inputs = process_inputs
         inputs.process_inputs_async = functools.partial(
