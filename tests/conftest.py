@@ -9,7 +9,15 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
 from collections.abc import Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,11 +97,13 @@ def save_model(
     return folder
 
 
-def tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """One word a token, "w17" for token 17, and a chat template."""
+def tokenizer(
+    size: int = SHAPE["vocab_size"], shift: int = 0
+) -> PreTrainedTokenizerFast:
+    """One word a token, "w17" for token 17 or others by ``shift``; a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = {f"w{i}": i for i in range(size)}
+    words = {f"w{(i + shift) % size}": i for i in range(size)}
     made = Tokenizer(models.WordLevel(words, unk_token="w0"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     wrapped = PreTrainedTokenizerFast(tokenizer_object=made)
@@ -124,6 +134,98 @@ def family(tmp_path_factory: pytest.TempPathFactory):
         return made[kind]
 
     return get
+
+
+@dataclass(frozen=True)
+class Own:
+    """A fine-tune with a tokenizer, a template and a generation config of its own.
+
+    Attributes:
+        delta: a delta of the family's base.
+        merged: the same as a checkpoint.
+        chat: a conversation.
+        prompt: its tokens, by the fine-tune's own files.
+        answer: to it, greedily, with the token that ends it.
+    """
+
+    delta: Path
+    merged: Path
+    chat: list[dict[str, str]]
+    prompt: list[int]
+    answer: list[int]
+
+
+@pytest.fixture(scope="session")
+def own(family, tmp_path_factory: pytest.TempPathFactory) -> Own:
+    """``family("llama")``'s first fine-tune, with files of its own."""
+    made, root = family("llama"), tmp_path_factory.mktemp("own")
+    words = tokenizer(shift=100)
+    words.chat_template = "{% for m in messages %}w5 {{ m['content'] }} w6 {% endfor %}"
+    chat = [{"role": "user", "content": "w7 w8 w9 w300 w12"}]
+    prompt = words.apply_chat_template(chat)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(made.merged[0])
+    answer = model.generate(
+        torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )[0, len(prompt) :].tolist()
+    end = next(i for i in range(3, 12) if answer[i] not in answer[:i])
+    # Greedy by default, and two tokens that end an answer.
+    settings = {"top_k": 1, "max_new_tokens": 12, "eos_token_id": [answer[end], 319]}
+    shutil.copytree(made.deltas[0], root / "delta")
+    shutil.copytree(made.merged[0], root / "merged")
+    for folder in (root / "delta", root / "merged"):
+        words.save_pretrained(folder)
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+    return Own(root / "delta", root / "merged", chat, prompt, answer[: end + 1])
+
+
+@pytest.fixture(scope="session", name="server")
+def server_fixture():
+    """The function ``server``."""
+    return server
+
+
+SERVER_OPTIONS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "128"]
+SERVER_OPTIONS += ["--max-num-seqs", "16", "--host", "127.0.0.1"]
+
+
+@contextmanager
+def server(command, log: Path):
+    """Start a server, wait until it is ready, yield its address, end it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    }
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*map(str, command), *SERVER_OPTIONS, "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while not healthy(port):
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+        assert process.poll() is None, log.read_text()[-4000:]
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def healthy(port) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 @pytest.fixture(scope="session", name="decode")

@@ -149,20 +149,6 @@ def test_inspect_and_verify_as_json(family, capsys):
     assert 0.4 < report["relative_error"]["q_proj"] < 0.65
 
 
-def test_side_files_travel_when_they_differ(models, tmp_path, capsys):
-    base, model = models
-    (model / "chat_template.jinja").write_text("{{ messages }}!")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": 9}))
-    run("convert", "--base", base, "--model", model, "--output", tmp_path / "d")
-    assert (tmp_path / "d" / "chat_template.jinja").read_text() == "{{ messages }}!"
-    assert (
-        "a server takes the base's: chat_template.jinja, eos_token_id (9, the base has"
-        in capsys.readouterr().out
-    )
-    assert not (tmp_path / "d" / "tokenizer.json").exists()
-
-
 def test_card_and_report(models, tmp_path):
     """The licence is inherited or left open; a local base is not named as a Hub's."""
     import yaml

@@ -2,15 +2,9 @@
 """One real server through the openai client, and each of the two ways to start it."""
 
 import concurrent.futures
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 
 import openai
@@ -21,48 +15,6 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 BIN = Path(sys.executable).parent
 PROMPT = [1, 5, 9, 33, 200, 77, 3, 8]
-OPTIONS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "128"]
-OPTIONS += ["--max-num-seqs", "16", "--host", "127.0.0.1"]
-
-
-@contextmanager
-def server(command, log: Path):
-    """Start a server, wait until it is ready, yield its address, end it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-    }
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*map(str, command), *OPTIONS, "--port", str(port)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 300
-        while not healthy(port):
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-        assert process.poll() is None, log.read_text()[-4000:]
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
-
-
-def healthy(port) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-            return True
-    except OSError:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -91,17 +43,20 @@ def complete(client, model, **options):
     return answer if options.get("stream") else answer.choices[0].text.strip()
 
 
-def test_dqrelo_serve(family, expected, tmp_path):
+def test_dqrelo_serve(family, expected, server, tmp_path):
     made = family("llama")
     command = [BIN / "dqrelo", "serve", made.base, "--served-model-name", "base"]
     command += ["--delta", f"one={made.deltas[0]}", "--delta", f"two={made.deltas[1]}"]
+    command += ["--delta-dir", made.base.parent]
+    command += ["--delta-dir", family("llama-tied").base.parent]
     command += ["--max-loras", "2", "--additional-config"]
     command += ['{"dqrelo": {"delta_memory_gib": 0.001}}']
     with server(command, tmp_path / "log") as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
         parents = {card.id: card.parent for card in client.models.list()}
-        assert parents == {"base": None, "one": "base", "two": "base"}
+        listed = {"base": None, "one": "base", "two": "base"}
+        assert {name: parents[name] for name in listed} == listed
 
         names = ["base", "one", "two"] * 4
         with concurrent.futures.ThreadPoolExecutor(12) as pool:
@@ -124,7 +79,7 @@ def test_dqrelo_serve(family, expected, tmp_path):
         for name in ("three", "one", "three", "two"):
             assert complete(client, name) == expected[name]
         with pytest.raises(urllib.error.HTTPError) as error:
-            load(url, "none", tmp_path / "none")
+            load(url, "none", made.base.parent / "none")
         assert error.value.code == 404
         with pytest.raises(urllib.error.HTTPError) as error:
             load(url, "foreign", family("llama-tied").deltas[0])
@@ -156,7 +111,7 @@ def load(url, name, path):
         pass
 
 
-def test_vllm_serve(family, expected, tmp_path):
+def test_vllm_serve(family, expected, server, tmp_path):
     """The option alone is enough; deltas are named as LoRA modules are."""
     made = family("llama")
     command = [BIN / "vllm", "serve", made.base, "--quantization", "dqrelo"]

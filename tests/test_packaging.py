@@ -44,6 +44,9 @@ def test_no_name_that_belongs_to_others():
 def test_entry_points():
     (plugin,) = metadata.entry_points(group="vllm.general_plugins", name="dqrelo")
     assert plugin.value == "vllm_dqrelo:register" and callable(plugin.load())
+    group = "vllm.endpoint_plugins"
+    (endpoints,) = metadata.entry_points(group=group, name="dqrelo_endpoints")
+    assert endpoints.value == "vllm_dqrelo.endpoints:DeltaEndpoints"
     (command,) = metadata.entry_points(group="console_scripts", name="dqrelo")
     assert command.value == "dqrelo_tools.cli:main"
 

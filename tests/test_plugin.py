@@ -76,6 +76,25 @@ def test_vllm_outside_the_tested_range(monkeypatch, caplog, version):
         check_plugin()
 
 
+def test_every_route_of_a_delta_s_own_is_there_or_named(monkeypatch):
+    from vllm_dqrelo import compat, models, plugin
+
+    plugin.patch_frontend()  # finds all of them
+    gone = {"serve.tokenize.serving.ServingTokenization": ["create_nothing"]}
+    monkeypatch.setattr(compat, "SERVING_METHODS", gone)
+    with pytest.raises(RuntimeError, match="ServingTokenization.create_nothing"):
+        compat.choose_handler(models.serving_twin)
+
+
+def test_endpoints_are_added_to_the_plugins_that_would_be_loaded(monkeypatch):
+    from vllm_dqrelo.serve import plugins_with_endpoints
+
+    monkeypatch.setenv("VLLM_PLUGINS", "dqrelo,other")
+    assert plugins_with_endpoints() == ["dqrelo", "other", "dqrelo_endpoints"]
+    monkeypatch.delenv("VLLM_PLUGINS")
+    assert {"dqrelo", "dqrelo_endpoints"} <= set(plugins_with_endpoints())
+
+
 def test_a_hook_that_is_gone_is_named():
     from vllm_dqrelo.compat import _find
 
@@ -166,6 +185,7 @@ def test_a_gpu_is_refused_until_it_was_tested(monkeypatch, config):
     [
         (["--delta", "math=/nowhere"], "no delta_config.json"),
         (["--delta", "/nowhere"], "expected NAME=DELTA"),
+        (["--delta-dir", "/nowhere"], "/nowhere is no folder"),
     ],
 )
 def test_serve_ends_before_vllm_starts(family, arguments, message):

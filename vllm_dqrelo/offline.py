@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deltas in the offline engine, ``vllm.LLM``."""
 
-import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vllm import LLM
 from vllm.lora.request import LoRARequest
 
-from vllm_dqrelo.format.config import DeltaConfig
+from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.request import delta_request
 
 
 def load_delta(llm: LLM, name: str, path: str) -> LoRARequest:
@@ -15,7 +17,8 @@ def load_delta(llm: LLM, name: str, path: str) -> LoRARequest:
 
     Semantics: ``llm.generate(prompts, lora_request=load_delta(llm, "math", path))``
     answers as the fine-tune does; ``lora_request=None`` answers as the base does,
-    and a list gives each prompt its own.
+    and a list gives each prompt its own. A delta with a tokenizer, a chat template or a
+    generation config of its own is used with them.
 
     Args:
         llm: made with ``LLM(model=BASE, quantization="dqrelo")``.
@@ -26,11 +29,26 @@ def load_delta(llm: LLM, name: str, path: str) -> LoRARequest:
         Exception: whatever keeps the delta from being served, in words; the engine
             goes on without it. vLLM passes it on in a type of its own.
     """
-    folder = Path(path).absolute()
-    # The digest makes the path, and with it vLLM's key of cached prefixes, one of
-    # content: a folder that is replaced in place and loaded again is another delta.
-    identity = f"{folder}#{DeltaConfig.read(folder).digest}"
-    # A name keeps its number in every process; 0 stands for the base.
-    request = LoRARequest(name, zlib.crc32(name.encode()) % (2**31 - 1) + 1, identity)
+    request = delta_request(name, Path(path))
     llm.llm_engine.add_lora(request)
     return request
+
+
+def offline_twin(llm: LLM, requests: Any) -> LLM:
+    """Who runs the prompts of one call: ``llm``, or its twin for a delta.
+
+    Raises:
+        DqreloError: the deltas of the call have different files of their own.
+    """
+    frontends = getattr(llm.llm_engine, "frontends", None)
+    if frontends is None:
+        return llm
+    given = requests if isinstance(requests, Sequence) else [requests]
+    found = {id(frontend): frontend for frontend in map(frontends.of, given)}
+    if len(found) > 1:
+        raise DqreloError(
+            "these deltas have different tokenizers, chat templates or generation "
+            "configs: expected one of them in a call; make a call for each"
+        )
+    (frontend,) = found.values() or [None]
+    return frontend.twin(llm) if frontend else llm

@@ -8,6 +8,8 @@ on when the engine's configuration is made, and a worker is patched when its
 model is built (quantization.py).
 """
 
+from typing import Any
+
 from vllm.logger import init_logger
 
 from vllm_dqrelo import __version__, compat
@@ -43,6 +45,9 @@ def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) 
     from vllm_dqrelo.vocabulary import enlarge
 
     engine_args.enable_lora = True
+    engine_args.worker_extension_cls = (
+        engine_args.worker_extension_cls or "vllm_dqrelo.status.DeltaStatus"
+    )
     if engine_args.max_loras == 1:
         engine_args.max_loras = DEFAULT_MAX_DELTAS
     # additional_config is part of vLLM's compile cache key; the plugin must be too.
@@ -52,6 +57,31 @@ def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) 
         **engine_args.additional_config,
         "dqrelo": {**options, "version": __version__},
     }
+    patch_frontend()
+
+
+def patch_frontend() -> None:
+    """Let deltas be named and be themselves in front of the engine. Safe to call again.
+
+    Also for engines without deltas in this process, which go on as before.
+    """
+    from vllm_dqrelo.frontends import Frontends
+    from vllm_dqrelo.models import DeltaModels, check_twin, serving_twin
+    from vllm_dqrelo.offline import offline_twin
+
+    def add_frontends(engine: Any) -> None:
+        if engine.vllm_config.model_config.quantization == "dqrelo":
+            engine.frontends = Frontends(engine)
+
+    def choose(vllm_config: compat.VllmConfig) -> type[DeltaModels] | None:
+        dqrelo = vllm_config.model_config.quantization == "dqrelo"
+        return DeltaModels if dqrelo else None
+
+    compat.after_engine_init(add_frontends)
+    compat.choose_serving_models(choose)
+    compat.choose_handler(serving_twin)
+    compat.before_check_model(check_twin)
+    compat.choose_offline(offline_twin)
 
 
 def patch_worker() -> None:

@@ -6,12 +6,22 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from vllm_dqrelo.catalogue import DELTA_DIR, HUB_NAMESPACE, Catalogue
 from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.errors import DqreloError
 
+ENDPOINTS = "dqrelo_endpoints"  # in pyproject.toml
 
-def serve(base: str, deltas: Sequence[str], vllm_arguments: Sequence[str]) -> int:
+
+def serve(
+    base: str,
+    deltas: Sequence[str],
+    vllm_arguments: Sequence[str],
+    delta_dirs: Sequence[str] = (),
+    hub_namespaces: Sequence[str] = (),
+    endpoints: bool = False,
+) -> int:
     """Serve ``base`` and its deltas with vLLM's OpenAI-compatible server.
 
     A wrong base, a missing delta or an inactive plugin ends it here, before vLLM
@@ -21,12 +31,16 @@ def serve(base: str, deltas: Sequence[str], vllm_arguments: Sequence[str]) -> in
         base: a folder or a Hub id.
         deltas: "NAME=DELTA" each.
         vllm_arguments: passed on to ``vllm serve``.
+        delta_dirs: whose sub-folders are deltas, too; with ``hub_namespaces`` what
+            ``Catalogue`` takes.
+        endpoints: add the routes of ``endpoints.py``.
 
     Returns:
         The exit code.
 
     Raises:
-        DqreloError: vLLM cannot be used, or a delta does not belong to ``base``.
+        DqreloError: vLLM cannot be used, a delta does not belong to ``base``, or one
+            of ``delta_dirs`` is no folder.
         FileNotFoundError: the base or a delta is not there.
     """
     folders = parse_deltas(deltas)
@@ -34,9 +48,18 @@ def serve(base: str, deltas: Sequence[str], vllm_arguments: Sequence[str]) -> in
         fingerprint = Checkpoint(resolve(base)).fingerprint()
     for folder in folders.values():
         DeltaConfig.read(Path(folder)).check_base(fingerprint, base, folder)
+    Catalogue(delta_dirs, hub_namespaces)
     check_plugin()
     from vllm_dqrelo import compat
 
+    for variable, values in (
+        (DELTA_DIR, [str(Path(folder).absolute()) for folder in delta_dirs]),
+        (HUB_NAMESPACE, hub_namespaces),
+    ):
+        if values:
+            os.environ[variable] = os.pathsep.join(values)
+    if endpoints:
+        os.environ["VLLM_PLUGINS"] = ",".join(plugins_with_endpoints())
     arguments = [base, "--quantization", "dqrelo"]
     if folders:
         modules = [f"{name}={folder}" for name, folder in folders.items()]
@@ -56,6 +79,18 @@ def parse_deltas(deltas: Sequence[str]) -> dict[str, str]:
             raise DqreloError(f"--delta {argument}: {name} is {folders[name]} already")
         folders[name] = folder
     return folders
+
+
+def plugins_with_endpoints() -> list[str]:
+    """All that vLLM would load, and the endpoints, which it loads only by name."""
+    if allowed := os.environ.get("VLLM_PLUGINS"):
+        return [*allowed.split(","), ENDPOINTS]
+    kinds = ("general", "io_processor", "platform", "stat_logger")
+    groups = [*(f"vllm.{kind}_plugins" for kind in kinds), "vllm.logits_processors"]
+    names = {
+        plugin.name for group in groups for plugin in metadata.entry_points(group=group)
+    }
+    return [*sorted(names), ENDPOINTS]
 
 
 def check_plugin() -> None:

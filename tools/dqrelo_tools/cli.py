@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``dqrelo``: advise, convert, inspect, verify, export, serve."""
+"""The command ``dqrelo``: advise, convert, inspect, verify, export, serve, deltas."""
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -142,7 +143,8 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "serve",
         help="serve a base and its deltas; takes every option of vllm serve",
-        usage="dqrelo serve BASE [--delta NAME=DELTA ...] [vllm serve options]",
+        usage="dqrelo serve BASE [--delta NAME=DELTA ...] [--delta-dir DIR ...] "
+        "[vllm serve options]",
     )
     command.add_argument("base", metavar="BASE", help="a folder or a Hub id")
     command.add_argument(
@@ -152,7 +154,42 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=DELTA",
         help="a delta folder and the model name that reaches it; repeatable",
     )
+    command.add_argument(
+        "--delta-dir",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a folder of deltas: each sub-folder is a model, loaded when a request "
+        "first names it; repeatable",
+    )
+    command.add_argument(
+        "--hub-namespace",
+        action="append",
+        default=[],
+        metavar="NAMESPACE",
+        help="a user or organisation of the Hub whose deltas /v1/load_lora_adapter may "
+        "load; repeatable",
+    )
+    command.add_argument(
+        "--delta-endpoints",
+        action="store_true",
+        help="add /v1/dqrelo/deltas, which dqrelo deltas uses",
+    )
     command.set_defaults(run=serve)
+
+    command = commands.add_parser(
+        "deltas", help="list, load, unload or pin the deltas of a running server"
+    )
+    command.add_argument("action", choices=("list", "load", "unload", "pin"))
+    command.add_argument("name", nargs="?", metavar="NAME", help="but for list")
+    command.add_argument("--url", default="http://localhost:8000")
+    command.add_argument(
+        "--api-key",
+        default=os.environ.get("VLLM_API_KEY"),
+        help="the server's (default: VLLM_API_KEY)",
+    )
+    command.add_argument("--json", action="store_true")
+    command.set_defaults(run=deltas)
     return root
 
 
@@ -275,7 +312,35 @@ def serve(arguments: argparse.Namespace) -> int:
     """Hand over to vLLM."""
     from vllm_dqrelo.serve import serve
 
-    return serve(arguments.base, arguments.delta, arguments.vllm_arguments)
+    return serve(
+        arguments.base,
+        arguments.delta,
+        arguments.vllm_arguments,
+        arguments.delta_dir,
+        arguments.hub_namespace,
+        arguments.delta_endpoints,
+    )
+
+
+def deltas(arguments: argparse.Namespace) -> int:
+    """Print what a server says of its deltas."""
+    from dqrelo_tools.deltas import Server, to_text
+
+    if (arguments.action == "list") == bool(arguments.name):
+        raise DqreloError(
+            "deltas list takes no NAME"
+            if arguments.name
+            else f"deltas {arguments.action} takes the NAME of a delta"
+        )
+    server = Server(arguments.url, arguments.api_key)
+    if arguments.action == "list":
+        listed = server.list()
+        print(json.dumps(listed, indent=2) if arguments.json else to_text(listed))
+        return 0
+    found = server.do(arguments.action, arguments.name)
+    said = f"{arguments.name} is now on {found['tier']}"
+    print(json.dumps(found, indent=2) if arguments.json else said)
+    return 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from dqrelo_tools.differences import (
     copy_side_files,
     differences,
     split_added_tokens,
-    unserved,
 )
 from dqrelo_tools.journal import Journal
 from dqrelo_tools.report import Entry, Report, matrix_entry
@@ -172,7 +171,6 @@ def write(
         config = write_delta(folder, config, tensors, max_shard_size)
         report.delta_bytes = sum(path.stat().st_size for path in weight_files(folder))
         copy_side_files(before.folder, model, folder)
-        report.unserved = unserved(before.folder, model)
         write_card(folder, config, report, model)
 
 

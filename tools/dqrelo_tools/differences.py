@@ -3,12 +3,14 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vllm_dqrelo.format.checkpoint import FLOAT_DTYPES, Checkpoint
+from vllm_dqrelo.format.side_files import GENERATION_CONFIG, TOKENIZER_FILES
 from vllm_dqrelo.format.tensors import ADDED, SUFFIXES
 
 # What a config.json may say differently without the model computing otherwise.
@@ -24,18 +26,6 @@ BOOKKEEPING = {
     "use_cache",
     "vocab_size",  # added tokens are stored; see split_added_tokens
 }
-# A fine-tune's own files that travel with the delta when the base's differ.
-SIDE_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
 
 
 def differences(base: Checkpoint, model: Checkpoint) -> list[str]:
@@ -113,35 +103,58 @@ def vocabulary(config: dict[str, Any]) -> int | None:
     return config.get("text_config", config).get("vocab_size")
 
 
-def unserved(base: Path, model: Path) -> list[str]:
-    """What the fine-tune has of its own and a server takes from the base."""
-    found = [name for name in SIDE_FILES if is_own(base, model, name)]
-    configs = [folder / "config.json" for folder in (base, model)]
-    if configs[1].is_file():  # an adapter has none
-        old, own = (json.loads(p.read_text()).get("eos_token_id") for p in configs)
-        if old != own:
-            found.append(f"eos_token_id ({own}, the base has {old})")
-    return found
-
-
-def is_own(base: Path, model: Path, name: str) -> bool:
-    """Whether ``model`` has a file that ``base`` lacks or has otherwise."""
-    own, other = model / name, base / name
-    return own.is_file() and (not other.is_file() or not same_content(own, other))
-
-
 def copy_side_files(base: Path, model: Path, output: Path) -> None:
-    """Copy the fine-tune's tokenizer and settings where the base's are different."""
-    for name in SIDE_FILES:
-        if is_own(base, model, name):
-            shutil.copyfile(model / name, output / name)
+    """Give a delta the tokenizer and the generation config that it has of its own.
+
+    A tokenizer is all of its files: mixed with the base's, it would be neither's. A
+    fine-tune without any is used with the base's.
+    """
+    own = files_of(model, TOKENIZER_FILES)
+    if own and not same_files(own, files_of(base, TOKENIZER_FILES)):
+        for path in own.values():
+            shutil.copyfile(path, output / path.name)
+    config = generation_config(model)
+    if config is not None and config != generation_config(base):
+        if (path := model / GENERATION_CONFIG).is_file():
+            shutil.copyfile(path, output / GENERATION_CONFIG)
+        else:
+            text = json.dumps(config, indent=2) + "\n"
+            (output / GENERATION_CONFIG).write_text(text)
+
+
+def files_of(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Those of the files that are there, by name."""
+    return {name: path for name in names if (path := folder / name).is_file()}
+
+
+def same_files(some: dict[str, Path], others: dict[str, Path]) -> bool:
+    """Whether two folders have the same of these files, with the same content."""
+    return some.keys() == others.keys() and all(
+        same_content(some[name], others[name]) for name in some
+    )
+
+
+def generation_config(folder: Path) -> dict[str, Any] | None:
+    """How a model generates: its generation_config.json, or what config.json says."""
+    if (path := folder / GENERATION_CONFIG).is_file():
+        return parsed(path)
+    if not (path := folder / "config.json").is_file():
+        return None  # an adapter
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {
+        key: value for key in tokens if (value := parsed(path).get(key)) is not None
+    }
 
 
 def same_content(one: Path, other: Path) -> bool:
     """Equal bytes, or equal JSON (but for the version of what wrote it)."""
     if one.suffix != ".json":
         return one.read_bytes() == other.read_bytes()
-    parsed = [json.loads(path.read_text()) for path in (one, other)]
-    for value in parsed:
-        value.pop("transformers_version", None)
-    return parsed[0] == parsed[1]
+    return parsed(one) == parsed(other)
+
+
+def parsed(path: Path) -> dict[str, Any]:
+    """A JSON file, without the version of what wrote it."""
+    value = json.loads(path.read_text())
+    value.pop("transformers_version", None)
+    return value

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dqrelo_tools.card import CARD, REPORT
+from dqrelo_tools.differences import files_of
 from dqrelo_tools.verify import open_for_base
 from vllm_dqrelo.format.checkpoint import (
     HEAD,
@@ -19,6 +20,7 @@ from vllm_dqrelo.format.checkpoint import (
 from vllm_dqrelo.format.config import CONFIG_NAME
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.folder import new_folder, require_free
+from vllm_dqrelo.format.side_files import TOKENIZER_FILES
 
 
 def export(base: str, delta: Path, output: Path) -> int:
@@ -26,7 +28,7 @@ def export(base: str, delta: Path, output: Path) -> int:
 
     The files are split as the base's are, so that one of them is in memory at a
     time. Everything else in the base's folder is copied, then the delta's own
-    tokenizer and settings over it.
+    tokenizer in the place of the base's and its settings over them.
 
     Returns:
         The bytes of all its tensors.
@@ -59,6 +61,9 @@ def export(base: str, delta: Path, output: Path) -> int:
             path = folder / f"{MODEL}.safetensors.index.json"
             path.write_text(json.dumps(text, indent=2) + "\n")
         copy_other_files(source.folder, folder)
+        if files_of(opened.folder, TOKENIZER_FILES):
+            for path in files_of(folder, TOKENIZER_FILES).values():
+                path.unlink()
         copy_other_files(opened.folder, folder)
         update_config(folder / "config.json", source.tied, opened)
     return total

@@ -81,13 +81,11 @@ class Report:
         entries: one for each parameter.
         delta_bytes: size of the files with its tensors.
         fidelity: on prompts, if it was measured.
-        unserved: what the fine-tune has of its own and a server takes from the base.
     """
 
     entries: list[Entry] = field(default_factory=list)
     delta_bytes: int = 0
     fidelity: Fidelity | None = None
-    unserved: list[str] = field(default_factory=list)
 
     @property
     def bits_per_weight(self) -> float:
@@ -114,7 +112,6 @@ class Report:
                 for module, entries in self.modules().items()
             },
             **measured,
-            "unserved": self.unserved,
             "parameters": [asdict(entry) for entry in self.entries],
         }
 
@@ -146,10 +143,6 @@ class Report:
             f"{model_bytes:,} bytes"
         )
         lines += ["", counts, size]
-        if self.unserved:
-            lines += [
-                "kept, but a server takes the base's: " + ", ".join(self.unserved)
-            ]
         if self.fidelity:
             lines += ["", self.fidelity.to_text()]
         return "\n".join(lines)

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One server with a catalogue of deltas, behind an API key."""
+
+import concurrent.futures
+import json
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import openai
+import pytest
+from transformers import AutoTokenizer
+
+from dqrelo_tools import cli
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+BIN = Path(sys.executable).parent
+KEY = "secret"
+
+
+@pytest.fixture(scope="module")
+def store(family, own, tmp_path_factory):
+    """A catalogue of good and bad deltas."""
+    made = family("llama")
+    root = tmp_path_factory.mktemp("store")
+    shutil.copytree(own.delta, root / "own")
+    shutil.copytree(made.deltas[1], root / "plain")
+    shutil.copytree(family("llama-tied").deltas[0], root / "foreign")
+    (root / "link").symlink_to(made.deltas[2])
+    shutil.copytree(made.deltas[1], root / "flipped")
+    weights = root / "flipped" / "delta_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    shutil.copytree(own.delta, root / "wordless")
+    (root / "wordless" / "tokenizer.json").unlink()
+    (root / "notes").mkdir()
+    return root
+
+
+@pytest.fixture(scope="module")
+def url(family, store, server, tmp_path_factory):
+    command = [BIN / "dqrelo", "serve", family("llama").base, "--delta-dir", store]
+    command += ["--served-model-name", "base", "--api-key", KEY, "--delta-endpoints"]
+    command += ["--max-loras", "2", "--additional-config"]
+    command += ['{"dqrelo": {"delta_memory_gib": 0.001}}']
+    with server(command, tmp_path_factory.mktemp("log") / "log") as address:
+        yield address
+
+
+@pytest.fixture
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
+
+
+def post(url, path, **body):
+    """The parsed answer; raises HTTPError."""
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    data = json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(url + path, data, headers)) as a:
+        text = a.read()
+        return json.loads(text) if text.startswith(b"{") else text.decode()
+
+
+def chat(client, own, model="own", **options):
+    return client.chat.completions.create(model=model, messages=own.chat, **options)
+
+
+def words(tokens, shift=100):
+    return " ".join(f"w{(token + shift) % 320}" for token in tokens)
+
+
+def test_each_model_is_itself(url, client, own, family):
+    """Prompt, defaults, stop and text of a delta are the fine-tune's own."""
+    answer = chat(client, own, extra_body={"return_token_ids": True})
+    assert answer.prompt_token_ids == own.prompt
+    assert answer.choices[0].token_ids == own.answer
+    assert answer.choices[0].message.content.strip() == words(own.answer[:-1])
+    assert answer.choices[0].finish_reason == "stop"
+    parts = [part.choices[0] for part in chat(client, own, stream=True)]
+    text = "".join(part.delta.content or "" for part in parts)
+    assert text == answer.choices[0].message.content
+    assert len(parts) >= len(own.answer) and parts[-1].finish_reason == "stop"
+
+    tokens = post(url, "/tokenize", model="own", messages=own.chat)["tokens"]
+    assert tokens == own.prompt
+    text = post(url, "/detokenize", model="own", tokens=own.answer)["prompt"]
+    assert text == words(own.answer)
+    response = client.responses.create(model="own", input=own.chat[0]["content"])
+    assert response.output_text.strip() == words(own.answer[:-1])
+
+    prompt = words(own.prompt)
+    whole = client.completions.create(
+        model="own", prompt=prompt, logprobs=1, extra_body={"return_token_ids": True}
+    ).choices[0]
+    assert whole.prompt_token_ids == own.prompt and whole.token_ids == own.answer
+    assert whole.logprobs.tokens == words(own.answer).split()
+    pieces = client.completions.create(model="own", prompt=prompt, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == whole.text
+    cut = client.completions.create(model="own", prompt=prompt, max_tokens=2)
+    assert cut.choices[0].text.strip() == words(own.answer[:2])
+    stop = words(own.answer[2:3])
+    cut = client.completions.create(model="own", prompt=prompt, stop=[stop])
+    assert cut.choices[0].text.strip() == words(own.answer[:2])
+
+    tokenizer = AutoTokenizer.from_pretrained(family("llama").base)
+    ids = tokenizer.apply_chat_template(own.chat)["input_ids"]
+    for model in ("base", "plain"):
+        got = chat(
+            client, own, model, max_tokens=20, extra_body={"return_token_ids": True}
+        )
+        assert got.prompt_token_ids == ids
+        choice = got.choices[0]
+        assert choice.message.content.strip() == words(choice.token_ids, shift=0)
+        assert len(got.choices[0].token_ids) == 20
+
+
+def test_models_at_the_same_time(client, own):
+    names = ["own", "base", "plain"] * 6
+    greedy = {"temperature": 0, "max_tokens": 12}
+    alone = {name: chat(client, own, name, **greedy) for name in set(names)}
+    texts = {n: answer.choices[0].message.content for n, answer in alone.items()}
+    assert len(set(texts.values())) == 3
+    with concurrent.futures.ThreadPoolExecutor(18) as pool:
+        answers = pool.map(lambda name: chat(client, own, name, **greedy), names)
+    for name, answer in zip(names, answers, strict=True):
+        assert answer.choices[0].message.content == texts[name], name
+
+
+def test_what_vllm_does_with_the_base_s_tokens_is_refused(client, own):
+    shape = {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}
+    with pytest.raises(openai.BadRequestError, match="structured_outputs is not avail"):
+        chat(client, own, response_format=shape)
+    with pytest.raises(openai.BadRequestError, match="which this route does not know"):
+        client.post(
+            "/messages/count_tokens",
+            body={"model": "own", "messages": own.chat},
+            cast_to=object,
+        )
+
+
+def test_the_list_of_models(client, store, family):
+    cards = {card.id: card for card in client.models.list()}
+    assert {"base", "own", "plain"} <= cards.keys()
+    assert not {"notes", "link"} & cards.keys()
+    config = json.loads((store / "plain" / "delta_config.json").read_text())
+    weights = store / "plain" / "delta_model.safetensors"
+    card = cards["plain"]
+    assert card.parent == "base" and card.max_model_len == 128
+    assert (card.digest, card.ratio) == (config["digest"], config["ratio"])
+    assert card.size == weights.stat().st_size
+    written = (store / "plain" / "delta_config.json").stat().st_mtime
+    assert card.created == int(written)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("foreign", openai.BadRequestError, "belongs to another base"),
+        ("flipped", openai.BadRequestError, "was changed after it was written"),
+        ("link", openai.BadRequestError, "is a link to"),
+        ("wordless", openai.BadRequestError, "has files of its own"),
+        ("notes", openai.NotFoundError, "notes"),
+        ("../store/plain", openai.NotFoundError, "does not exist"),
+        ("nobody", openai.NotFoundError, "does not exist"),
+    ],
+)
+def test_what_cannot_be_served_says_why(client, own, name, error, message):
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            chat(client, own, name)
+    assert chat(client, own).choices[0].finish_reason == "stop"
+
+
+def test_a_delta_comes_and_goes(url, client, own, store, family):
+    with pytest.raises(openai.NotFoundError):
+        chat(client, own, "late")
+    shutil.copytree(family("llama").deltas[2], store / "late")
+    assert chat(client, own, "late", max_tokens=2).model == "late"
+    # Its memory is free after it was unloaded; a stream in flight ends first.
+    stream = chat(client, own, "late", max_tokens=60, stream=True)
+    next(stream)
+    assert "late" in post(url, "/v1/unload_lora_adapter", lora_name="late")
+    assert len(list(stream)) >= 58
+    assert tiers(url)["late"] == "disk"
+    shutil.rmtree(store / "late")
+    with pytest.raises(openai.NotFoundError):
+        chat(client, own, "late")
+    assert "late" not in {card.id for card in client.models.list()}
+
+
+def test_only_folders_of_the_catalogue_are_loaded_by_path(url, store, family):
+    inside, outside = store / "plain", family("llama").deltas[2]
+    assert "Success" in post(
+        url, "/v1/load_lora_adapter", lora_name="alias", lora_path=str(inside)
+    )
+    with pytest.raises(urllib.error.HTTPError) as error:
+        post(url, "/v1/load_lora_adapter", lora_name="x", lora_path=str(outside))
+    assert error.value.code == 400 and b"must not be loaded" in error.value.read()
+    with pytest.raises(urllib.error.HTTPError) as error:
+        post(url, "/v1/load_lora_adapter", lora_name="x", lora_path=str(store / "x"))
+    assert error.value.code == 404
+    post(url, "/v1/unload_lora_adapter", lora_name="alias")
+
+
+def tiers(url):
+    request = urllib.request.Request(
+        f"{url}/v1/dqrelo/deltas", headers={"Authorization": f"Bearer {KEY}"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        return {one["id"]: one["tier"] for one in json.load(answer)["data"]}
+
+
+def test_the_command(url, store, capsys):
+    def deltas(*arguments, key=KEY):
+        options = ["--url", url, *(["--api-key", key] if key else [])]
+        code = cli.main(["deltas", *arguments, *options])
+        return code, capsys.readouterr()
+
+    assert deltas("unload", "plain")[0] in (0, 1)  # whether it was used before
+    code, said = deltas("load", "plain")
+    assert code == 0 and said.out == "plain is now on host\n"
+    code, said = deltas("list")
+    (line,) = [line for line in said.out.splitlines() if line.startswith("plain")]
+    config = json.loads((store / "plain" / "delta_config.json").read_text())
+    assert line.split()[1] == "host" and line.endswith(config["digest"][7:19])
+    code, said = deltas("list", "--json")
+    listed = {one["id"]: one for one in json.loads(said.out)}
+    assert listed["plain"]["bytes_in_memory"] > 0 and not listed["plain"]["running"]
+    code, said = deltas("unload", "plain")
+    assert code == 0 and said.out == "plain is now on disk\n"
+    assert tiers(url)["plain"] == "disk"
+
+    for arguments, message in [
+        (("load", "foreign"), "belongs to another base"),
+        (("load", "nobody"), "there is no delta called nobody"),
+        (("unload", "plain"), "plain"),
+        (("pin", "plain"), "cannot be pinned"),
+        (("load",), "takes the NAME"),
+        (("list", "plain"), "takes no NAME"),
+    ]:
+        code, said = deltas(*arguments)
+        assert code == 1 and message in said.err and not said.out
+    code, said = deltas("list", key="wrong")
+    assert code == 1 and "VLLM_API_KEY" in said.err

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The delta folders that a server may load, and the names that reach them."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_dqrelo.format.checkpoint import resolve
+from vllm_dqrelo.format.config import CONFIG_NAME, DeltaConfig
+from vllm_dqrelo.format.delta import weight_files
+from vllm_dqrelo.format.errors import DqreloError
+
+DELTA_DIR = "DQRELO_DELTA_DIR"
+HUB_NAMESPACE = "DQRELO_HUB_NAMESPACE"
+
+
+@dataclass(frozen=True)
+class DeltaInfo:
+    """What a delta folder says of itself, without its tensors.
+
+    Attributes:
+        folder: where it lies.
+        digest: of its content.
+        ratio: the size aimed at, as a fraction of 16 bits per weight.
+        size: of the files with its tensors, in bytes.
+        created: when it was written, in seconds since 1970.
+    """
+
+    folder: Path
+    digest: str
+    ratio: float
+    size: int
+    created: int
+
+    @classmethod
+    def read(cls, folder: Path) -> "DeltaInfo":
+        """Read delta_config.json and look at the files; raises what that raises."""
+        config = DeltaConfig.read(folder)
+        size = sum(path.stat().st_size for path in weight_files(folder))
+        created = int((folder / CONFIG_NAME).stat().st_mtime)
+        return cls(folder, config.digest, config.ratio, size, created)
+
+
+class Catalogue:
+    """Folders of deltas: each sub-folder is a delta, its name the model's.
+
+    It is read anew each time, so that a delta is there as soon as its folder is.
+
+    Args:
+        folders: whose sub-folders may be loaded.
+        namespaces: users and organisations of the Hugging Face Hub whose
+            repositories may be loaded.
+
+    Raises:
+        DqreloError: one of the folders is not there.
+    """
+
+    def __init__(self, folders: Sequence[str], namespaces: Sequence[str] = ()) -> None:
+        for folder in folders:
+            if not Path(folder).is_dir():
+                raise DqreloError(f"{folder} is no folder: expected one of deltas")
+        self.folders = [Path(folder).resolve() for folder in folders]
+        self.namespaces = set(namespaces)
+        self._given: list[Path] = []
+
+    @classmethod
+    def from_environment(cls) -> "Catalogue":
+        """``DQRELO_DELTA_DIR``, ``DQRELO_HUB_NAMESPACE``: separated as in ``PATH``."""
+        given = [os.environ.get(name, "") for name in (DELTA_DIR, HUB_NAMESPACE)]
+        folders, namespaces = (list(filter(None, v.split(os.pathsep))) for v in given)
+        return cls(folders, namespaces)
+
+    def give(self, folder: str) -> None:
+        """Allow one delta folder by its path; it has been given at start."""
+        self._given.append(Path(folder).resolve())
+
+    def find(self, name: str) -> Path:
+        """The folder of the delta called ``name``.
+
+        Raises:
+            FileNotFoundError: there is none.
+            DqreloError: it must not be loaded, or two folders have one.
+        """
+        if name in ("", ".", "..") or "\0" in name or Path(name).name != name:
+            raise FileNotFoundError(f"{name!r} is not the name of a delta")
+        found = [folder / name for folder in self.folders if (folder / name).is_dir()]
+        if not found:
+            raise FileNotFoundError(f"there is no delta called {name}")
+        if len(found) > 1:
+            raise DqreloError(f"{name} is ambiguous: {', '.join(map(str, found))}")
+        return self._inside(found[0])
+
+    def list(self) -> dict[str, DeltaInfo]:
+        """All deltas that can be found; folders that are none are left out."""
+        infos = {}
+        for name in sorted({path.name for f in self.folders for path in f.iterdir()}):
+            try:
+                infos[name] = DeltaInfo.read(self.find(name))
+            except (DqreloError, OSError):
+                continue
+        return infos
+
+    def allowed(self, path: str) -> Path:
+        """The folder that a request for loading names, if it may name it.
+
+        Args:
+            path: a folder, or a repository of the Hub, which is fetched.
+
+        Raises:
+            DqreloError: it may not. FileNotFoundError: it is not there.
+        """
+        folder, parts = Path(path).resolve(), path.split("/")
+        if len(parts) == 2 and parts[0] in self.namespaces and not folder.exists():
+            return resolve(path)
+        if folder in self._given:
+            return folder
+        if not any(folder.is_relative_to(parent) for parent in self.folders):
+            raise DqreloError(
+                f"{path} must not be loaded: expected a folder inside "
+                f"{self._expected()}. Start the server with --delta-dir to allow it"
+            )
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{path} is not there")
+        return self._inside(folder)
+
+    def _expected(self) -> str:
+        return " or ".join(map(str, self.folders)) or "a --delta-dir, but none is given"
+
+    def _inside(self, folder: Path) -> Path:
+        """``folder``, unless it or a file in it lies outside through a link."""
+        for path in (folder, *folder.iterdir()):
+            if not any(path.resolve().is_relative_to(f) for f in self.folders):
+                raise DqreloError(
+                    f"{path} is a link to {path.resolve()}, which is outside "
+                    f"{self._expected()}; copy what it points to"
+                )
+        return folder

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frontends of an engine's deltas, and where its requests meet them."""
+
+import asyncio
+import functools
+import hashlib
+import inspect
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
+
+from vllm_dqrelo import compat
+from vllm_dqrelo.format.checkpoint import resolve
+from vllm_dqrelo.format.side_files import GENERATION_CONFIG, TOKENIZER_FILES
+from vllm_dqrelo.frontend import Frontend
+from vllm_dqrelo.request import folder_of
+
+
+class Frontends:
+    """Which delta is served by which frontend.
+
+    Args:
+        engine: an AsyncLLM or an LLMEngine of this plugin. Its input and output
+            processors are given a twin where a request's delta has a frontend, and
+            its methods for adapters load that with the delta.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._config = engine.vllm_config
+        self._renderer, inputs, outputs = compat.text_parts(engine)
+        self._of: dict[int, tuple[str, Frontend | None]] = {}  # id -> path, frontend
+        self._removed: set[int] = set()
+        # Fine-tunes of one recipe often have the same files: they share a frontend.
+        self._by_content: WeakValueDictionary[bytes, Frontend] = WeakValueDictionary()
+        self._with_adapters(engine)
+        self._with_requests(inputs, outputs)
+
+    def of(self, request: LoRARequest | None) -> Frontend | None:
+        """The frontend of a delta; None for the base and where it serves as well.
+
+        Raises:
+            DqreloError: a file of the delta's own cannot be used.
+        """
+        if request is None:
+            return None
+        path, frontend = self._of.get(request.lora_int_id, ("", None))
+        if path != request.lora_path:
+            frontend = self._read(request)
+            self._of[request.lora_int_id] = (request.lora_path, frontend)
+        return frontend
+
+    def _read(self, request: LoRARequest) -> Frontend | None:
+        """Read the delta's own files, unless they are the base's."""
+        folder, base = folder_of(request), self._base
+        names = [*TOKENIZER_FILES, GENERATION_CONFIG]
+        files = {
+            name: (folder / name).read_bytes()
+            for name in names
+            if (folder / name).is_file()
+        }
+        if all(has_content(base / name, files[name]) for name in files):
+            return None
+        key = hashlib.sha256()
+        for name, content in files.items():
+            key.update(f"{name} {len(content)}\n".encode() + content)
+        if (frontend := self._by_content.get(key.digest())) is None:
+            frontend = Frontend(files, folder, base, self._config, self._renderer)
+            self._by_content[key.digest()] = frontend
+        return frontend
+
+    @functools.cached_property
+    def _base(self) -> Path:
+        config = self._config.model_config
+        return resolve(config.model, config.revision)
+
+    def _keep(self, request: LoRARequest, frontend: Frontend | None) -> None:
+        self._of[request.lora_int_id] = (request.lora_path, frontend)
+        self._removed.discard(request.lora_int_id)
+
+    def _forget(self, adapter_id: int) -> None:
+        self._of.pop(adapter_id, None)
+        self._removed.add(adapter_id)
+
+    def _with_adapters(self, engine: Any) -> None:
+        """Load the frontend before a delta and forget it with the delta."""
+        add, remove = engine.add_lora, engine.remove_lora
+
+        def add_lora(request: LoRARequest) -> bool:
+            frontend = self._read(request)
+            added = add(request)
+            self._keep(request, frontend)
+            return added
+
+        async def add_lora_async(request: LoRARequest) -> bool:
+            frontend = await asyncio.to_thread(self._read, request)
+            added = await add(request)
+            self._keep(request, frontend)
+            return added
+
+        def remove_lora(lora_id: int) -> Any:
+            self._forget(lora_id)
+            return remove(lora_id)  # of AsyncLLM: to be awaited
+
+        is_async = inspect.iscoroutinefunction(add)
+        engine.add_lora = add_lora_async if is_async else add_lora
+        engine.remove_lora = remove_lora
+
+    def _with_requests(self, inputs: Any, outputs: Any) -> None:
+        """Let each request be processed with the frontend of its delta."""
+        signature = inspect.signature(inputs.process_inputs)
+        process, add = type(inputs).process_inputs, type(outputs).add_request
+
+        def process_inputs(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            request = given.get("lora_request")
+            if request is not None and request.lora_int_id in self._removed:
+                raise VLLMValidationError(f"{request.lora_name} was unloaded")
+            frontend = self.of(request)
+            if frontend is None:
+                return process(inputs, *args, **kwargs)
+            frontend.refuse_base_tokens(request, given["params"])
+            return process(frontend.twin(inputs), *args, **kwargs)
+
+        def add_request(request: Any, *args: Any, **kwargs: Any) -> None:
+            frontend = self.of(request.lora_request)
+            target = frontend.twin(outputs) if frontend else outputs
+            add(target, request, *args, **kwargs)
+
+        inputs.process_inputs = process_inputs
+        inputs.process_inputs_async = functools.partial(
+            asyncio.to_thread, process_inputs
+        )
+        outputs.add_request = add_request
+
+
+def has_content(path: Path, content: bytes) -> bool:
+    """Whether a file is there and holds exactly that."""
+    return path.is_file() and path.read_bytes() == content
