@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``dqrelo serve``: ``vllm serve`` with deltas, checked before it starts."""
 
+import json
 import os
 from collections.abc import Sequence
 from importlib import metadata
@@ -9,6 +10,7 @@ from pathlib import Path
 from vllm_dqrelo.catalogue import DELTA_DIR, HUB_NAMESPACE, Catalogue
 from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
 from vllm_dqrelo.format.config import DeltaConfig
+from vllm_dqrelo.format.delta import added_tokens
 from vllm_dqrelo.format.errors import DqreloError
 
 ENDPOINTS = "dqrelo_endpoints"  # in pyproject.toml
@@ -61,6 +63,10 @@ def serve(
     if endpoints:
         os.environ["VLLM_PLUGINS"] = ",".join(plugins_with_endpoints())
     arguments = [base, "--quantization", "dqrelo"]
+    room = max((added_tokens(Path(f)) for f in folders.values()), default=0)
+    if room and "--additional-config" not in vllm_arguments:
+        options = {"dqrelo": {"added_tokens": room}}
+        arguments += ["--additional-config", json.dumps(options)]
     if folders:
         modules = [f"{name}={folder}" for name, folder in folders.items()]
         arguments += ["--lora-modules", *modules]

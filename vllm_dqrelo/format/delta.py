@@ -78,11 +78,11 @@ class Delta:
             problems += matrix_problems(name, present, stored)
         for name in self.exact:
             problems += exact_problems(name, self._files.get(name))
-        added = {n: self._files.spec(n)[1][0] for n in self.exact if n.endswith(ADDED)}
-        if len(set(added.values())) > 1:
-            problems.append(f"different numbers of added tokens: {added}")
+        counts = {n: self._files.spec(n)[1][0] for n in self.exact if n.endswith(ADDED)}
+        if len(set(counts.values())) > 1:
+            problems.append(f"different numbers of added tokens: {counts}")
         refuse(f"{folder} is not a sound delta:", problems)
-        self.added_tokens = next(iter(added.values()), 0)
+        self.added_tokens = max(counts.values(), default=0)
         self._suffixes = suffixes
         if (found := self.content_digest()) != self.config.digest:
             raise DqreloError(
@@ -120,6 +120,13 @@ class Delta:
         if name + ADDED in self.exact:
             value = torch.cat((value.float(), self.parameter(name + ADDED).float()))
         return value.to(before.dtype)
+
+
+def added_tokens(folder: Path) -> int:
+    """``Delta.added_tokens`` of a folder, of which only the headers are read."""
+    files = SafetensorsFiles(locate(folder, MODEL))
+    counts = [files.spec(name)[1][0] for name in files if name.endswith(ADDED)]
+    return max(counts, default=0)
 
 
 def weight_files(folder: Path) -> list[Path]:
