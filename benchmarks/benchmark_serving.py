@@ -97,10 +97,14 @@ def compare(arguments: argparse.Namespace) -> Table:
         for names, system in tqdm(SYSTEMS.items(), "compare", unit="system"):
             about = {"models": count, **asdict(load)}
             rows = [{"system": name, **about} for name in names]
-            if all(tuple(str(row[key]) for key in keys) in table for row in rows):
+            known = [tuple(str(row[key]) for key in keys) in table for row in rows]
+            if all(known):
                 continue
             found = system(count, load)
-            for row, (results, seconds, weights) in zip(rows, found, strict=True):
+            for row, old, measured in zip(rows, known, found, strict=True):
+                if old:
+                    continue
+                results, seconds, weights = measured
                 row |= {"weights_mb": round(weights / 1e6, 1)}
                 row |= asdict(arguments.goodput)
                 row |= summary(results, seconds, arguments.goodput)
