@@ -11,15 +11,16 @@ are all for one model, are the same and measured once, as ``identical``.
 
 import argparse
 import json
+import signal
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 from load import ARRIVALS, Goal, Load, drive, summary
 from machine import machine
 from models import base, delta
-from rivals import SYSTEMS, ours
+from rivals import SYSTEMS, WARM_UP, ours
 from table import Table
 from tqdm import tqdm
 
@@ -73,7 +74,7 @@ def grid(arguments: argparse.Namespace) -> Table:
     names = [f"m{i}" for i in range(max(row["models"] for *_, row in missing))]
     deltas = {name: delta(i) for i, name in enumerate(tqdm(names, "deltas"))}
     with ours(deltas, arguments.max_loras) as address:
-        drive(address, base(), names, warm_up(len(names)))
+        drive(address, base(), names, replace(WARM_UP, num_prompts=len(names)))
         for law, load, row in tqdm(missing, "measure", unit="row"):
             rng = np.random.default_rng(load.seed)
             drawn = law.draw(row["models"], load.num_prompts, rng)
@@ -81,11 +82,6 @@ def grid(arguments: argparse.Namespace) -> Table:
             found = summary([result], result["duration"], arguments.goodput)
             table.add({**row, **asdict(arguments.goodput), **found, **machine()})
     return table
-
-
-def warm_up(requests: int) -> Load:
-    """A few tokens from each model."""
-    return Load("closed", "16:4", requests, 0, 8, 0)
 
 
 def compare(arguments: argparse.Namespace) -> Table:
@@ -139,6 +135,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Measure what is missing and print all rows."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server ends too
     arguments = parser().parse_args()
     if arguments.compare and len(arguments.models) != 1:
         raise SystemExit("--compare needs one number of --models, such as 4")

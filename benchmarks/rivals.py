@@ -28,6 +28,7 @@ COMMON = ["--served-model-name=base", "--dtype=bfloat16", "--max-model-len=1024"
 # Random prompts of one seed are the same in every row: cached, they would be free.
 COMMON += ["--enforce-eager", "--no-enable-prefix-caching"]
 LOG = MORE / "server.log"
+WARM_UP = Load("closed", "16:4", 8, request_rate=0, max_concurrency=8, seed=1)
 
 
 def ours(deltas: dict[str, Path], max_loras: int) -> AbstractContextManager[str]:
@@ -47,7 +48,7 @@ def stock(
 
 def one(address: str, models: list[str], load: Load) -> tuple[dict[str, Any], float]:
     """The load on one server, after a few tokens to warm it up."""
-    drive(address, base(), models, replace(load, arrivals="closed", lengths="16:4"))
+    drive(address, base(), models[: WARM_UP.num_prompts], WARM_UP)
     result = drive(address, base(), models, load)
     return result, result["duration"]
 
@@ -109,13 +110,12 @@ def many_servers(count: int, load: Load) -> Iterator[Measured]:
     )
     with ExitStack() as stack, ThreadPoolExecutor(count) as pool:
         logs = [LOG.with_name(f"server-{i}.log") for i in range(count)]
-        addresses = [
-            stack.enter_context(stock(merged(i), log=logs[i])) for i in range(count)
-        ]
-        models = ["base"] * part.num_prompts
-        for load_now in (replace(part, arrivals="closed", lengths="16:4"), part):
+        servers = [stock(merged(i), log=logs[i]) for i in range(count)]
+        addresses = list(pool.map(stack.enter_context, servers))
+        for now in (WARM_UP, part):
+            models = ["base"] * now.num_prompts
             start = time.perf_counter()
-            jobs = [pool.submit(drive, a, base(), models, load_now) for a in addresses]
+            jobs = [pool.submit(drive, a, base(), models, now) for a in addresses]
             results = [job.result() for job in jobs]
             seconds = time.perf_counter() - start
     yield results, seconds, count * base_bytes(str(base()))
