@@ -307,6 +307,9 @@ def test_a_trace_says_how_many_models(tmp_path, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["fleet"]["models"] == 3 and answer["requests"] == 42
     assert answer["cases"]["deltas"]["device"] == 1
+    plot = ["--plot", str(tmp_path / "plan.svg")]
+    assert cli.main([*COMMAND[:5], "--popularity", str(path), *plot]) == 1
+    assert "a trace has its own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -315,6 +318,8 @@ def test_a_trace_says_how_many_models(tmp_path, capsys):
         (["--kv", "60GB"], "do not fit together"),
         (["--host", "1GB"], "less than one delta"),
         (["--rate", "-1"], "0 or more"),
+        (["--rate", "nan"], "0 or more"),
+        (["--base", "0GB"], "has 0 bytes"),
         (["--popularity", "zipf"], "expected identical"),
         (["--delta", "/no/such"], "not a delta folder"),
         (["--base", "/no/such"], "neither a size such as 16GB"),

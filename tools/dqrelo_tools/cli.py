@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from huggingface_hub.serialization._base import parse_size_to_int
-
+from dqrelo_tools.arguments import count, share, size
 from vllm_dqrelo.format.errors import DqreloError
 
 
@@ -242,35 +241,6 @@ def add_device(command: argparse.ArgumentParser) -> None:
     )
 
 
-def size(text: str) -> int:
-    """The bytes that "1.2GB" means to Hugging Face; a speed may end in "/s"."""
-    try:
-        parsed = parse_size_to_int(text.removesuffix("/s"))
-    except (OverflowError, ValueError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    if parsed < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no size")
-    return parsed
-
-
-def count(text: str) -> int:
-    """A positive number of things."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is no number of 1 or more")
-    return int(text)
-
-
-def share(text: str) -> float:
-    """A number above 0, at most 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
-
-
 def advise(arguments: argparse.Namespace) -> int:
     """Print what a fine-tune looks like, and what to run."""
     from dqrelo_tools.advise import Advice, figure, survey
@@ -366,6 +336,8 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         require_plot(arguments.plot)
     popularity = Popularity.parse(arguments.popularity)
+    if arguments.plot and popularity.trace:
+        raise DqreloError("--plot is over numbers of models, and a trace has its own")
     models = popularity.models(arguments.models)
     base = bytes_of(arguments.base, base_bytes)
     delta = bytes_of(arguments.delta, delta_bytes) if arguments.delta else base // 8

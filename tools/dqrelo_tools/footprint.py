@@ -13,15 +13,23 @@ from vllm_dqrelo.arena import aligned
 from vllm_dqrelo.format.checkpoint import Checkpoint, SafetensorsFiles, locate
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import MODEL
+from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.tensors import PACKED, SCALE, SHAPE, SUFFIXES
 
 
 def bytes_of(text: str, measure: Callable[[str], int]) -> int:
-    """The bytes that "1.2GB" means to Hugging Face, or those of what it names."""
+    """The bytes that "1.2GB" means to Hugging Face, or those of what it names.
+
+    Raises:
+        DqreloError: there are none. Otherwise what ``measure`` raises.
+    """
     try:
-        return parse_size_to_int(text)
+        size = parse_size_to_int(text)
     except ValueError:
-        return measure(text)
+        size = measure(text)
+    if size < 1:
+        raise DqreloError(f"{text} has {size} bytes; expected a size such as 1.2GB")
+    return size
 
 
 def base_bytes(name_or_path: str) -> int:

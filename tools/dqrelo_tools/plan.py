@@ -98,7 +98,7 @@ class Fleet:
         Raises:
             DqreloError: says what does not fit.
         """
-        if self.rate < 0:
+        if not 0 <= self.rate < math.inf:
             raise DqreloError(f"--rate {self.rate:g}: requests per second, 0 or more")
         if self.room < aligned(self.delta):
             raise DqreloError(
