@@ -10,7 +10,6 @@ fine-tune's. Rows that ``quality.csv`` has already are not measured again.
 """
 
 import argparse
-import csv
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from finetune import encode, finetune, generate
 from machine import machine
 from safetensors.torch import load_file
 from smollm import fetch_base
+from table import Table
 from tasks import TASKS
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -291,37 +291,15 @@ def entropy(matrices: list[torch.Tensor]) -> float:
     return float(-(share * share.log2()).sum())
 
 
-class Results:
-    """A CSV file that grows row by row and knows what it has."""
-
-    def __init__(self, path: Path, keys: tuple[str, ...]) -> None:
-        self.path, self.keys = path, keys
-        self.rows: list[dict[str, object]] = []
-        if path.exists():
-            with path.open(newline="") as file:
-                self.rows = list(csv.DictReader(file))
-
-    def __contains__(self, key: tuple[str, ...]) -> bool:
-        return any(tuple(row[k] for k in self.keys) == key for row in self.rows)
-
-    def add(self, row: dict[str, object]) -> None:
-        self.rows.append(row)
-        with self.path.open("w", newline="") as file:
-            names = dict.fromkeys(name for row in self.rows for name in row)
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-
 def main() -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__)
     here = Path(__file__).resolve().parent
     parser.add_argument("--output-dir", type=Path, default=here / "results")
     output = parser.parse_args().output_dir
-    quality = Results(output / "quality.csv", ("fine_tune", "method"))
-    scale = Results(output / "finetunes.csv", ("fine_tune",))
-    predicted = Results(output / "predicted.csv", ("fine_tune", "ratio"))
+    quality = Table(output / "quality.csv", ("fine_tune", "method"))
+    scale = Table(output / "finetunes.csv", ("fine_tune",))
+    predicted = Table(output / "predicted.csv", ("fine_tune", "ratio"))
     bench, middle = Bench(), LENGTHS[len(LENGTHS) // 2]
     plan = [(task, steps, MAIN) for steps in LENGTHS for task in TASKS]
     plan += [(task, middle, ALSO) for task in TASKS]

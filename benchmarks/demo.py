@@ -8,20 +8,18 @@ is asked every task. All files are in .cache/demo; delete it to start afresh.
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-# Threads that wait spinning for long are ten times slower on a busy machine.
-os.environ["GOMP_SPINCOUNT"] = "1000"
-os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+from server import DQRELO, ENVIRONMENT, server
+
+os.environ.update(ENVIRONMENT)
 
 from finetune import exact_match
 from machine import machine
@@ -35,10 +33,8 @@ CACHE = HERE.parent / ".cache" / "demo"
 LOG = CACHE / "server.log"
 RATIO = "0.125"
 QUESTIONS = 20  # per task
-START_TIMEOUT_S = 300
 MAX_BASE_SCORE = 0.20  # a base that scores more knows the task already
 MAX_LOSS = 0.10  # of exact match, from a fine-tune to its delta
-DQRELO = ["-m", "dqrelo_tools.cli"]
 ADVICE = """
 On a model of your own:
   dqrelo convert --base BASE --model FINE_TUNE --output DELTA
@@ -65,41 +61,6 @@ def make(folder: Path, *command: str | Path) -> Path:
         if subprocess.run(command, stdout=sys.stderr).returncode:
             raise SystemExit(f"{folder} could not be made; the reason is above.")
     return folder
-
-
-@contextmanager
-def server(base: Path, deltas: dict[str, Path]) -> Iterator[str]:
-    """One server for the base and all deltas; yields its address, ends it at exit."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    argv = [sys.executable, *DQRELO, "serve", base, "--served-model-name=base"]
-    argv += [f"--delta={name}={delta}" for name, delta in deltas.items()]
-    argv += ["--host=127.0.0.1", f"--port={port}", "--dtype=bfloat16"]
-    argv += ["--max-model-len=512", "--enforce-eager"]
-    with LOG.open("w") as log:
-        process = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
-    try:
-        with stage("start the server"):
-            wait_for(process, f"{address}/health")
-        yield address
-    finally:
-        for number, patience_s in ((signal.SIGTERM, 30), (signal.SIGKILL, None)):
-            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, number)
-                process.wait(patience_s)
-
-
-def wait_for(process: subprocess.Popen[bytes], health: str) -> None:
-    """Return when the server is healthy; when it fails, exit with its last words."""
-    for _ in tqdm(range(START_TIMEOUT_S), "wait", bar_format="{desc} {elapsed}"):
-        if process.poll() is not None:
-            break
-        with suppress(OSError), urllib.request.urlopen(health, timeout=5):
-            return
-        time.sleep(1)
-    tail = "\n".join(LOG.read_text().splitlines()[-30:])
-    raise SystemExit(f"{tail}\n\nThe server did not start; its whole log is {LOG}.")
 
 
 def ask(address: str, models: list[str]) -> dict[str, dict[str, float]]:
@@ -149,8 +110,14 @@ def main() -> None:
         with stage(f"convert {name}"):
             command = [*DQRELO, "convert", "--base", base, "--model", models[name]]
             deltas[name] = make(CACHE / "deltas" / name, *command, "--ratio", RATIO)
-    with server(base, deltas) as address, stage("ask the server"):
-        scores = ask(address, ["base", *deltas])
+    arguments = [*DQRELO, "serve", base, "--served-model-name=base"]
+    arguments += [f"--delta={name}={delta}" for name, delta in deltas.items()]
+    arguments += ["--dtype=bfloat16", "--max-model-len=512", "--enforce-eager"]
+    with ExitStack() as stack:
+        with stage("start the server"):
+            address = stack.enter_context(server(arguments, LOG))
+        with stage("ask the server"):
+            scores = ask(address, ["base", *deltas])
 
     megabytes = {n: (weight_mb(models[n]), weight_mb(deltas[n])) for n in TASKS}
     print(f"\nExact match on {QUESTIONS} held-out prompts per task. Base: {BASE_NAME}")

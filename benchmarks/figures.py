@@ -185,6 +185,62 @@ def cpu_table(rows: list[Row]) -> str:
     return table([*head, "native / LoRA", "native / copy"], body)
 
 
+TIMES = ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "itl_p99_ms")
+TIME_HEADS = ["TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "ITL p99"]
+
+
+def measured(row: Row) -> list[str]:
+    """Tokens per second, times and goodput of a row under load."""
+    cells = [f"{float(row['output_tokens_per_s']):.1f}"]
+    cells += [f"{float(row[key]):.0f}" for key in TIMES]
+    return [*cells, f"{float(row['goodput_per_s']):.2f}"]
+
+
+def serving_table(rows: list[Row]) -> str:
+    """One line for each traffic."""
+    body = [
+        [row["popularity"], row["models"], row["arrivals"], *measured(row)]
+        for row in rows
+    ]
+    head = ["popularity", "models", "arrivals", "tokens/s", *TIME_HEADS, "goodput/s"]
+    return table(head, body)
+
+
+def compare_table(rows: list[Row]) -> str:
+    """One line for each way to serve."""
+    body = [[row["system"], row["weights_mb"], *measured(row)] for row in rows]
+    return table(["system", "weights, MB", "tokens/s", *TIME_HEADS, "goodput/s"], body)
+
+
+def serving_figure(rows: list[Row]) -> Figure:
+    """Throughput and time to first token against models, one line a popularity law."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = zip(
+        figure.subplots(1, 2),
+        ("closed", "poisson"),
+        ("output_tokens_per_s", "ttft_p99_ms"),
+        ("output tokens per second", "time to first token, p99, ms"),
+        strict=True,
+    )
+    for axes, arrivals, key, label in panels:
+        lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        for row in rows:
+            if row["arrivals"] == arrivals:
+                point = int(row["models"]), float(row[key])
+                lines[row["popularity"]].append(point)
+        (alone,) = lines.pop("identical", [None])
+        for (law, points), marker in zip(lines.items(), "osD^v<>pX*hP", strict=False):
+            shown = sorted([*([alone] if alone else []), *points])
+            axes.plot(*zip(*shown, strict=True), marker=marker, label=law)
+        axes.set(
+            xlabel="models", ylabel=label, ylim=(0, None), title=f"arrivals: {arrivals}"
+        )
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
 def quality_figure(rows: list[Row], fine_tunes: set[str]) -> Figure:
     """KL against bits a weight; a line for each method with several sizes."""
     methods = by_method(rows, fine_tunes)
@@ -247,11 +303,15 @@ def main() -> None:
     put("convert", convert_table(read("convert.csv")))
     put("cpu", cpu_table(read("cpu.csv")))
     put("predictions", prediction_table(rows, read("predicted.csv")))
+    put("serving", serving_table(read("serving.csv")))
+    put("serving-compare", compare_table(read("serving_compare.csv")))
     folder = DOCS / "figures"
     folder.mkdir(exist_ok=True)
     metadata = {"Date": None}
     quality_figure(rows, detailed).savefig(folder / "quality.svg", metadata=metadata)
     length_figure(rows, scales).savefig(folder / "length.svg", metadata=metadata)
+    serving = serving_figure(read("serving.csv"))
+    serving.savefig(folder / "serving.svg", metadata=metadata)
 
 
 if __name__ == "__main__":

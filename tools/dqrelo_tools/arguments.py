@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What options of the command line take: sizes, numbers of things, shares."""
+
+import argparse
+
+from huggingface_hub.serialization._base import parse_size_to_int
+
+
+def size(text: str) -> int:
+    """The bytes that "1.2GB" means to Hugging Face; a speed may end in "/s"."""
+    try:
+        parsed = parse_size_to_int(text.removesuffix("/s"))
+    except (OverflowError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if parsed < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no size")
+    return parsed
+
+
+def count(text: str) -> int:
+    """A positive number of things."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is no number of 1 or more")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A number above 0, at most 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
