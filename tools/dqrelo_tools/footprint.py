@@ -14,7 +14,7 @@ from vllm_dqrelo.format.checkpoint import Checkpoint, SafetensorsFiles, locate
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import MODEL
 from vllm_dqrelo.format.errors import DqreloError
-from vllm_dqrelo.format.tensors import PACKED, SCALE, SHAPE, SUFFIXES
+from vllm_dqrelo.format.tensors import ADDED, PACKED, SCALE, SHAPE, SUFFIXES
 
 
 def bytes_of(text: str, measure: Callable[[str], int]) -> int:
@@ -85,7 +85,7 @@ def delta_bytes(path: str) -> int:
     for name in files:
         dtype, shape = files.spec(name)
         suffix = next((s for s in SUFFIXES if name.endswith(s)), None)
-        if suffix == SHAPE:
+        if suffix == SHAPE or name.endswith(ADDED):  # rows that have a place already
             continue
         if suffix == SCALE:
             shape = files.spec(name.removesuffix(SCALE) + PACKED)[1][:2]
