@@ -198,7 +198,7 @@ def test_memory_is_compacted_when_sizes_do_not_fit(family, alone):
         got = answers(llm, [PROMPTS[0]] * 2, [requests[m] for m in pair])
         for m, answer in zip(pair, got, strict=True):
             assert difference(answer, expected[m][0]) <= TOLERANCE
-    assert len(manager_of(llm).resident) == 2
+    assert len(manager_of(llm).residency.resident) == 2
 
 
 def _packed_size(made, index):
@@ -259,7 +259,7 @@ def test_a_delta_that_cannot_be_served_is_refused_and_the_engine_goes_on(
             _load(llm, "bad", folder)
         got = answers(llm, PROMPTS[:1], [good])
         assert difference(got[0], expected[1][0]) <= TOLERANCE
-    assert len(manager_of(llm).registered) == 1
+    assert len(manager_of(llm).host._packed) == 1
 
 
 def test_a_delta_stays_served_when_its_folder_is_gone(family, alone, tmp_path):

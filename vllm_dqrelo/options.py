@@ -1,19 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plugin's options, and the engine configurations that it refuses."""
 
+import json
 import math
 from dataclasses import dataclass, fields
 
+import psutil
 import torch
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 
 from dqrelo_kernels.table import ALIGNMENT
 from vllm_dqrelo.arena import aligned
 from vllm_dqrelo.sites import Sites
 
-# Without an option, the arena has room for --max-loras deltas of this ratio.
+logger = init_logger(__name__)
+
+# Without an option, the arena has room for --max-loras deltas of this ratio, and
+# the host tier takes this part of the memory that is free once the base is loaded.
 DEFAULT_RATIO = 1 / 8
+DEFAULT_HOST_PART = 1 / 4
+# A slot for each delta of this ratio that the arena can hold; a kernel looks at all
+# slots, which sets the other limit.
+SMALLEST_RATIO = 1 / 64
+MOST_SLOTS = 256
 TENSORS = 6  # of a matrix at most: signs, scale, factors, their scale, bias
+
+# Architectures whose deltas the tests compare with merged checkpoints.
+TESTED_ARCHITECTURES = {
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+}
 
 
 @dataclass(frozen=True)
@@ -23,10 +42,13 @@ class Options:
     Attributes:
         delta_memory_gib: device memory for resident deltas; by default what
             ``--max-loras`` deltas of ratio 1/8 take.
+        host_memory_gib: host memory for deltas that are not read from disk again;
+            by default a quarter of what is free once the base is loaded.
         version: of the plugin, put there by it.
     """
 
     delta_memory_gib: float | None = None
+    host_memory_gib: float | None = None
     version: str = ""
 
     @classmethod
@@ -39,21 +61,31 @@ class Options:
                 f"additional_config has unknown dqrelo options {unknown}; known: "
                 f"{sorted(known - {'version'})}"
             )
+        for name in given.keys() - {"version"}:
+            if not isinstance(given[name], int | float) or given[name] < 0:
+                raise ValueError(f"dqrelo option {name}: {given[name]!r} is no GiB")
         return cls(**given)
 
-    def arena_bytes(self, sites: Sites, slots: int) -> int:
+    def arena_bytes(self, sites: Sites, deltas: int) -> int:
         """Size of the arena for a model with these sites."""
         if self.delta_memory_gib is not None:
             return int(self.delta_memory_gib * 2**30)
-        total = 0
-        for site in sites.by_name.values():
-            for n in site.sizes:
-                total += aligned(4 * n)  # a bias or a norm in float32
-                if k := site.columns:
-                    # What rounding a rank up and scales for each row may add.
-                    total += int(2 * DEFAULT_RATIO * n * k) + 2 * (n + k) + 4 * n
-                    total += TENSORS * ALIGNMENT
-        return slots * total
+        return deltas * self.typical_bytes(sites)
+
+    def host_bytes(self) -> int:
+        """Size of the host tier on this machine, now."""
+        if self.host_memory_gib is not None:
+            return int(self.host_memory_gib * 2**30)
+        return int(psutil.virtual_memory().available * DEFAULT_HOST_PART)
+
+    def typical_bytes(self, sites: Sites) -> int:
+        """What a delta of the default ratio takes in the arena."""
+        return _delta_bytes(sites, DEFAULT_RATIO)
+
+    def slots(self, sites: Sites, arena: int, max_loras: int) -> int:
+        """How many deltas can be resident in an arena of so many bytes."""
+        small = arena // _delta_bytes(sites, SMALLEST_RATIO)
+        return max(max_loras, min(small, MOST_SLOTS))
 
     def scratch_ranks(self, sites: Sites) -> int:
         """The largest sum of ranks in one site that is served.
@@ -67,16 +99,70 @@ class Options:
         )
 
 
+def _delta_bytes(sites: Sites, ratio: float) -> int:
+    """What a delta of every matrix takes in the arena, at most."""
+    total = 0
+    for site in sites.by_name.values():
+        for n in site.sizes:
+            total += aligned(4 * n)  # a bias or a norm in float32
+            if k := site.columns:
+                # What rounding a rank up and scales for each row may add.
+                total += int(2 * ratio * n * k) + 2 * (n + k) + 4 * n
+                total += TENSORS * ALIGNMENT
+    return total
+
+
+def too_little_memory(
+    delta: str, size: int, deltas: int, needed: int, arena: int
+) -> str:
+    """What to say of a delta that a step could have no room for, and what to do."""
+    option = {"dqrelo": {"delta_memory_gib": math.ceil(needed / 2**20) / 1024}}
+    return (
+        f"{delta} takes {size:,} bytes; the {deltas} largest deltas take {needed:,} "
+        f"together, and there is room for {arena:,}. Serve with a lower --max-loras, "
+        f"or with --additional-config '{json.dumps(option)}'"
+    )
+
+
 def refuse_unsupported(vllm_config: VllmConfig, device: torch.device) -> None:
     """Refuse, at start, what would not be right with deltas."""
-    parallel = vllm_config.parallel_config
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
     problems = {
         f"runs on the CPU only so far, not on {device.type}": device.type != "cpu",
         "cannot split a model over several workers yet: use --tensor-parallel-size 1 "
         "and --pipeline-parallel-size 1": parallel.world_size > 1,
+        "cannot be used with dual-batch overlap (--enable-dbo, --ubatch-size), which "
+        "splits a step's rows": parallel.use_ubatching,
+        "cannot be used with --enable-batch-sharded-sampling, which gives the LM head "
+        "rows in another order": bool(parallel.enable_batch_sharded_sampling),
         "cannot be used with speculative decoding": vllm_config.speculative_config
         is not None,
-        "has no deltas for mixtures of experts yet": vllm_config.model_config.is_moe,
+        "has no deltas for mixtures of experts yet": model.is_moe,
+        "has no deltas for multimodal models: their towers have rows of their own": (
+            model.is_multimodal_model
+        ),
+        "has no deltas for encoder-decoder models": model.is_encoder_decoder,
+        "has no deltas for diffusion language models": model.is_diffusion,
+        "cannot be used with --enable-prompt-embeds, which passes some rows by the "
+        "embedding": model.enable_prompt_embeds,
+        "cannot be used with --enable-sleep-mode, which discards the deltas": (
+            model.enable_sleep_mode
+        ),
+        "cannot be used with --weight-transfer-config: deltas belong to one base": (
+            vllm_config.weight_transfer_config is not None
+        ),
     }
     if found := [problem for problem, present in problems.items() if present]:
         raise ValueError("--quantization dqrelo " + "; it ".join(found))
+
+
+def warn_untested(vllm_config: VllmConfig) -> None:
+    """Say so when nobody has compared deltas of this architecture with fine-tunes."""
+    architecture = vllm_config.model_config.architecture
+    if architecture not in TESTED_ARCHITECTURES:
+        logger.warning(
+            "dqrelo: %s is not among the architectures that are tested (%s). Compare "
+            "some answers with those of a fine-tune served alone.",
+            architecture,
+            ", ".join(sorted(TESTED_ARCHITECTURES)),
+        )

@@ -8,6 +8,9 @@ on when the engine's configuration is made, and a worker is patched when its
 model is built (quantization.py).
 """
 
+import sys
+from typing import Any
+
 from vllm.logger import init_logger
 
 from vllm_dqrelo import __version__, compat
@@ -34,12 +37,17 @@ def register() -> None:
 
     register_quantization_config("dqrelo")(DqreloConfig)
     compat.after_create_model_config(switch_on)
+    # An engine's process loads its plugins first of all, from EngineCore.__init__.
+    if "vllm.v1.engine.core" in sys.modules:
+        patch_engine()
 
 
 def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) -> None:
     """Turn on vLLM's LoRA control plane, which deltas use, for a dqrelo engine."""
     if model_config.quantization != "dqrelo":
         return
+    patch_engine()  # for an engine in this process
+    compat.show_reasons()
     engine_args.enable_lora = True
     if engine_args.max_loras == 1:
         engine_args.max_loras = DEFAULT_MAX_DELTAS
@@ -49,6 +57,17 @@ def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) 
         **engine_args.additional_config,
         "dqrelo": {**options, "version": __version__},
     }
+
+
+def patch_engine() -> None:
+    """Let an engine hold requests back until their deltas are in memory."""
+
+    def start(core: Any) -> None:
+        from vllm_dqrelo.scheduler import start
+
+        start(core)
+
+    compat.before_scheduler(start)
 
 
 def patch_worker() -> None:
