@@ -138,9 +138,8 @@ def refuse_unsupported(vllm_config: VllmConfig, device: torch.device) -> None:
         "cannot be used with speculative decoding": vllm_config.speculative_config
         is not None,
         "has no deltas for mixtures of experts yet": model.is_moe,
-        "has no deltas for multimodal models: their towers have rows of their own": (
-            model.is_multimodal_model
-        ),
+        "has no deltas for images or sound: use --limit-mm-per-prompt with 0 for each "
+        "kind of input": model.supports_multimodal_inputs,
         "has no deltas for encoder-decoder models": model.is_encoder_decoder,
         "has no deltas for diffusion language models": model.is_diffusion,
         "cannot be used with --enable-prompt-embeds, which passes some rows by the "

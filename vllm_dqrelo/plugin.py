@@ -3,9 +3,10 @@
 
 ``register`` runs in every process of every vLLM in this environment, also in
 those that never use a delta. It therefore only makes ``--quantization dqrelo``
-known. The rest waits until that option is given: the control plane is switched
-on when the engine's configuration is made, and a worker is patched when its
-model is built (quantization.py).
+known, and looks at an engine that starts. The rest waits until that option is
+given: the control plane is switched on when the engine's configuration is made,
+the engine gets its deltas and its scheduler when it has its KV cache, and a worker
+is patched when its model is built (quantization.py).
 """
 
 import sys

@@ -74,19 +74,24 @@ class Residency:
         for digest in digests:
             if digest not in self.resident:
                 self._activate(self.host.get(digest), keep=digests)
+                self.host.shed(self.resident)
         return {digest: self.resident[digest].slot for digest in digests}
 
     def _activate(self, packed: PackedDelta, keep: Collection[str]) -> None:
         """Copy a delta into the arena; the least recently used make room."""
         evictable = [digest for digest in self.resident if digest not in keep]
+        compacted = False
         while (
             not self._free
             or (offset := self.arena.allocate(packed.digest, packed.size)) is None
         ):
             if evictable:
                 self._evict(evictable.pop(0))
+            elif compacted:
+                raise RuntimeError("a step has more deltas than fit the arena")
             else:
                 self._compact()
+                compacted = True
         extent = self.arena.data[offset : offset + packed.size]
         extent.copy_(packed.extent, non_blocking=True)
         added = _Resident(self._free.pop(), offset, packed.size, packed.entries)
@@ -102,7 +107,6 @@ class Residency:
             extent.copy_(self.arena.data[delta.offset : delta.offset + delta.size])
             self.host.put(PackedDelta(digest, extent, delta.entries))
         self.drop([digest])
-        self.host.shed(self.resident)
 
     def drop(self, digests: Iterable[str]) -> None:
         """Take deltas off the device for good, those that are there."""
