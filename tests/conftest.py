@@ -9,6 +9,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import gc
 import json
 import shutil
 import signal
@@ -276,6 +277,159 @@ def places(columns: int, block: int, parts: int) -> tuple[np.ndarray, np.ndarray
         words.append(first // parts + (column - first) % width)
         places_.append((column - first) // width)
     return np.array(words), np.array(places_)
+
+
+PROMPTS = [
+    [1, 5, 9, 33, 200, 77, 3, 8],
+    [4, 4, 100, 300, 2],
+    [7] * 40,  # two full blocks of 16 for the prefix cache
+    [7] * 40 + [11, 12],
+]
+
+
+@pytest.fixture(name="prompts")
+def prompts_fixture():
+    """What the engines are asked."""
+    return PROMPTS
+
+
+@pytest.fixture(name="engine")
+def engine_fixture():
+    """The function ``engine``; memory is freed when the test has ended."""
+    yield engine
+    gc.collect()
+
+
+def engine(model, **options):
+    """A model alone, or with quantization="dqrelo" a base with room for its deltas."""
+    from vllm import LLM
+
+    if "quantization" in options:
+        room = {"dqrelo": {"delta_memory_gib": 0.001}}
+        options.setdefault("additional_config", room)
+    options.setdefault("max_model_len", 128)
+    return LLM(
+        str(model),
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        dtype="float32",
+        max_num_seqs=32,
+        enable_prefix_caching=True,
+        **options,
+    )
+
+
+@pytest.fixture(name="load")
+def load_fixture():
+    """``load(llm, name, folder)``: the request of a delta."""
+    from vllm_dqrelo import load_delta
+
+    return lambda llm, name, folder: load_delta(llm, name, str(folder))
+
+
+@pytest.fixture(name="manager_of")
+def manager_of_fixture():
+    """``manager_of(llm)``: the worker's delta manager, in this process."""
+
+    def manager_of(llm):
+        core = llm.llm_engine.engine_core.engine_core
+        return core.model_executor.driver_worker.worker.model_runner.lora_manager
+
+    return manager_of
+
+
+@pytest.fixture(name="sampling")
+def sampling_fixture():
+    """The function ``sampling``."""
+    return sampling
+
+
+def sampling(max_tokens=8, prompt_logprobs=None):
+    """Greedy, with logprobs."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=0,
+        logprobs=1,
+        prompt_logprobs=prompt_logprobs,
+        detokenize=False,
+    )
+
+
+@pytest.fixture(name="answers")
+def answers_fixture():
+    """The function ``answers``."""
+    return answers
+
+
+def answers(llm, prompts, requests=None, prompt_logprobs=None):
+    """Tokens, their logprobs and the prompt's logprobs, of each prompt."""
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        sampling(prompt_logprobs=prompt_logprobs),
+        lora_request=requests,
+        use_tqdm=False,
+    )
+    return [answer_of(output) for output in outputs]
+
+
+@pytest.fixture(name="answer_of")
+def answer_of_fixture():
+    """The function ``answer_of``."""
+    return answer_of
+
+
+def answer_of(output):
+    """Tokens, their logprobs and the prompt's logprobs, of a finished request."""
+    completion = output.outputs[0]
+    tokens = list(completion.token_ids)
+    logprobs = [
+        step[token].logprob
+        for token, step in zip(tokens, completion.logprobs, strict=True)
+    ]
+    prompt = [
+        step[token].logprob
+        for token, step in zip(
+            output.prompt_token_ids, output.prompt_logprobs or [], strict=False
+        )
+        if step
+    ]
+    return tokens, logprobs, prompt
+
+
+@pytest.fixture(name="difference")
+def difference_fixture():
+    """The function ``difference``."""
+    return difference
+
+
+def difference(got, expected) -> float:
+    """Largest difference of two answers' logprobs; infinite if the tokens differ."""
+    if got[0] != expected[0]:
+        return float("inf")
+    pairs = [*zip(got[1], expected[1], strict=True)]
+    if got[2]:  # prompt logprobs were asked for
+        pairs += zip(got[2], expected[2], strict=True)
+    return max(abs(one - other) for one, other in pairs)
+
+
+@pytest.fixture(scope="session")
+def alone(family):
+    """``alone(kind)``: the answers of the base and of each merged checkpoint."""
+    known = {}
+
+    def get(kind):
+        if kind not in known:
+            made, known[kind] = family(kind), []
+            for folder in [made.base, *made.merged]:
+                llm = engine(folder)
+                known[kind].append(answers(llm, PROMPTS, prompt_logprobs=1))
+                del llm
+                gc.collect()
+        return known[kind]
+
+    return get
 
 
 @pytest.fixture(autouse=True)

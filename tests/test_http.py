@@ -2,6 +2,7 @@
 """One real server through the openai client, and each of the two ways to start it."""
 
 import concurrent.futures
+import shutil
 import sys
 import urllib.error
 import urllib.request
@@ -50,7 +51,7 @@ def test_dqrelo_serve(family, expected, server, tmp_path):
     command += ["--delta-dir", made.base.parent]
     command += ["--delta-dir", family("llama-tied").base.parent]
     command += ["--max-loras", "2", "--additional-config"]
-    command += ['{"dqrelo": {"delta_memory_gib": 0.001}}']
+    command += ['{"dqrelo": {"delta_memory_gib": 0.001, "host_memory_gib": 0}}']
     with server(command, tmp_path / "log") as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
@@ -87,6 +88,28 @@ def test_dqrelo_serve(family, expected, server, tmp_path):
         with pytest.raises(openai.NotFoundError):
             complete(client, "foreign")
         assert complete(client, "base") == expected["base"]
+
+        # With no room in host memory, a delta that is not resident is read again.
+        shutil.copytree(made.deltas[0], tmp_path / "gone")
+        write_other(tmp_path / "gone")
+        load(url, "gone", tmp_path / "gone")
+        shutil.rmtree(tmp_path / "gone")
+        with pytest.raises(openai.InternalServerError, match="is not a delta folder"):
+            complete(client, "gone")
+        with pytest.raises(openai.APIError, match="is not a delta folder"):
+            list(complete(client, "gone", stream=True))
+        assert complete(client, "one") == expected["one"]
+
+
+def write_other(folder):
+    """Another content, so that it is nobody else's delta in memory."""
+    from safetensors.torch import load_file
+
+    from vllm_dqrelo.format.delta import Delta, write_delta
+
+    tensors = load_file(folder / "delta_model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    write_delta(folder, Delta(folder).config, tensors)
 
 
 def chat(client, model, stream=False):

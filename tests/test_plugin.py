@@ -150,6 +150,19 @@ def test_the_option_alone_switches_the_control_plane_on(config):
     [
         ("parallel_config", "world_size", 2, "--tensor-parallel-size 1"),
         (None, "speculative_config", object(), "speculative decoding"),
+        ("parallel_config", "use_ubatching", True, "dual-batch overlap"),
+        (
+            "parallel_config",
+            "enable_batch_sharded_sampling",
+            True,
+            "--enable-batch-sharded-sampling",
+        ),
+        ("model_config", "supports_multimodal_inputs", True, "images or sound"),
+        ("model_config", "is_encoder_decoder", True, "encoder-decoder"),
+        ("model_config", "is_diffusion", True, "diffusion"),
+        ("model_config", "enable_prompt_embeds", True, "--enable-prompt-embeds"),
+        ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
+        (None, "weight_transfer_config", object(), "--weight-transfer-config"),
     ],
 )
 def test_what_is_not_right_with_deltas_is_refused(
@@ -166,6 +179,25 @@ def test_what_is_not_right_with_deltas_is_refused(
         monkeypatch.setattr(owner, name, value)
     with pytest.raises(ValueError, match=message):
         DeltaManager(config, torch.device("cpu"))
+
+
+def test_an_architecture_that_nobody_tested_is_named(monkeypatch, config):
+    from vllm_dqrelo import options
+
+    logged = []
+    monkeypatch.setattr(options.logger, "warning", lambda *args: logged.append(args))
+    options.warn_untested(config)
+    assert not logged
+    monkeypatch.setattr(options, "TESTED_ARCHITECTURES", {"OtherForCausalLM"})
+    options.warn_untested(config)
+    assert logged[0][1:] == ("LlamaForCausalLM", "OtherForCausalLM")
+
+
+def test_a_scheduler_of_another_kind_is_refused():
+    from vllm_dqrelo.compat import check_scheduler
+
+    with pytest.raises(ValueError, match="--scheduler-cls"):
+        check_scheduler(dict)
 
 
 def test_a_gpu_is_refused_until_it_was_tested(monkeypatch, config):

@@ -16,102 +16,13 @@ pytestmark = pytest.mark.vllm
 
 # fp32 sums of up to 320 terms in another order, through two layers.
 TOLERANCE = 1e-4
-PROMPTS = [
-    [1, 5, 9, 33, 200, 77, 3, 8],
-    [4, 4, 100, 300, 2],
-    [7] * 40,  # two full blocks of 16 for the prefix cache
-    [7] * 40 + [11, 12],
-]
 KINDS = ["llama-tied", "llama", "qwen2", "qwen3"]
 
 
-def engine(model, **options):
-    """A model alone, or with quantization="dqrelo" a base with room for its deltas."""
-    if "quantization" in options:
-        room = {"dqrelo": {"delta_memory_gib": 0.001}}
-        options.setdefault("additional_config", room)
-    return vllm.LLM(
-        str(model),
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        dtype="float32",
-        max_model_len=128,
-        max_num_seqs=32,
-        enable_prefix_caching=True,
-        **options,
-    )
-
-
-@pytest.fixture(autouse=True)
-def free_engines():
-    yield
-    gc.collect()
-
-
-def answers(llm, prompts, requests=None, prompt_logprobs=None):
-    """Tokens, their logprobs and the prompt's logprobs, of each prompt."""
-    sampling = vllm.SamplingParams(
-        max_tokens=8,
-        temperature=0,
-        logprobs=1,
-        prompt_logprobs=prompt_logprobs,
-        detokenize=False,
-    )
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
-        sampling,
-        lora_request=requests,
-        use_tqdm=False,
-    )
-    found = []
-    for output in outputs:
-        completion = output.outputs[0]
-        tokens = list(completion.token_ids)
-        logprobs = [
-            step[token].logprob
-            for token, step in zip(tokens, completion.logprobs, strict=True)
-        ]
-        prompt = [
-            step[token].logprob
-            for token, step in zip(
-                output.prompt_token_ids, output.prompt_logprobs or [], strict=False
-            )
-            if step
-        ]
-        found.append((tokens, logprobs, prompt))
-    return found
-
-
-def difference(got, expected) -> float:
-    """Largest difference of two answers' logprobs; infinite if the tokens differ."""
-    if got[0] != expected[0]:
-        return float("inf")
-    pairs = [*zip(got[1], expected[1], strict=True)]
-    if got[2]:  # prompt logprobs were asked for
-        pairs += zip(got[2], expected[2], strict=True)
-    return max(abs(one - other) for one, other in pairs)
-
-
-@pytest.fixture(scope="module")
-def alone(family):
-    """``alone(kind)``: the answers of the base and of each merged checkpoint."""
-    known = {}
-
-    def get(kind):
-        if kind not in known:
-            made, known[kind] = family(kind), []
-            for folder in [made.base, *made.merged]:
-                llm = engine(folder)
-                known[kind].append(answers(llm, PROMPTS, prompt_logprobs=1))
-                del llm
-                gc.collect()
-        return known[kind]
-
-    return get
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_mixed_batch_equals_each_model_alone(family, alone, kind):
+def test_mixed_batch_equals_each_model_alone(
+    family, alone, kind, engine, answers, difference, load, prompts
+):
     made = family(kind)
     expected = alone(kind)
     # The test can fail: the models differ by far more than the tolerance.
@@ -121,15 +32,15 @@ def test_mixed_batch_equals_each_model_alone(family, alone, kind):
 
     llm = engine(made.base, quantization="dqrelo", max_loras=2)
     requests = [None] + [
-        _load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)
+        load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)
     ]
     # Every prompt to the base and to three deltas over two slots, interleaved; then
     # again, with prompt logprobs (which bypass the prefix cache), then again from it.
-    order = [(p, m) for p in range(len(PROMPTS)) for m in range(len(requests))]
+    order = [(p, m) for p in range(len(prompts)) for m in range(len(requests))]
     for prompt_logprobs in (None, 1, None):
         got = answers(
             llm,
-            [PROMPTS[p] for p, _ in order],
+            [prompts[p] for p, _ in order],
             [requests[m] for _, m in order],
             prompt_logprobs,
         )
@@ -138,25 +49,13 @@ def test_mixed_batch_equals_each_model_alone(family, alone, kind):
             assert bool(answer[2]) == (prompt_logprobs is not None)
 
 
-def _load(llm, name, folder):
-    from vllm_dqrelo import load_delta
-
-    return load_delta(llm, name, str(folder))
-
-
-def manager_of(llm):
-    """The worker's delta manager, in this process."""
-    core = llm.llm_engine.engine_core.engine_core
-    return core.model_executor.driver_worker.worker.model_runner.lora_manager
-
-
-def test_requests_that_arrive_one_after_another(family, alone):
+def test_requests_that_arrive_one_after_another(family, alone, engine, load, prompts):
     """Continuous batching: each step has other rows, prefill beside decode."""
     made = family("llama")
     expected = alone("llama")
     llm = engine(made.base, quantization="dqrelo", max_loras=3)
     requests = [None] + [
-        _load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)
+        load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)
     ]
     sampling = vllm.SamplingParams(
         max_tokens=8, temperature=0, logprobs=1, detokenize=False
@@ -168,7 +67,7 @@ def test_requests_that_arrive_one_after_another(family, alone):
             p, m = pending.pop()
             llm.llm_engine.add_request(
                 f"{p} {m}",
-                {"prompt_token_ids": PROMPTS[p]},
+                {"prompt_token_ids": prompts[p]},
                 sampling,
                 lora_request=requests[m],
             )
@@ -181,7 +80,9 @@ def test_requests_that_arrive_one_after_another(family, alone):
         assert list(output.outputs[0].token_ids) == expected[m][p][0]
 
 
-def test_memory_is_compacted_when_sizes_do_not_fit(family, alone):
+def test_memory_is_compacted_when_sizes_do_not_fit(
+    family, alone, engine, answers, difference, load, manager_of, prompts
+):
     """Three deltas of different sizes in an arena that just has room for two."""
     made = family("llama")
     expected = alone("llama")
@@ -192,13 +93,13 @@ def test_memory_is_compacted_when_sizes_do_not_fit(family, alone):
         made.base, quantization="dqrelo", max_loras=2, additional_config=options
     )
     requests = [None] + [
-        _load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)
+        load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)
     ]
     for pair in [(1, 2), (3, 1), (2, 3), (3, 2), (1, 3), (2, 1), (1, 2)]:
-        got = answers(llm, [PROMPTS[0]] * 2, [requests[m] for m in pair])
+        got = answers(llm, [prompts[0]] * 2, [requests[m] for m in pair])
         for m, answer in zip(pair, got, strict=True):
             assert difference(answer, expected[m][0]) <= TOLERANCE
-    assert len(manager_of(llm).resident) == 2
+    assert len(manager_of(llm).residency.resident) == 2
 
 
 def _packed_size(made, index):
@@ -213,14 +114,14 @@ def _packed_size(made, index):
 
 
 def test_a_delta_that_cannot_be_served_is_refused_and_the_engine_goes_on(
-    family, alone, tmp_path
+    family, alone, tmp_path, engine, answers, difference, load, manager_of, prompts
 ):
     from vllm_dqrelo.format.delta import Delta, write_delta
 
     made = family("llama")
     expected = alone("llama")
     llm = engine(made.base, quantization="dqrelo", max_loras=2)
-    good = _load(llm, "good", made.deltas[0])
+    good = load(llm, "good", made.deltas[0])
 
     unknown = tmp_path / "unknown"
     shutil.copytree(made.deltas[1], unknown)
@@ -256,13 +157,15 @@ def test_a_delta_that_cannot_be_served_is_refused_and_the_engine_goes_on(
         (tmp_path / "none", "none"),
     ]:
         with pytest.raises(Exception, match=message):
-            _load(llm, "bad", folder)
-        got = answers(llm, PROMPTS[:1], [good])
+            load(llm, "bad", folder)
+        got = answers(llm, prompts[:1], [good])
         assert difference(got[0], expected[1][0]) <= TOLERANCE
-    assert len(manager_of(llm).registered) == 1
+    assert len(manager_of(llm).host._packed) == 1
 
 
-def test_a_delta_stays_served_when_its_folder_is_gone(family, alone, tmp_path):
+def test_a_delta_stays_served_when_its_folder_is_gone(
+    family, alone, tmp_path, engine, answers, difference, load, prompts
+):
     made = family("llama")
     expected = alone("llama")
     copies = []
@@ -270,14 +173,16 @@ def test_a_delta_stays_served_when_its_folder_is_gone(family, alone, tmp_path):
         copies.append(tmp_path / str(i))
         shutil.copytree(folder, copies[i])
     llm = engine(made.base, quantization="dqrelo", max_loras=2)
-    requests = [_load(llm, f"delta-{i}", folder) for i, folder in enumerate(copies)]
+    requests = [load(llm, f"delta-{i}", folder) for i, folder in enumerate(copies)]
     shutil.rmtree(tmp_path)
     for m in (0, 1, 2, 0):  # evicts and activates again
-        got = answers(llm, PROMPTS[:1], [requests[m]])
+        got = answers(llm, prompts[:1], [requests[m]])
         assert difference(got[0], expected[m + 1][0]) <= TOLERANCE
 
 
-def test_a_folder_replaced_in_place_is_another_delta(family, alone, tmp_path):
+def test_a_folder_replaced_in_place_is_another_delta(
+    family, alone, tmp_path, engine, answers, difference, load, prompts
+):
     """Under the same name and path, with a prefix of the old one in the cache."""
     made, expected = family("llama"), alone("llama")
     llm = engine(made.base, quantization="dqrelo", max_loras=2)
@@ -285,33 +190,37 @@ def test_a_folder_replaced_in_place_is_another_delta(family, alone, tmp_path):
     for m in (1, 2, 1):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(made.deltas[m - 1], folder)
-        request = _load(llm, "math", folder)
+        request = load(llm, "math", folder)
         for _ in range(2):
-            got = answers(llm, PROMPTS, [request] * len(PROMPTS))
+            got = answers(llm, prompts, [request] * len(prompts))
             for answer, reference in zip(got, expected[m], strict=True):
                 assert difference(answer, reference) <= TOLERANCE
 
 
-def test_a_fine_tune_that_untied_the_lm_head(family, alone, save_model, tmp_path):
+def test_a_fine_tune_that_untied_the_lm_head(
+    family, alone, save_model, tmp_path, engine, answers, difference, load, prompts
+):
     """Its head is its own; beside it, tied deltas and the base go on as before."""
     made, expected = family("llama-tied"), alone("llama-tied")
     model = save_model("llama", tmp_path / "model", seed=7)
     convert(str(made.base), str(model), tmp_path / "delta", 0.125)
     export(str(made.base), tmp_path / "delta", tmp_path / "merged")
     llm = engine(tmp_path / "merged")
-    untied = answers(llm, PROMPTS, prompt_logprobs=1)
+    untied = answers(llm, prompts, prompt_logprobs=1)
     del llm
     gc.collect()
     llm = engine(made.base, quantization="dqrelo")
-    requests = [None, _load(llm, "tied", made.deltas[0])]
-    requests.append(_load(llm, "untied", tmp_path / "delta"))
+    requests = [None, load(llm, "tied", made.deltas[0])]
+    requests.append(load(llm, "untied", tmp_path / "delta"))
     for request, known in zip(requests, [*expected[:2], untied], strict=True):
-        got = answers(llm, PROMPTS, [request] * len(PROMPTS), prompt_logprobs=1)
+        got = answers(llm, prompts, [request] * len(prompts), prompt_logprobs=1)
         for answer, one in zip(got, known, strict=True):
             assert difference(answer, one) <= TOLERANCE
 
 
-def test_lora_adapters_beside_full_fine_tunes(family, alone, tmp_path):
+def test_lora_adapters_beside_full_fine_tunes(
+    family, alone, tmp_path, engine, answers, difference, load, prompts
+):
     """An adapter is a delta of low rank: same batch, same op."""
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
@@ -332,34 +241,42 @@ def test_lora_adapters_beside_full_fine_tunes(family, alone, tmp_path):
     convert(str(made.base), str(tmp_path / "adapter"), tmp_path / "delta", 0.125)
 
     llm = engine(tmp_path / "merged")
-    lora = answers(llm, PROMPTS, prompt_logprobs=1)
+    lora = answers(llm, prompts, prompt_logprobs=1)
     del llm
     assert min(map(difference, lora, expected[0])) > 10 * TOLERANCE
     llm = engine(made.base, quantization="dqrelo", max_loras=2)
-    requests = [None, _load(llm, "full", made.deltas[0])]
-    requests.append(_load(llm, "lora", tmp_path / "delta"))
-    order = [(p, m) for p in range(len(PROMPTS)) for m in range(3)]
-    got = answers(llm, [PROMPTS[p] for p, _ in order], [requests[m] for _, m in order])
+    requests = [None, load(llm, "full", made.deltas[0])]
+    requests.append(load(llm, "lora", tmp_path / "delta"))
+    order = [(p, m) for p in range(len(prompts)) for m in range(3)]
+    got = answers(llm, [prompts[p] for p, _ in order], [requests[m] for _, m in order])
     for (p, m), answer in zip(order, got, strict=True):
         reference = lora[p] if m == 2 else expected[m][p]
         assert difference(answer, reference) <= TOLERANCE, (p, m)
 
 
-def test_too_little_memory_and_unknown_options_are_refused(family):
+def test_too_little_memory_and_unknown_options_are_refused(family, engine, load):
     made = family("llama")
     options = {"dqrelo": {"delta_memory_gib": 1e-5}}
     llm = engine(made.base, quantization="dqrelo", additional_config=options)
     with pytest.raises(Exception, match="delta_memory_gib"):
-        _load(llm, "large", made.deltas[0])
+        load(llm, "large", made.deltas[0])
     with pytest.raises(Exception, match=r"unknown dqrelo options \['delta_memory'\]"):
         engine(
             made.base,
             quantization="dqrelo",
             additional_config={"dqrelo": {"delta_memory": 1}},
         )
+    with pytest.raises(
+        Exception, match="host_memory_gib is '8GB', expected a number of GiB"
+    ):
+        engine(
+            made.base,
+            quantization="dqrelo",
+            additional_config={"dqrelo": {"host_memory_gib": "8GB"}},
+        )
 
 
-def test_an_engine_without_deltas_is_vllms_own(family):
+def test_an_engine_without_deltas_is_vllms_own(family, engine, manager_of):
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
     made = family("llama")
@@ -370,50 +287,15 @@ def test_an_engine_without_deltas_is_vllms_own(family):
     assert type(manager_of(llm)) is LRUCacheWorkerLoRAManager
 
 
-def test_added_tokens_are_of_their_own_model(family, alone, save_model, tmp_path):
-    """Read and written by their fine-tune, and never written by another model."""
-    made, expected = family("llama-tied"), alone("llama-tied")
-    prompts = [[1, 320, 9, 324, 3, 8], [321] * 20, *PROMPTS]
-    merged, requests = [], []
-    for kind, tokens in (("llama-tied", 5), ("llama", 2)):
-        model, folder = tmp_path / f"model-{tokens}", tmp_path / f"delta-{tokens}"
-        save_model(kind, model, seed=tokens, added_tokens=tokens)
-        edit_rows(model, tokens)
-        convert(str(made.base), str(model), folder, 0.125)
-        merged.append(tmp_path / f"merged-{tokens}")
-        export(str(made.base), folder, merged[-1])
-    own = [prompts, [[token for token in p if token < 322] for p in prompts]]
-    known = []
-    for model, some in zip(merged, own, strict=True):
-        llm = engine(model)
-        known.append(answers(llm, some, prompt_logprobs=1))
-        del llm
-        gc.collect()
-    room = {"dqrelo": {"delta_memory_gib": 0.001, "added_tokens": 6}}
-    llm = engine(made.base, quantization="dqrelo", additional_config=room)
-    requests = [_load(llm, f"added-{t}", tmp_path / f"delta-{t}") for t in (5, 2)]
-    mixed = [*own[0], *own[1], *PROMPTS]
-    whose = [requests[0]] * len(prompts) + [requests[1]] * len(prompts)
-    got = answers(llm, mixed, whose + [None] * len(PROMPTS), prompt_logprobs=1)
-    want = [*known[0], *known[1], *expected[0]]
-    for answer, reference in zip(got, want, strict=True):
-        assert difference(answer, reference) <= TOLERANCE
-    written = {token for tokens, _, _ in known[0] for token in tokens}
-    assert max(written) >= 320  # or nothing above would be seen
+def test_a_model_that_passes_a_layer_by_is_not_served(family, engine, monkeypatch):
+    """Code that reads a layer's weight would leave the layer's deltas out."""
+    from vllm.model_executor.models.llama import LlamaMLP
 
+    def forward(self, x):
+        x = torch.nn.functional.linear(x, self.gate_up_proj.weight)
+        return self.down_proj(self.act_fn(x))[0]
 
-def edit_rows(model, tokens) -> None:
-    """Make the added tokens likely."""
-    tensors = load_file(model / "model.safetensors")
-    for name in {"lm_head.weight", "model.embed_tokens.weight"} & tensors.keys():
-        tensors[name][-tokens:] *= 4
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-
-
-def test_a_server_without_room_for_added_tokens(family, save_model, tmp_path):
-    made = family("llama-tied")
-    model = save_model("llama-tied", tmp_path / "model", seed=7, added_tokens=3)
-    convert(str(made.base), str(model), tmp_path / "delta", 0.125)
-    llm = engine(made.base, quantization="dqrelo")
-    with pytest.raises(Exception, match='"added_tokens": 3'):
-        _load(llm, "added", tmp_path / "delta")
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    message = r"passes 2 of its layers by: model.layers.0.mlp.gate_up_proj, model"
+    with pytest.raises(ValueError, match=message):
+        engine(family("llama").base, quantization="dqrelo")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tunes with tokens that their base does not have."""
 
+import gc
 import json
 
 import pytest
@@ -9,11 +10,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dqrelo_tools import cli
+from dqrelo_tools.convert import convert
+from dqrelo_tools.export import export
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import Delta, write_delta
 from vllm_dqrelo.format.errors import DqreloError
 
 ADDED = 5
+TOLERANCE = 1e-4  # as in test_serving.py
 
 
 def run(*arguments) -> int:
@@ -127,3 +131,61 @@ def test_serve_makes_room_for_added_tokens(pair, tmp_path, monkeypatch):
     own = ["--additional-config", "{}"]
     serve(str(base), [f"mine={delta}"], own)
     assert given[1].count("--additional-config") == 1 and given[1][-2:] == own
+
+
+# In a server.
+
+
+@pytest.mark.vllm
+def test_added_tokens_are_of_their_own_model(
+    family, alone, save_model, tmp_path, engine, answers, difference, load, prompts
+):
+    """Read and written by their fine-tune, and never written by another model."""
+    made, expected = family("llama-tied"), alone("llama-tied")
+    asked = [[1, 320, 9, 324, 3, 8], [321] * 20, *prompts]
+    merged, requests = [], []
+    for kind, tokens in (("llama-tied", 5), ("llama", 2)):
+        model, folder = tmp_path / f"model-{tokens}", tmp_path / f"delta-{tokens}"
+        save_model(kind, model, seed=tokens, added_tokens=tokens)
+        edit_rows(model, tokens)
+        convert(str(made.base), str(model), folder, 0.125)
+        merged.append(tmp_path / f"merged-{tokens}")
+        export(str(made.base), folder, merged[-1])
+    own = [asked, [[token for token in p if token < 322] for p in asked]]
+    known = []
+    for model, some in zip(merged, own, strict=True):
+        llm = engine(model)
+        known.append(answers(llm, some, prompt_logprobs=1))
+        del llm
+        gc.collect()
+    room = {"dqrelo": {"delta_memory_gib": 0.001, "added_tokens": 6}}
+    llm = engine(made.base, quantization="dqrelo", additional_config=room)
+    requests = [load(llm, f"added-{t}", tmp_path / f"delta-{t}") for t in (5, 2)]
+    mixed = [*own[0], *own[1], *prompts]
+    whose = [requests[0]] * len(asked) + [requests[1]] * len(asked)
+    got = answers(llm, mixed, whose + [None] * len(prompts), prompt_logprobs=1)
+    want = [*known[0], *known[1], *expected[0]]
+    for answer, reference in zip(got, want, strict=True):
+        assert difference(answer, reference) <= TOLERANCE
+    written = {token for tokens, _, _ in known[0] for token in tokens}
+    assert max(written) >= 320  # or nothing above would be seen
+
+
+def edit_rows(model, tokens) -> None:
+    """Make the added tokens likely."""
+    tensors = load_file(model / "model.safetensors")
+    for name in {"lm_head.weight", "model.embed_tokens.weight"} & tensors.keys():
+        tensors[name][-tokens:] *= 4
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.vllm
+def test_a_server_without_room_for_added_tokens(
+    family, save_model, tmp_path, engine, load
+):
+    made = family("llama-tied")
+    model = save_model("llama-tied", tmp_path / "model", seed=7, added_tokens=3)
+    convert(str(made.base), str(model), tmp_path / "delta", 0.125)
+    llm = engine(made.base, quantization="dqrelo")
+    with pytest.raises(Exception, match='"added_tokens": 3'):
+        load(llm, "added", tmp_path / "delta")

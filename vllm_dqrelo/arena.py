@@ -24,9 +24,9 @@ class Arena:
 
     def __init__(self, size: int, device: torch.device | str) -> None:
         self.data = torch.empty(aligned(size), dtype=torch.uint8, device=device)
-        self._extents: dict[int, tuple[int, int]] = {}  # key -> offset, size
+        self._extents: dict[str, tuple[int, int]] = {}  # key -> offset, size
 
-    def allocate(self, key: int, size: int) -> int | None:
+    def allocate(self, key: str, size: int) -> int | None:
         """The offset of a new extent of ``size`` bytes, or None if no gap has it."""
         size, start = aligned(size), 0
         for offset, taken in sorted(self._extents.values()):
@@ -38,11 +38,11 @@ class Arena:
         self._extents[key] = (start, size)
         return start
 
-    def free(self, key: int) -> None:
+    def free(self, key: str) -> None:
         """Give the extent of ``key`` back."""
         del self._extents[key]
 
-    def compact(self) -> dict[int, int]:
+    def compact(self) -> dict[str, int]:
         """Move all extents to the front, so that what is free is one gap.
 
         Returns:

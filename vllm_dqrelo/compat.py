@@ -9,12 +9,14 @@ import functools
 import inspect
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
+from http import HTTPStatus
 from typing import Any
 
 import torch
 import vllm
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 __all__ = ["EngineArgs", "ModelConfig", "VllmConfig"]
@@ -241,6 +243,97 @@ def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
         wrapped = wrap(found)
         setattr(wrapped, _PATCHED, True)
         setattr(owner, name, wrapped)
+
+
+def before_scheduler(start: Callable[[Any], None]) -> None:
+    """Call ``start(core)`` when an EngineCore has workers and KV cache.
+
+    It makes its scheduler right after that (v1/engine/core.py:158).
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    initialize = _find(EngineCore, "_initialize_kv_caches")
+    if hasattr(initialize, _PATCHED):
+        return
+
+    @functools.wraps(initialize)
+    def _initialize_kv_caches(self: Any, vllm_config: VllmConfig) -> Any:
+        kv_cache_config = initialize(self, vllm_config)
+        start(self)
+        return kv_cache_config
+
+    setattr(_initialize_kv_caches, _PATCHED, True)
+    EngineCore._initialize_kv_caches = _initialize_kv_caches
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """See that a scheduler has what ours overrides (v1/core/sched/scheduler.py:591)."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    for name in ("_handle_blocked_waiting_request", "_free_request"):
+        _find(Scheduler, name)
+    if not issubclass(scheduler, Scheduler):
+        raise ValueError(
+            f"--quantization dqrelo cannot be used with --scheduler-cls {scheduler}: "
+            "it is no subclass of vLLM's Scheduler"
+        )
+
+
+def replace_lora_calls(core: Any, deltas: Any) -> None:
+    """Let ``deltas`` answer an EngineCore's calls about adapters.
+
+    A future that ``add_lora`` returns is answered when it is done, and the engine
+    goes on (v1/engine/core.py:1734); an engine in the caller's process has no loop
+    that could go on, and waits. A request is bound before its blocks are hashed
+    (v1/engine/core.py:1089).
+    """
+    from vllm.v1.engine.core import EngineCoreProc
+
+    preprocess = _find(core, "preprocess_add_request")
+
+    def preprocess_add_request(request: Any) -> Any:
+        if request.lora_request:
+            request.lora_request = deltas.bind(request.lora_request)
+        return preprocess(request)
+
+    def add_lora(lora_request: LoRARequest) -> Any:
+        future = deltas.add_lora(lora_request)
+        has_loop = isinstance(core, EngineCoreProc)
+        return future if has_loop else deltas.wait_for(future)
+
+    core.preprocess_add_request = preprocess_add_request
+    for call in (add_lora, deltas.remove_lora, deltas.list_loras, deltas.pin_lora):
+        _find(core, call.__name__)
+        setattr(core, call.__name__, call)
+
+
+def show_reasons() -> None:
+    """Let the API server answer with the reason why a request failed.
+
+    vLLM's front end says "Internal server error" for every request that ends in an
+    error (v1/engine/output_processor.py:67); the scheduler puts the reason where
+    the stop string would be.
+    """
+    from vllm.exceptions import GracefulHTTPError
+    from vllm.outputs import RequestOutput
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    put = _find(RequestOutputCollector, "put")
+    if hasattr(put, _PATCHED):
+        return
+
+    @functools.wraps(put)
+    def put_reason(self: Any, output: Any) -> None:
+        if isinstance(output, RequestOutput) and output.finished:
+            for completion in output.outputs:
+                reason = completion.stop_reason
+                if completion.finish_reason == "error" and isinstance(reason, str):
+                    output = GracefulHTTPError(reason, HTTPStatus.INTERNAL_SERVER_ERROR)
+                    break
+        put(self, output)
+
+    setattr(put_reason, _PATCHED, True)
+    RequestOutputCollector.put = put_reason
 
 
 def map_name(model: torch.nn.Module, name: str) -> tuple[str, Any] | None:

@@ -102,11 +102,10 @@ async def entries(models: DeltaModels, infos: dict[str, Any]) -> list[dict[str, 
     """One entry for each delta: what it is, and where."""
     # All workers have the same deltas.
     status = (await models.engine_client.collective_rpc("delta_status"))[0]
-    in_memory = {one["id"]: one for one in status}
+    in_memory = {one["digest"]: one for one in status}
     found = []
     for name, info in infos.items():
-        request = models.lora_requests.get(name)
-        one = in_memory.get(request.lora_int_id, {}) if request else {}
+        one = in_memory.get(info.digest, {}) if name in models.lora_requests else {}
         found.append(
             {
                 "id": name,

@@ -1,51 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker's deltas: registered in host memory, resident in the arena, in use.
+"""A worker's deltas: read from disk, in host memory, on the device, in a step.
 
 vLLM's model runner talks to this class as it talks to its own LoRA manager
-(vllm/lora/worker_manager.py); tests/test_contract.py compares the two.
+(vllm/lora/worker_manager.py); tests/test_plugin.py compares the two. The engine
+talks to it through ``deltas.py``.
 """
 
-import json
-import math
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.logger import init_logger
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 
 from dqrelo_kernels import ops
 from dqrelo_kernels.rows import BASE
-from dqrelo_kernels.table import ABSENT, Field, empty_table, rebase
-from vllm_dqrelo.arena import Arena, aligned
+from dqrelo_kernels.table import Field, empty_table
+from vllm_dqrelo.coverage import check_coverage
 from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.host import HostTier, Loaded, Loader
 from vllm_dqrelo.layers import install
 from vllm_dqrelo.loaded import rearranged
-from vllm_dqrelo.options import Options, refuse_unsupported
+from vllm_dqrelo.options import Options, refuse_unsupported, warn_untested
 from vllm_dqrelo.packed import PackedDelta, pack
-from vllm_dqrelo.sites import Site, Sites
+from vllm_dqrelo.residency import Residency
+from vllm_dqrelo.sites import Sites
 from vllm_dqrelo.step import Step
-from vllm_dqrelo.vocabulary import AddedRows
 
 logger = init_logger(__name__)
 
 
-class DeltaManager:
-    """Registers, activates and evicts the deltas of one worker.
+class Memory(NamedTuple):
+    """What a worker has for deltas, in bytes.
 
-    A delta is *registered* when it was read, checked and packed into host memory;
-    it stays so until it is removed. It is *resident* while it has a slot and an
-    extent of the arena; the least recently used one makes room. Everything that
-    can fail, fails at registration: a step only copies bytes.
+    Attributes:
+        base: what the model's weights take.
+        arena: for resident deltas.
+        host: for deltas in host memory.
+        typical: what a delta of ratio 1/8 takes.
+        slots: the most deltas that are resident, a number.
+    """
+
+    base: int
+    arena: int
+    host: int
+    typical: int
+    slots: int
+
+
+class DeltaManager:
+    """The deltas of one worker, by digest.
 
     Args:
         vllm_config: of the engine.
@@ -56,15 +68,13 @@ class DeltaManager:
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, *_: Any) -> None:
         refuse_unsupported(vllm_config, device)
+        warn_untested(vllm_config)
         self.device = device
         self.options = Options.from_config(vllm_config)
         self.model_config = vllm_config.model_config
-        self.slots = vllm_config.lora_config.max_loras
+        self.max_loras = vllm_config.lora_config.max_loras
         self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self.registered: dict[int, PackedDelta] = {}
-        self.resident: OrderedDict[int, int] = OrderedDict()  # id -> slot, oldest first
-        self._paths: dict[int, str] = {}
-        self._fingerprint: str | None = None
+        self._dummies: set[str] = set()
 
     def create_lora_manager(
         self, model: torch.nn.Module, vllm_config: VllmConfig
@@ -73,197 +83,129 @@ class DeltaManager:
         ops.prepare(self.device)
         self.sites = Sites(model, self._base(), self.options.added_tokens)
         self.sites.rearranged = rearranged(self.sites, self._base())
-        self.added: dict[str, AddedRows] = {}
-        size = self.options.arena_bytes(self.sites, self.slots)
-        self.arena = Arena(size, self.device)
-        # The tables of all sites, one behind another: a site's is contiguous.
-        self.table = empty_table(1, self.slots * self.sites.count, self.device)[0]
-        self.table_rows = torch.empty(self.slots, self.sites.count, dtype=torch.int64)
-        self.ranks = self.options.scratch_ranks(self.sites)
-        self.step = Step(self.max_tokens, self.slots, self.ranks, self.device)
-        for site in self.sites.by_name.values():
-            slices, start = len(site.sizes), self.slots * site.first
-            rows = torch.arange(start, start + self.slots * slices)
-            rows = rows.view(self.slots, slices)
-            self.table_rows[:, site.first : site.first + slices] = rows
-            table = self.table[start : start + rows.numel()]
-            table = table.view(self.slots, slices, -1)
-            if self.options.added_tokens and site.is_vocabulary:
-                self.added[site.name] = self._added_rows(site)
-            added = self.added.get(site.name)
-            install(model, site, self.arena.data, table, self.step, added)
-        logger.info(
-            "dqrelo: %d sites, room for %.2f GiB of deltas, up to %d in one step",
-            len(self.sites.by_name),
-            size / 2**30,
-            self.slots,
+        weights = {p.data_ptr(): p.nbytes for p in model.parameters()}
+        arena = self.options.arena_bytes(self.sites, self.max_loras)
+        self.memory = Memory(
+            base=sum(weights.values()),
+            arena=arena,
+            host=self.options.host_bytes(),
+            typical=self.options.typical_bytes(self.sites),
+            slots=self.options.slots(self.sites, arena, self.max_loras),
         )
+        self.host = HostTier(self.memory.host)
+        self.residency = Residency(
+            self.sites, arena, self.memory.slots, self.host, self.device
+        )
+        self.pinned: set[str] = set()
+        self.loader = Loader(self.read)
+        self.ranks = self.options.scratch_ranks(self.sites)
+        self.step = Step(self.max_tokens, self.memory.slots, self.ranks, self.device)
+        data = self.residency.arena.data
+        for site in self.sites.by_name.values():
+            table, added = self.residency.table(site), self.residency.added(site)
+            install(model, site, data, table, self.step, added)
         return model
 
-    def _added_rows(self, site: Site) -> AddedRows:
-        shape = (self.options.added_tokens, site.columns)
-        dtype = site.module.get_parameter("weight").dtype
-        return AddedRows(site.sizes[0], self.slots, shape, dtype, self.device)
-
-    # Registration: called between steps, may refuse.
-
-    def add_adapter(self, request: LoRARequest) -> bool:
-        """Read, check and pack a delta; whether it was not registered before."""
-        if self._is_registered(request) and not request.load_inplace:
-            return False
-        packed = self._load(request)
-        self.remove_adapter(request.lora_int_id)
-        self.registered[request.lora_int_id] = packed
-        self._paths[request.lora_int_id] = request.lora_path
-        logger.info(
-            "dqrelo: delta %s registered, %.1f MB, %s",
-            request.lora_name,
-            packed.size / 1e6,
-            packed.digest,
-        )
-        return True
-
-    def _is_registered(self, request: LoRARequest) -> bool:
-        return self._paths.get(request.lora_int_id) == request.lora_path
-
-    def _load(self, request: LoRARequest) -> PackedDelta:
-        # load_delta appends the digest of what it means to the path.
-        folder, _, digest = request.lora_path.partition("#sha256:")
-        try:
-            delta = Delta(Path(folder))
-        except FileNotFoundError as error:
-            raise LoRAAdapterNotFoundError(
-                request.lora_name, request.lora_path
-            ) from error
-        if digest and delta.config.digest != f"sha256:{digest}":
-            raise DqreloError(f"{folder} was replaced while it was loaded; try again")
-        base = self.model_config.model
-        delta.config.check_base(self._base_fingerprint(), base, folder)
-        packed = pack(delta, self.sites, pinned=self.device.type == "cuda")
-        self._admit(request, packed)
-        return packed
-
-    def _admit(self, request: LoRARequest, packed: PackedDelta) -> None:
-        """Refuse a delta that a later step could have no room for."""
-        if (rank := max(self._site_ranks(packed))) > self.ranks:
-            raise DqreloError(
-                f"{request.lora_path} has rank {rank} in one layer, there is room for "
-                f"{self.ranks}; convert it with a lower --ratio"
-            )
-        sizes = {i: other.size for i, other in self.registered.items()}
-        sizes[request.lora_int_id] = packed.size
-        largest = sorted(sizes.values(), reverse=True)[: self.slots]
-        if (needed := sum(map(aligned, largest))) > self.arena.data.numel():
-            option = {"dqrelo": {"delta_memory_gib": math.ceil(needed / 2**20) / 1024}}
-            raise DqreloError(
-                f"{request.lora_path} takes {packed.size:,} bytes; the {len(largest)} "
-                f"largest deltas take {needed:,} together, and there is room for "
-                f"{self.arena.data.numel():,}. Serve with a lower --max-loras, or with "
-                f"--additional-config '{json.dumps(option)}'"
-            )
-
-    def _site_ranks(self, packed: PackedDelta) -> list[int]:
-        """The largest sum of ranks that one row meets, in each site."""
-        ranks = packed.entries[:, Field.RANK].clamp_min(0)
-        sites = self.sites.by_name.values()
-        parts = ranks.split([len(site.sizes) for site in sites])
-        return [
-            int(part.view(site.experts, -1).sum(1).max())
-            for site, part in zip(sites, parts, strict=True)
-        ]
-
-    def _base_fingerprint(self) -> str:
-        if self._fingerprint is None:
-            self._fingerprint = self._base().fingerprint()
-        return self._fingerprint
-
-    def _base(self) -> Checkpoint:
-        config = self.model_config
-        return Checkpoint(resolve(config.model, config.revision))
-
-    def remove_adapter(self, adapter_id: int) -> bool:
-        """Forget a delta; whether it was there."""
-        if adapter_id in self.resident:
-            self._evict(adapter_id)
-        self._paths.pop(adapter_id, None)
-        return self.registered.pop(adapter_id, None) is not None
-
-    def remove_all_adapters(self) -> None:
-        """Forget all deltas."""
-        for adapter_id in list(self.registered):
-            self.remove_adapter(adapter_id)
-
-    def list_adapters(self) -> set[int]:
-        """Ids of the registered deltas."""
-        return set(self.registered)
-
-    def pin_adapter(self, adapter_id: int) -> bool:
-        """Not offered: every registered delta stays in host memory."""
-        raise NotImplementedError("deltas cannot be pinned")
-
-    # Activation: part of a step.
+    # A step.
 
     def set_active_adapters(
         self, requests: set[LoRARequest], mapping: LoRAMapping | None
     ) -> None:
-        """Make the deltas of a step resident and say which rows are theirs."""
-        for request in requests:
-            if not self._is_registered(request):
-                self.add_adapter(request)
-        wanted = [request.lora_int_id for request in requests]
-        for adapter_id in wanted:
-            if adapter_id in self.resident:
-                self.resident.move_to_end(adapter_id)
-        for adapter_id in wanted:
-            if adapter_id not in self.resident:
-                self._activate(adapter_id, keep=set(wanted))
+        """Make the deltas of a step resident and say which rows are theirs.
+
+        ``deltas.py`` made the requests: their names are digests, and it let nothing
+        into the step that is not in memory.
+        """
+        slots = self.residency.use({request.lora_name for request in requests})
+        by_id = {request.lora_int_id: slots[request.lora_name] for request in requests}
         if mapping is not None:
             self.step.set(
-                self._slots_of(mapping.index_mapping),
-                self._slots_of(mapping.prompt_mapping),
+                _slots_of(mapping.index_mapping, by_id),
+                _slots_of(mapping.prompt_mapping, by_id),
             )
 
-    def _slots_of(self, adapter_ids: tuple[int, ...]) -> np.ndarray:
-        ids = np.asarray(adapter_ids, dtype=np.int64)
-        slots = np.full(len(ids), BASE, dtype=np.int32)
-        for adapter_id, slot in self.resident.items():
-            slots[ids == adapter_id] = slot
-        return slots
+    # Calls of the engine, between steps.
 
-    def _activate(self, adapter_id: int, keep: set[int]) -> None:
-        """Give a registered delta a slot and copy it into the arena."""
-        packed = self.registered[adapter_id]
-        evictable = [i for i in self.resident if i not in keep]
-        while (
-            len(self.resident) == self.slots
-            or (offset := self.arena.allocate(adapter_id, packed.size)) is None
-        ):
-            if evictable:
-                self._evict(evictable.pop(0))
-            else:
-                self._compact()
-        extent = self.arena.data[offset : offset + packed.size]
-        extent.copy_(packed.extent, non_blocking=True)
-        slot = min(set(range(self.slots)) - set(self.resident.values()))
-        self._write_table(slot, rebase(packed.entries, offset))
-        for name, added in self.added.items():
-            added.set(slot, packed.added.get(name))
-        self.resident[adapter_id] = slot
+    def start_load(self, request: LoRARequest) -> None:
+        """Begin to read a delta beside the steps."""
+        self.loader.start(request)
 
-    def _evict(self, adapter_id: int) -> None:
-        nothing = torch.full_like(self.registered[adapter_id].entries, ABSENT)
-        self._write_table(self.resident.pop(adapter_id), nothing)
-        self.arena.free(adapter_id)
+    def load_done(self) -> bool:
+        """Whether the delta was read."""
+        return self.loader.done
 
-    def _compact(self) -> None:
-        """Close the gaps; what has been admitted then fits."""
-        for adapter_id, offset in self.arena.compact().items():
-            entries = rebase(self.registered[adapter_id].entries, offset)
-            self._write_table(self.resident[adapter_id], entries)
+    def finish_load(self, keep: Collection[str]) -> tuple[Loaded, list[str]]:
+        """Put the delta that was read into host memory.
 
-    def _write_table(self, slot: int, entries: torch.Tensor) -> None:
-        """Say where the tensors of a slot lie, for all sites."""
-        self.table[self.table_rows[slot].to(self.device)] = entries.to(self.device)
+        Args:
+            keep: digests of deltas that must not make room for it.
+
+        Returns:
+            What became of it, and the digests of deltas that are gone from memory.
+        """
+        loaded, packed = self.loader.take()
+        if packed is None:
+            return loaded, []
+        self.host.put(packed)
+        return loaded, self.host.trim(keep, self.residency.resident)
+
+    def pin(self, digest: str) -> None:
+        """Note that the engine keeps a delta; for ``status.py``."""
+        self.pinned.add(digest)
+
+    def forget(self, digest: str) -> None:
+        """Free the memory of a delta."""
+        self.pinned.discard(digest)
+        self.host.drop(digest)
+        self.residency.drop([digest])
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each delta in memory, of the host or the device."""
+        resident = {d: delta.size for d, delta in self.residency.resident.items()}
+        return self.host.sizes() | resident
+
+    def read(self, request: LoRARequest) -> PackedDelta:
+        """Read and check a delta and lay it out; runs in the loader's thread.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            DqreloError: it cannot be served, or it is not the one that the path asks
+                for by its digest.
+        """
+        folder, _, digest = request.lora_path.partition("#sha256:")
+        delta = Delta(Path(folder))
+        if digest and delta.config.digest != f"sha256:{digest}":
+            raise DqreloError(
+                f"{folder} was replaced: it holds {delta.config.digest}, "
+                f"sha256:{digest} was asked for. Load the delta again"
+            )
+        delta.config.check_base(self._fingerprint, self.model_config.model, folder)
+        packed = pack(delta, self.sites, pinned=self.device.type == "cuda")
+        if (rank := self._largest_rank(packed)) > self.ranks:
+            raise DqreloError(
+                f"{folder} has rank {rank} in one layer, there is room for "
+                f"{self.ranks}; convert it with a lower --ratio"
+            )
+        return packed
+
+    def _largest_rank(self, packed: PackedDelta) -> int:
+        """The largest sum of ranks that one row meets in a site."""
+        ranks = packed.entries[:, Field.RANK].clamp_min(0)
+        sites = self.sites.by_name.values()
+        parts = ranks.split([len(site.sizes) for site in sites])
+        return max(
+            int(part.view(site.experts, -1).sum(1).max())
+            for site, part in zip(sites, parts, strict=True)
+        )
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of the base on disk."""
+        return self._base().fingerprint()
+
+    def _base(self) -> Checkpoint:
+        config = self.model_config
+        return Checkpoint(resolve(config.model, config.revision))
 
     # Warm-up: vLLM runs dummy batches with deltas that change nothing.
 
@@ -277,16 +219,74 @@ class DeltaManager:
         return default_rank
 
     def add_dummy_lora(self, request: LoRARequest, rank: int) -> bool:
-        """Register a delta that changes nothing."""
+        """Add a delta that changes nothing."""
         nothing = torch.zeros(0, dtype=torch.uint8)
         entries = empty_table(1, self.sites.count, "cpu")[0]
-        self.registered[request.lora_int_id] = PackedDelta("", nothing, entries)
-        self._paths[request.lora_int_id] = request.lora_path
+        self.host.put(PackedDelta(request.lora_name, nothing, entries))
+        self._dummies.add(request.lora_name)
         return True
+
+    def remove_all_adapters(self) -> None:
+        """End a warm-up, or else forget everything: the base has new weights."""
+        if self._dummies:
+            for digest in self._dummies:
+                self.forget(digest)
+            self._dummies.clear()
+        else:
+            self.host.clear()
+            self.residency.drop(list(self.residency.resident))
+
+    # What the engine asks a worker for with plain LoRA; here it knows itself.
+
+    def add_adapter(self, request: LoRARequest) -> bool:
+        """Not used, see ``deltas.py``."""
+        _ask_the_engine()
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """Not used, see ``deltas.py``."""
+        _ask_the_engine()
+
+    def pin_adapter(self, adapter_id: int) -> bool:
+        """Not used, see ``deltas.py``."""
+        _ask_the_engine()
+
+    def list_adapters(self) -> set[int]:
+        """Not used, see ``deltas.py``."""
+        _ask_the_engine()
 
     def supports_tower_connector_lora(self) -> bool:
         """Only language models are served."""
         return False
+
+
+def on_manager(worker: Any, call: str, *args: Any) -> Any:
+    """Call the delta manager of a worker; what the engine sends to its workers."""
+    return getattr(worker.model_runner.lora_manager, call)(*args)
+
+
+def memory(worker: Any) -> Memory:
+    """Check a worker that has its KV cache, and say what it has for deltas."""
+    runner = worker.model_runner
+    manager = runner.lora_manager
+    check_coverage(runner, manager.sites, manager.residency)
+    return manager.memory
+
+
+def _slots_of(adapter_ids: tuple[int, ...], by_id: dict[int, int]) -> np.ndarray:
+    ids = np.asarray(adapter_ids, dtype=np.int64)
+    slots = np.full(len(ids), BASE, dtype=np.int32)
+    known = ids <= 0
+    for adapter_id, slot in by_id.items():
+        mine = ids == adapter_id
+        slots[mine] = slot
+        known |= mine
+    if not known.all():
+        raise RuntimeError("a step has rows of a delta that it does not name")
+    return slots
+
+
+def _ask_the_engine() -> NoReturn:
+    raise RuntimeError("deltas are added and removed through the engine")
 
 
 @contextmanager

@@ -1,19 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plugin's options, and the engine configurations that it refuses."""
 
+import json
 import math
 from dataclasses import dataclass, fields
 
+import psutil
 import torch
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 
 from dqrelo_kernels.table import ALIGNMENT
 from vllm_dqrelo.arena import aligned
 from vllm_dqrelo.sites import Sites
 
-# Without an option, the arena has room for --max-loras deltas of this ratio.
+logger = init_logger(__name__)
+
+# Without an option, the arena has room for --max-loras deltas of this ratio, and
+# the host tier takes this part of the memory that is free once the base is loaded.
 DEFAULT_RATIO = 1 / 8
+DEFAULT_HOST_PART = 1 / 4
+# A slot for each delta of this ratio that the arena can hold; a kernel looks at all
+# slots, which sets the other limit.
+SMALLEST_RATIO = 1 / 64
+MOST_SLOTS = 256
 TENSORS = 6  # of a matrix at most: signs, scale, factors, their scale, bias
+
+# Architectures whose deltas the tests compare with merged checkpoints.
+TESTED_ARCHITECTURES = {
+    "GPTNeoXForCausalLM",
+    "Gemma3ForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "OPTForCausalLM",
+    "Phi3ForCausalLM",
+    "PhiForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+}
 
 
 @dataclass(frozen=True)
@@ -24,11 +52,14 @@ class Options:
         delta_memory_gib: device memory for resident deltas; by default what
             ``--max-loras`` deltas of ratio 1/8 take.
         added_tokens: the most tokens that a delta may add to the base's vocabulary.
+        host_memory_gib: host memory for deltas that are not read from disk again;
+            by default a quarter of what is free once the base is loaded.
         version: of the plugin, put there by it.
     """
 
     delta_memory_gib: float | None = None
     added_tokens: int = 0
+    host_memory_gib: float | None = None
     version: str = ""
 
     @classmethod
@@ -41,21 +72,35 @@ class Options:
                 f"additional_config has unknown dqrelo options {unknown}; known: "
                 f"{sorted(known - {'version'})}"
             )
+        for name in given.keys() - {"version"}:
+            kind = int if name == "added_tokens" else int | float
+            if not isinstance(given[name], kind) or given[name] < 0:
+                raise ValueError(
+                    f"dqrelo option {name} is {given[name]!r}, expected a "
+                    f"{'number of tokens' if kind is int else 'number of GiB'}"
+                )
         return cls(**given)
 
-    def arena_bytes(self, sites: Sites, slots: int) -> int:
+    def arena_bytes(self, sites: Sites, deltas: int) -> int:
         """Size of the arena for a model with these sites."""
         if self.delta_memory_gib is not None:
             return int(self.delta_memory_gib * 2**30)
-        total = 0
-        for site in sites.by_name.values():
-            for n in site.sizes:
-                total += aligned(4 * n)  # a bias or a norm in float32
-                if k := site.columns:
-                    # What rounding a rank up and scales for each row may add.
-                    total += int(2 * DEFAULT_RATIO * n * k) + 2 * (n + k) + 4 * n
-                    total += TENSORS * ALIGNMENT
-        return slots * total
+        return deltas * self.typical_bytes(sites)
+
+    def host_bytes(self) -> int:
+        """Size of the host tier on this machine, now."""
+        if self.host_memory_gib is not None:
+            return int(self.host_memory_gib * 2**30)
+        return int(psutil.virtual_memory().available * DEFAULT_HOST_PART)
+
+    def typical_bytes(self, sites: Sites) -> int:
+        """What a delta of the default ratio takes in the arena."""
+        return _delta_bytes(sites, DEFAULT_RATIO)
+
+    def slots(self, sites: Sites, arena: int, max_loras: int) -> int:
+        """How many deltas can be resident in an arena of so many bytes."""
+        small = arena // _delta_bytes(sites, SMALLEST_RATIO)
+        return max(max_loras, min(small, MOST_SLOTS))
 
     def scratch_ranks(self, sites: Sites) -> int:
         """The largest sum of ranks in one site that is served.
@@ -69,17 +114,70 @@ class Options:
         )
 
 
+def _delta_bytes(sites: Sites, ratio: float) -> int:
+    """What a delta of every matrix takes in the arena, at most."""
+    total = 0
+    for site in sites.by_name.values():
+        for n in site.sizes:
+            total += aligned(4 * n)  # a bias or a norm in float32
+            if k := site.columns:
+                # What rounding a rank up and scales for each row may add.
+                total += int(2 * ratio * n * k) + 2 * (n + k) + 4 * n
+                total += TENSORS * ALIGNMENT
+    return total
+
+
+def too_little_memory(
+    delta: str, size: int, deltas: int, needed: int, arena: int
+) -> str:
+    """What to say of a delta that a step could have no room for, and what to do."""
+    option = {"dqrelo": {"delta_memory_gib": math.ceil(needed / 2**20) / 1024}}
+    return (
+        f"{delta} takes {size:,} bytes; the {deltas} largest deltas take {needed:,} "
+        f"together, and there is room for {arena:,}. Serve with a lower --max-loras, "
+        f"or with --additional-config '{json.dumps(option)}'"
+    )
+
+
 def refuse_unsupported(vllm_config: VllmConfig, device: torch.device) -> None:
     """Refuse, at start, what would not be right with deltas."""
-    parallel = vllm_config.parallel_config
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
     problems = {
         f"runs on the CPU only so far, not on {device.type}": device.type != "cpu",
         "cannot split a model over several workers yet: use --tensor-parallel-size 1 "
         "and --pipeline-parallel-size 1": parallel.world_size > 1,
+        "cannot be used with dual-batch overlap (--enable-dbo, --ubatch-size), which "
+        "splits a step's rows": parallel.use_ubatching,
+        "cannot be used with --enable-batch-sharded-sampling, which gives the LM head "
+        "rows in another order": bool(parallel.enable_batch_sharded_sampling),
         "cannot be used with speculative decoding": vllm_config.speculative_config
         is not None,
-        "has mixtures of experts on the CPU only": vllm_config.model_config.is_moe
+        "has mixtures of experts on the CPU only": model.is_moe
         and device.type != "cpu",
+        "has no deltas for images or sound: use --limit-mm-per-prompt with 0 for each "
+        "kind of input": model.supports_multimodal_inputs,
+        "has no deltas for encoder-decoder models": model.is_encoder_decoder,
+        "has no deltas for diffusion language models": model.is_diffusion,
+        "cannot be used with --enable-prompt-embeds, which passes some rows by the "
+        "embedding": model.enable_prompt_embeds,
+        "cannot be used with --enable-sleep-mode, which discards the deltas": (
+            model.enable_sleep_mode
+        ),
+        "cannot be used with --weight-transfer-config: deltas belong to one base": (
+            vllm_config.weight_transfer_config is not None
+        ),
     }
     if found := [problem for problem, present in problems.items() if present]:
         raise ValueError("--quantization dqrelo " + "; it ".join(found))
+
+
+def warn_untested(vllm_config: VllmConfig) -> None:
+    """Say so when nobody has compared deltas of this architecture with fine-tunes."""
+    architectures = vllm_config.model_config.architectures
+    if TESTED_ARCHITECTURES.isdisjoint(architectures):
+        logger.warning(
+            "dqrelo: %s is not among the architectures that are tested (%s). Compare "
+            "some answers with those of a fine-tune served alone.",
+            ", ".join(architectures),
+            ", ".join(sorted(TESTED_ARCHITECTURES)),
+        )

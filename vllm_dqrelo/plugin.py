@@ -3,11 +3,13 @@
 
 ``register`` runs in every process of every vLLM in this environment, also in
 those that never use a delta. It therefore only makes ``--quantization dqrelo``
-known. The rest waits until that option is given: the control plane is switched
-on when the engine's configuration is made, and a worker is patched when its
-model is built (quantization.py).
+known, and looks at an engine that starts. The rest waits until that option is
+given: the control plane is switched on when the engine's configuration is made,
+the engine gets its deltas and its scheduler when it has its KV cache, and a worker
+is patched when its model is built (quantization.py).
 """
 
+import sys
 from typing import Any
 
 from vllm.logger import init_logger
@@ -36,6 +38,9 @@ def register() -> None:
 
     register_quantization_config("dqrelo")(DqreloConfig)
     compat.after_create_model_config(switch_on)
+    # An engine's process loads its plugins first of all, from EngineCore.__init__.
+    if "vllm.v1.engine.core" in sys.modules:
+        patch_engine()
 
 
 def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) -> None:
@@ -44,6 +49,8 @@ def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) 
         return
     from vllm_dqrelo.vocabulary import enlarge
 
+    patch_engine()  # for an engine in this process
+    compat.show_reasons()
     engine_args.enable_lora = True
     engine_args.worker_extension_cls = (
         engine_args.worker_extension_cls or "vllm_dqrelo.status.DeltaStatus"
@@ -82,6 +89,17 @@ def patch_frontend() -> None:
     compat.choose_handler(serving_twin)
     compat.before_check_model(check_twin)
     compat.choose_offline(offline_twin)
+
+
+def patch_engine() -> None:
+    """Let an engine hold requests back until their deltas are in memory."""
+
+    def start(core: Any) -> None:
+        from vllm_dqrelo.scheduler import start
+
+        start(core)
+
+    compat.before_scheduler(start)
 
 
 def patch_worker() -> None:

@@ -13,17 +13,16 @@ class DeltaStatus:
         """One entry for each delta in this worker's memory.
 
         Returns:
-            ``id`` of the request object, ``digest``, ``size`` in memory in bytes,
-            ``tier`` ("host" or "device") and ``pinned``.
+            ``digest``, ``size`` in memory in bytes, ``tier`` ("host" or "device") and
+            ``pinned``.
         """
         manager = self.model_runner.lora_manager
         return [
             {
-                "id": adapter_id,
-                "digest": packed.digest,
-                "size": packed.size,
-                "tier": "device" if adapter_id in manager.resident else "host",
-                "pinned": False,
+                "digest": digest,
+                "size": size,
+                "tier": "device" if digest in manager.residency.resident else "host",
+                "pinned": digest in manager.pinned,
             }
-            for adapter_id, packed in manager.registered.items()
+            for digest, size in manager.sizes().items()
         ]

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A name may mean another content tomorrow: who meets which weights."""
+
+import shutil
+
+import pytest
+
+vllm = pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+TOLERANCE = 1e-4  # as in test_serving.py
+
+
+def math(folder, number=7, **options):
+    """As the API server names a delta: the path says nothing of the content."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("math", number, str(folder), **options)
+
+
+def replace(folder, delta):
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(delta, folder)
+
+
+@pytest.fixture
+def start(sampling):
+    """``start(llm, key, prompt, lora_request)``: add a request."""
+
+    def start(llm, key, prompt, lora_request):
+        llm.llm_engine.add_request(
+            key, {"prompt_token_ids": prompt}, sampling(), lora_request=lora_request
+        )
+
+    return start
+
+
+@pytest.fixture
+def finish(answer_of):
+    """``finish(llm)``: step to the end; key -> answer."""
+
+    def finish(llm):
+        found = {}
+        while llm.llm_engine.has_unfinished_requests():
+            for output in llm.llm_engine.step():
+                if output.finished:
+                    found[output.request_id] = answer_of(output)
+        return found
+
+    return finish
+
+
+def test_a_folder_is_replaced_while_requests_run(
+    family, alone, engine, start, finish, tmp_path, prompts, manager_of, difference
+):
+    """The old ones end on the old weights, the new ones meet no old prefix."""
+    made, expected = family("llama"), alone("llama")
+    llm = engine(made.base, quantization="dqrelo", max_loras=2)
+    folder = tmp_path / "math"
+    replace(folder, made.deltas[0])
+    llm.llm_engine.add_lora(math(folder))
+    start(llm, "old", prompts[3], math(folder))
+    for _ in range(3):
+        llm.llm_engine.step()
+    replace(folder, made.deltas[1])
+    start(llm, "before", prompts[3], math(folder))  # not loaded again yet
+    assert llm.llm_engine.add_lora(math(folder, load_inplace=True))
+    again = math(folder, load_inplace=True)  # as vLLM names it from then on
+    start(llm, "new", prompts[3], again)
+    start(llm, "newer", prompts[3], again)
+    llm.llm_engine.step()
+    assert len(manager_of(llm).residency.resident) == 2
+    found = finish(llm)
+    for key, m in (("old", 1), ("before", 1), ("new", 2), ("newer", 2)):
+        assert difference(found[key], expected[m][3]) <= TOLERANCE, key
+    # The old one is freed with its last request.
+    assert len(manager_of(llm).residency.resident) == 1
+    assert len(manager_of(llm).host._packed) == 1
+    start(llm, "again", prompts[3], again)
+    assert difference(finish(llm)["again"], expected[2][3]) <= TOLERANCE
+
+
+def test_a_delta_is_unloaded_while_requests_run(
+    family, alone, engine, start, finish, tmp_path, prompts, manager_of, difference
+):
+    made, expected = family("llama"), alone("llama")
+    llm = engine(made.base, quantization="dqrelo", max_loras=1)
+    folder = tmp_path / "math"
+    replace(folder, made.deltas[0])
+    llm.llm_engine.add_lora(math(folder))
+    start(llm, "runs", prompts[0], math(folder))
+    llm.llm_engine.step()
+    start(llm, "waits", prompts[1], math(folder))
+    assert llm.llm_engine.remove_lora(7)
+    assert not llm.llm_engine.remove_lora(7)
+    assert llm.llm_engine.list_loras() == set()
+    shutil.rmtree(folder)
+    found = finish(llm)
+    assert difference(found["runs"], expected[1][0]) <= TOLERANCE
+    assert difference(found["waits"], expected[1][1]) <= TOLERANCE
+    manager = manager_of(llm)
+    assert not manager.residency.resident and not manager.host._packed
+    assert not manager.residency.arena._extents
+    with pytest.raises(FileNotFoundError):
+        start(llm, "late", prompts[0], math(folder))
+    assert finish(llm) == {}
+
+
+def test_two_names_of_one_content_share_it(
+    family, alone, engine, start, finish, tmp_path, prompts, manager_of, difference
+):
+    made, expected = family("llama"), alone("llama")
+    llm = engine(made.base, quantization="dqrelo", max_loras=1)
+    shutil.copytree(made.deltas[0], tmp_path / "copy")
+    one, two = math(made.deltas[0], 7), math(tmp_path / "copy", 8)
+    two.lora_name = "other"
+    for name in (one, two):
+        llm.llm_engine.add_lora(name)
+        start(llm, name.lora_name, prompts[0], name)
+    llm.llm_engine.step()
+    core = llm.llm_engine.engine_core.engine_core
+    assert len(core.scheduler.running) == 2  # though one step has one delta
+    manager = manager_of(llm)
+    assert len(manager.host._packed) == len(manager.residency.resident) == 1
+    assert llm.llm_engine.remove_lora(7)
+    for answer in finish(llm).values():
+        assert difference(answer, expected[1][0]) <= TOLERANCE
+    assert len(manager.residency.resident) == 1  # it has a name still
+    start(llm, "left", prompts[1], two)
+    assert difference(finish(llm)["left"], expected[1][1]) <= TOLERANCE
+
+
+def test_the_worker_refuses_rows_of_a_delta_that_it_was_not_given(
+    family, engine, load, manager_of
+):
+    from vllm.lora.layers import LoRAMapping
+
+    made = family("llama")
+    llm = engine(made.base, quantization="dqrelo")
+    load(llm, "math", made.deltas[0])
+    mapping = LoRAMapping((0, 3), (0, 3), is_prefill=True)
+    with pytest.raises(RuntimeError, match="rows of a delta that it does not name"):
+        manager_of(llm).set_active_adapters(set(), mapping)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether every layer that a delta can change really goes through our operators.
+
+vLLM has models whose code reads a layer's weight itself, past the layer's method. A
+delta of such a layer would be left out without a word, so one forward pass at start
+shows which layers are met.
+"""
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vllm_dqrelo.residency import Residency
+from vllm_dqrelo.sites import Sites
+
+
+class _Calls(TorchDispatchMode):
+    """Notes which tables the operators of this project are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "dqrelo":
+            names = [argument.name for argument in func._schema.arguments]
+            self.tables.add(args[names.index("table")].data_ptr())
+        return func(*args, **(kwargs or {}))
+
+
+def check_coverage(model_runner: Any, sites: Sites, residency: Residency) -> None:
+    """Run one token through the model and see whether every site is met.
+
+    Raises:
+        ValueError: the code of the model passes a site by.
+    """
+    with _Calls() as calls:
+        hidden_states, _ = model_runner._dummy_run(1, is_profile=True)
+        if not model_runner.is_pooling_model:
+            with torch.inference_mode():
+                model_runner.model.compute_logits(hidden_states)
+    missed = [
+        name
+        for name, site in sites.by_name.items()
+        if residency.table(site).data_ptr() not in calls.tables
+    ]
+    if missed:
+        model = type(model_runner.model).__name__
+        raise ValueError(
+            f"vLLM's {model} passes {len(missed)} of its layers by: "
+            f"{', '.join(missed[:5])}{', ...' if missed[5:] else ''}. Deltas of these "
+            "would be left out without a word, so that this model cannot be served "
+            "with --quantization dqrelo; please report its architecture"
+        )

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deltas in host memory, and the one thread that reads them from disk."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+
+from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.packed import PackedDelta
+
+logger = init_logger(__name__)
+
+
+class HostTier:
+    """Packed deltas by digest, the least recently used first.
+
+    Only ``trim`` makes a delta disappear from memory, and it is told what must stay.
+
+    Args:
+        limit: bytes that ``trim`` leaves at most, unless more must stay.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._packed: OrderedDict[str, PackedDelta] = OrderedDict()
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._packed
+
+    @property
+    def size(self) -> int:
+        """Bytes of all of them."""
+        return sum(self.sizes().values())
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each."""
+        return {digest: packed.size for digest, packed in self._packed.items()}
+
+    def get(self, digest: str) -> PackedDelta:
+        """A delta that is here, from now on the last one used."""
+        self._packed.move_to_end(digest)
+        return self._packed[digest]
+
+    def put(self, packed: PackedDelta) -> None:
+        """Add a delta, or count it as used."""
+        self._packed.setdefault(packed.digest, packed)
+        self._packed.move_to_end(packed.digest)
+
+    def drop(self, digest: str) -> None:
+        """Forget a delta, if it is here."""
+        self._packed.pop(digest, None)
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._packed.clear()
+
+    def shed(self, resident: Collection[str]) -> None:
+        """Drop deltas that the device has, too, until the limit is kept.
+
+        They come back when they are evicted there.
+        """
+        self._drop_until([digest for digest in self._packed if digest in resident])
+
+    def trim(self, keep: Collection[str], resident: Collection[str]) -> list[str]:
+        """Drop deltas until the limit is kept.
+
+        Args:
+            keep: digests of deltas that must not disappear.
+            resident: digests of deltas that the device has.
+
+        Returns:
+            The digests of those that are gone from memory altogether.
+        """
+        self.shed(resident)
+        return self._drop_until(
+            [
+                digest
+                for digest in self._packed
+                if digest not in resident and digest not in keep
+            ]
+        )
+
+    def _drop_until(self, digests: list[str]) -> list[str]:
+        """Those of ``digests`` that had to be dropped for the limit."""
+        size, dropped = self.size, []
+        for digest in digests:
+            if size <= self.limit:
+                break
+            size -= self._packed.pop(digest).size
+            dropped.append(digest)
+        return dropped
+
+
+class Loaded(NamedTuple):
+    """How a load ended: ``error`` is empty, or else the rest is.
+
+    Attributes:
+        digest: of the delta.
+        size: bytes that it takes in the arena.
+        error: why it cannot be served, for the user.
+        missing: whether that is because there is no such folder.
+    """
+
+    digest: str
+    size: int
+    error: str = ""
+    missing: bool = False
+
+
+class Loader:
+    """Reads one delta after another in a thread of its own.
+
+    Args:
+        read: reads, checks and packs a delta; all of its exceptions are results.
+    """
+
+    def __init__(self, read: Callable[[LoRARequest], PackedDelta]) -> None:
+        self._read = read
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dqrelo-loader")
+        self._running: Future[PackedDelta] | None = None
+
+    def start(self, request: LoRARequest) -> None:
+        """Begin to read a delta; the one before was taken."""
+        self._running = self._thread.submit(self._read, request)
+
+    @property
+    def done(self) -> bool:
+        """Whether ``take`` would not wait."""
+        return self._running is not None and self._running.done()
+
+    def take(self) -> tuple[Loaded, PackedDelta | None]:
+        """What became of the delta that was read."""
+        running, self._running = self._running, None
+        assert running is not None
+        try:
+            packed = running.result()
+        except FileNotFoundError as error:
+            return Loaded("", 0, str(error), missing=True), None
+        except DqreloError as error:
+            return Loaded("", 0, str(error)), None
+        except Exception as error:
+            logger.exception("dqrelo: a delta could not be read")
+            return Loaded("", 0, f"{type(error).__name__}: {error}"), None
+        return Loaded(packed.digest, packed.size), packed

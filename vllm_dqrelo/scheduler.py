@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's scheduler, which lets no request start before its delta is in memory."""
+
+import time
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_dqrelo import compat
+from vllm_dqrelo.deltas import POLL, Deltas, Failure
+
+logger = init_logger(__name__)
+
+
+class DeltaScheduler(Scheduler):
+    """On top of the scheduler that vLLM would choose: see ``start``.
+
+    A request whose delta is being read is passed over, as vLLM passes over one whose
+    grammar is being compiled: what is behind it in the queue goes on.
+    """
+
+    deltas: Deltas
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._failed: list[tuple[int, EngineCoreOutput]] = []
+
+    def add_request(self, request: Request) -> None:
+        new = request.request_id not in self.requests
+        super().add_request(request)
+        if new and request.lora_request:
+            self.deltas.use(request.lora_request)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        freed = super()._free_request(request, *args, **kwargs)
+        if request.lora_request:
+            self.deltas.release(request.lora_request)
+        return freed
+
+    def has_requests(self) -> bool:
+        """Also while a delta is read that no request waits for: the loop polls."""
+        return super().has_requests() or self.deltas.loading
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        if self.deltas.busy:
+            failure = self.deltas.advance(self._started(), self._waiting())
+            if failure:
+                self._fail(failure)
+        output = super().schedule(*args, **kwargs)
+        if self.deltas.busy and not output.total_num_scheduled_tokens:
+            time.sleep(POLL)
+        return output
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        bound = request.lora_request
+        if bound and bound.lora_name not in self.deltas.ready:
+            return False
+        return super()._handle_blocked_waiting_request(request)
+
+    def _started(self) -> set[str]:
+        """The deltas of requests that run, or did and were preempted."""
+        preempted = (r for r in self.waiting if r.num_preemptions)
+        return {
+            request.lora_request.lora_name
+            for request in chain(self.running, self.kv_holding_waiting, preempted)
+            if request.lora_request
+        }
+
+    def _waiting(self) -> Iterator[LoRARequest]:
+        """The deltas of requests that wait, in the order of the queue."""
+        for request in self.waiting:
+            if request.lora_request:
+                yield request.lora_request
+
+    def _fail(self, failure: Failure) -> None:
+        """End the requests of a delta that cannot be read, with the reason."""
+        failed = [
+            request.request_id
+            for request in self.requests.values()
+            if request.lora_request
+            and request.lora_request.lora_name == failure.digest
+            and not request.is_finished()
+        ]
+        for request in self.finish_requests(failed, RequestStatus.FINISHED_ERROR):
+            output = EngineCoreOutput(
+                request_id=request.request_id,
+                new_token_ids=[],
+                finish_reason=request.get_finished_reason(),
+                stop_reason=failure.error,
+                events=request.take_events(),
+                trace_headers=request.trace_headers,
+            )
+            self._failed.append((request.client_index, output))
+
+    def update_from_output(
+        self, *args: Any, **kwargs: Any
+    ) -> dict[int, EngineCoreOutputs]:
+        outputs = super().update_from_output(*args, **kwargs)
+        for client, output in self._failed:
+            outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
+        self._failed.clear()
+        return outputs
+
+
+def start(core: Any) -> None:
+    """Give an engine its deltas, before it makes its scheduler.
+
+    Args:
+        core: vLLM's EngineCore, with workers and KV cache; changed in place.
+    """
+    config = core.vllm_config
+    if config.model_config.quantization != "dqrelo":
+        return
+    deltas = Deltas(core.model_executor, config.lora_config.max_loras)
+    base = config.scheduler_config.get_scheduler_cls()
+    compat.check_scheduler(base)
+    config.scheduler_config.scheduler_cls = type(
+        f"Delta{base.__name__}", (DeltaScheduler, base), {"deltas": deltas}
+    )
+    compat.replace_lora_calls(core, deltas)
+    memory = deltas.memory
+    logger.info(
+        "dqrelo: base %.2f GiB, KV cache %.2f GiB, arena %.2f GiB: %d deltas of ratio "
+        "1/8 resident, at most %d of any size, %d in one step; host tier %.2f GiB",
+        memory.base / 2**30,
+        core.available_gpu_memory_for_kv_cache / 2**30,
+        memory.arena / 2**30,
+        memory.arena // memory.typical,
+        memory.slots,
+        config.lora_config.max_loras,
+        memory.host / 2**30,
+    )
