@@ -267,7 +267,7 @@ def test_too_little_memory_and_unknown_options_are_refused(family, engine, load)
             additional_config={"dqrelo": {"delta_memory": 1}},
         )
     with pytest.raises(
-        Exception, match="host_memory_gib is '8GB', expected a number of GiB"
+        Exception, match="'8GB', expected a number of GiB"
     ):
         engine(
             made.base,

@@ -149,6 +149,8 @@ def test_added_tokens_are_of_their_own_model(
         save_model(kind, model, seed=tokens, added_tokens=tokens)
         edit_rows(model, tokens)
         convert(str(made.base), str(model), folder, 0.125)
+        for file in folder.glob("tokenizer*"):  # LLM has one tokenizer in a call
+            file.unlink()
         merged.append(tmp_path / f"merged-{tokens}")
         export(str(made.base), folder, merged[-1])
     own = [asked, [[token for token in p if token < 322] for p in asked]]
