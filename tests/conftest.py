@@ -68,10 +68,9 @@ class Family:
     merged: list[Path]
 
 
-@pytest.fixture(scope="session", name="save_model")
-def save_model_fixture():
-    """The function ``save_model``; with importlib there is no importing it."""
-    return save_model
+def given(function):
+    """A fixture that is ``function``; with importlib there is no importing it."""
+    return pytest.fixture(scope="session", name=function.__name__)(lambda: function)
 
 
 def save_model(
@@ -229,12 +228,6 @@ def healthy(port) -> bool:
         return False
 
 
-@pytest.fixture(scope="session", name="decode")
-def decode_fixture():
-    """The function ``decode``."""
-    return decode
-
-
 def decode(tensors: Mapping[str, torch.Tensor], name: str) -> np.ndarray:
     """What a stored matrix means, float64 [N, K], as docs/format.md words it."""
     stored = {
@@ -338,12 +331,6 @@ def manager_of_fixture():
     return manager_of
 
 
-@pytest.fixture(name="sampling")
-def sampling_fixture():
-    """The function ``sampling``."""
-    return sampling
-
-
 def sampling(max_tokens=8, prompt_logprobs=None):
     """Greedy, with logprobs."""
     from vllm import SamplingParams
@@ -357,12 +344,6 @@ def sampling(max_tokens=8, prompt_logprobs=None):
     )
 
 
-@pytest.fixture(name="answers")
-def answers_fixture():
-    """The function ``answers``."""
-    return answers
-
-
 def answers(llm, prompts, requests=None, prompt_logprobs=None):
     """Tokens, their logprobs and the prompt's logprobs, of each prompt."""
     outputs = llm.generate(
@@ -372,12 +353,6 @@ def answers(llm, prompts, requests=None, prompt_logprobs=None):
         use_tqdm=False,
     )
     return [answer_of(output) for output in outputs]
-
-
-@pytest.fixture(name="answer_of")
-def answer_of_fixture():
-    """The function ``answer_of``."""
-    return answer_of
 
 
 def answer_of(output):
@@ -398,12 +373,6 @@ def answer_of(output):
     return tokens, logprobs, prompt
 
 
-@pytest.fixture(name="difference")
-def difference_fixture():
-    """The function ``difference``."""
-    return difference
-
-
 def difference(got, expected) -> float:
     """Largest difference of two answers' logprobs; infinite if the tokens differ."""
     if got[0] != expected[0]:
@@ -412,6 +381,14 @@ def difference(got, expected) -> float:
     if got[2]:  # prompt logprobs were asked for
         pairs += zip(got[2], expected[2], strict=True)
     return max(abs(one - other) for one, other in pairs)
+
+
+save_model_fixture = given(save_model)
+decode_fixture = given(decode)
+sampling_fixture = given(sampling)
+answers_fixture = given(answers)
+answer_of_fixture = given(answer_of)
+difference_fixture = given(difference)
 
 
 @pytest.fixture(scope="session")

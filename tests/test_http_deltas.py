@@ -239,11 +239,14 @@ def test_the_command(url, store, capsys):
         (("load", "foreign"), "belongs to another base"),
         (("load", "nobody"), "there is no delta called nobody"),
         (("unload", "plain"), "plain"),
-        (("pin", "plain"), "cannot be pinned"),
+        (("pin", "nobody"), "there is no delta called nobody"),
         (("load",), "takes the NAME"),
         (("list", "plain"), "takes no NAME"),
     ]:
         code, said = deltas(*arguments)
         assert code == 1 and message in said.err and not said.out
+    assert deltas("pin", "plain")[0] == 0
+    listed = {one["id"]: one for one in json.loads(deltas("list", "--json")[1].out)}
+    assert listed["plain"]["pinned"]
     code, said = deltas("list", key="wrong")
     assert code == 1 and "VLLM_API_KEY" in said.err

@@ -75,7 +75,7 @@ def test_a_folder_is_replaced_while_requests_run(
         assert difference(found[key], expected[m][3]) <= TOLERANCE, key
     # The old one is freed with its last request.
     assert len(manager_of(llm).residency.resident) == 1
-    assert len(manager_of(llm).host._packed) == 1
+    assert len(manager_of(llm).host.packed) == 1
     start(llm, "again", prompts[3], again)
     assert difference(finish(llm)["again"], expected[2][3]) <= TOLERANCE
 
@@ -99,7 +99,7 @@ def test_a_delta_is_unloaded_while_requests_run(
     assert difference(found["runs"], expected[1][0]) <= TOLERANCE
     assert difference(found["waits"], expected[1][1]) <= TOLERANCE
     manager = manager_of(llm)
-    assert not manager.residency.resident and not manager.host._packed
+    assert not manager.residency.resident and not manager.host.packed
     assert not manager.residency.arena._extents
     with pytest.raises(FileNotFoundError):
         start(llm, "late", prompts[0], math(folder))
@@ -121,7 +121,7 @@ def test_two_names_of_one_content_share_it(
     core = llm.llm_engine.engine_core.engine_core
     assert len(core.scheduler.running) == 2  # though one step has one delta
     manager = manager_of(llm)
-    assert len(manager.host._packed) == len(manager.residency.resident) == 1
+    assert len(manager.host.packed) == len(manager.residency.resident) == 1
     assert llm.llm_engine.remove_lora(7)
     for answer in finish(llm).values():
         assert difference(answer, expected[1][0]) <= TOLERANCE

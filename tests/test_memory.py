@@ -93,7 +93,7 @@ def test_random_arrivals_over_all_tiers(
     rng = random.Random(1)
     pending = [(i, rng.randrange(len(prompts)), rng.randrange(8)) for i in range(60)]
     finished, most_resident = {}, 0
-    preempt = {20, 40}
+    preempt = [20, 40]  # when so many have finished
     while pending or llm.llm_engine.has_unfinished_requests():
         for _ in range(min(len(pending), rng.choice([0, 0, 1, 3]))):
             i, p, m = pending.pop()
@@ -103,8 +103,8 @@ def test_random_arrivals_over_all_tiers(
                 sampling(),
                 lora_request=requests[m],
             )
-        if len(finished) in preempt:
-            preempt.discard(len(finished))
+        if preempt and len(finished) >= preempt[0]:
+            preempt.pop(0)
             scheduler = llm.llm_engine.engine_core.engine_core.scheduler
             scheduler.reset_prefix_cache(reset_running_requests=True)
         for output in llm.llm_engine.step():
@@ -200,17 +200,12 @@ def test_decoding_goes_on_while_a_delta_is_read(
         during, others = decode(lambda *_: future.done())
         assert future.result() is True
     waited = time.perf_counter() - start
-    ratio = statistics.median(during) / statistics.median(before)
-    print(
-        f"{way}: {len(during)} tokens in {waited:.2f} s, median "
-        f"{statistics.median(before) * 1e3:.2f} ms before, "
-        f"{statistics.median(during) * 1e3:.2f} ms during, longest "
-        f"{max(during) * 1e3:.0f} ms"
-    )
+    after, _ = decode(lambda seconds, _: len(seconds) >= 300)
+    usual = max(statistics.median(before), statistics.median(after))
     assert waited > DELAY
-    assert ratio < 1.2
+    assert statistics.median(during) < 1.2 * usual
     assert max(during) < DELAY / 2
-    assert len(during) > DELAY / 2 / statistics.median(before) / 2
+    assert len(during) > DELAY / usual / 2
 
 
 def test_requests_that_wait_for_a_delta_can_be_aborted(
@@ -254,7 +249,8 @@ def test_a_delta_that_cannot_be_read_again_fails_alone(
     }
     for name, message in messages.items():
         llm.llm_engine.add_lora(bad[name])
-        assert not deltas_of(llm).ready
+        digest = deltas_of(llm).registered[bad[name].lora_int_id].bound.lora_name
+        assert digest not in deltas_of(llm).ready
         shutil.rmtree(folders[name])
         if name == "replaced":
             shutil.copytree(made.deltas[2], folders[name])
@@ -334,7 +330,7 @@ def test_what_one_step_needs_must_fit_the_arena(
         load(llm, f"delta-{i}", made.deltas[i])
     with pytest.raises(Exception, match=r"2 largest deltas take .*delta_memory_gib"):
         load(llm, "largest", made.deltas[order[2]])
-    assert len(deltas_of(llm).ready) == len(manager_of(llm).host._packed) == 2
+    assert len(deltas_of(llm).ready) == len(manager_of(llm).host.packed) == 2
 
 
 def llm_digest(request):

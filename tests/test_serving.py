@@ -266,9 +266,7 @@ def test_too_little_memory_and_unknown_options_are_refused(family, engine, load)
             quantization="dqrelo",
             additional_config={"dqrelo": {"delta_memory": 1}},
         )
-    with pytest.raises(
-        Exception, match="'8GB', expected a number of GiB"
-    ):
+    with pytest.raises(Exception, match="'8GB', expected a number of GiB"):
         engine(
             made.base,
             quantization="dqrelo",

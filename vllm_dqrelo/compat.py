@@ -252,18 +252,16 @@ def before_scheduler(start: Callable[[Any], None]) -> None:
     """
     from vllm.v1.engine.core import EngineCore
 
-    initialize = _find(EngineCore, "_initialize_kv_caches")
-    if hasattr(initialize, _PATCHED):
-        return
+    def then(initialize: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(initialize)
+        def _initialize_kv_caches(self: Any, vllm_config: VllmConfig) -> Any:
+            kv_cache_config = initialize(self, vllm_config)
+            start(self)
+            return kv_cache_config
 
-    @functools.wraps(initialize)
-    def _initialize_kv_caches(self: Any, vllm_config: VllmConfig) -> Any:
-        kv_cache_config = initialize(self, vllm_config)
-        start(self)
-        return kv_cache_config
+        return _initialize_kv_caches
 
-    setattr(_initialize_kv_caches, _PATCHED, True)
-    EngineCore._initialize_kv_caches = _initialize_kv_caches
+    _replace(EngineCore, "_initialize_kv_caches", then)
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -318,22 +316,22 @@ def show_reasons() -> None:
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
-    put = _find(RequestOutputCollector, "put")
-    if hasattr(put, _PATCHED):
-        return
+    def with_reason(put: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(put)
+        def put_reason(self: Any, output: Any) -> None:
+            if isinstance(output, RequestOutput) and output.finished:
+                for one in output.outputs:
+                    if one.finish_reason == "error" and isinstance(
+                        one.stop_reason, str
+                    ):
+                        status = HTTPStatus.INTERNAL_SERVER_ERROR
+                        output = GracefulHTTPError(one.stop_reason, status)
+                        break
+            put(self, output)
 
-    @functools.wraps(put)
-    def put_reason(self: Any, output: Any) -> None:
-        if isinstance(output, RequestOutput) and output.finished:
-            for completion in output.outputs:
-                reason = completion.stop_reason
-                if completion.finish_reason == "error" and isinstance(reason, str):
-                    output = GracefulHTTPError(reason, HTTPStatus.INTERNAL_SERVER_ERROR)
-                    break
-        put(self, output)
+        return put_reason
 
-    setattr(put_reason, _PATCHED, True)
-    RequestOutputCollector.put = put_reason
+    _replace(RequestOutputCollector, "put", with_reason)
 
 
 def map_name(model: torch.nn.Module, name: str) -> tuple[str, Any] | None:

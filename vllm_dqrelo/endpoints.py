@@ -74,7 +74,7 @@ async def unload(name: str, models: DeltaModels = Models) -> dict[str, Any]:
 
 @router.post("/{name:path}/pin")
 async def pin(name: str, models: DeltaModels = Models) -> dict[str, Any]:
-    """Load a delta and keep it on the device."""
+    """Load a delta and keep it in memory."""
     found = found_or_raise(await models.find(name), name)
     try:
         await models.engine_client.pin_lora(found.lora_int_id)
@@ -105,7 +105,9 @@ async def entries(models: DeltaModels, infos: dict[str, Any]) -> list[dict[str, 
     in_memory = {one["digest"]: one for one in status}
     found = []
     for name, info in infos.items():
-        one = in_memory.get(info.digest, {}) if name in models.lora_requests else {}
+        request = models.lora_requests.get(name)
+        digest = request.lora_path.partition("#")[2] if request else None
+        one = in_memory.get(digest, {})
         found.append(
             {
                 "id": name,

@@ -22,48 +22,47 @@ class HostTier:
 
     Args:
         limit: bytes that ``trim`` leaves at most, unless more must stay.
+
+    Attributes:
+        packed: digest -> delta.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._packed: OrderedDict[str, PackedDelta] = OrderedDict()
+        self.packed: OrderedDict[str, PackedDelta] = OrderedDict()
 
     def __contains__(self, digest: str) -> bool:
-        return digest in self._packed
+        return digest in self.packed
 
     @property
     def size(self) -> int:
         """Bytes of all of them."""
-        return sum(self.sizes().values())
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each."""
-        return {digest: packed.size for digest, packed in self._packed.items()}
+        return sum(packed.size for packed in self.packed.values())
 
     def get(self, digest: str) -> PackedDelta:
         """A delta that is here, from now on the last one used."""
-        self._packed.move_to_end(digest)
-        return self._packed[digest]
+        self.packed.move_to_end(digest)
+        return self.packed[digest]
 
     def put(self, packed: PackedDelta) -> None:
         """Add a delta, or count it as used."""
-        self._packed.setdefault(packed.digest, packed)
-        self._packed.move_to_end(packed.digest)
+        self.packed.setdefault(packed.digest, packed)
+        self.packed.move_to_end(packed.digest)
 
     def drop(self, digest: str) -> None:
         """Forget a delta, if it is here."""
-        self._packed.pop(digest, None)
+        self.packed.pop(digest, None)
 
     def clear(self) -> None:
         """Forget all of them."""
-        self._packed.clear()
+        self.packed.clear()
 
     def shed(self, resident: Collection[str]) -> None:
         """Drop deltas that the device has, too, until the limit is kept.
 
         They come back when they are evicted there.
         """
-        self._drop_until([digest for digest in self._packed if digest in resident])
+        self._drop_until([digest for digest in self.packed if digest in resident])
 
     def trim(self, keep: Collection[str], resident: Collection[str]) -> list[str]:
         """Drop deltas until the limit is kept.
@@ -79,7 +78,7 @@ class HostTier:
         return self._drop_until(
             [
                 digest
-                for digest in self._packed
+                for digest in self.packed
                 if digest not in resident and digest not in keep
             ]
         )
@@ -90,7 +89,7 @@ class HostTier:
         for digest in digests:
             if size <= self.limit:
                 break
-            size -= self._packed.pop(digest).size
+            size -= self.packed.pop(digest).size
             dropped.append(digest)
         return dropped
 

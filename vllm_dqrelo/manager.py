@@ -81,8 +81,8 @@ class DeltaManager:
     ) -> torch.nn.Module:
         """Put deltas behind every site of the loaded ``model``; returns it."""
         ops.prepare(self.device)
-        self.sites = Sites(model, self._base(), self.options.added_tokens)
-        self.sites.rearranged = rearranged(self.sites, self._base())
+        self.sites = Sites(model, self.base, self.options.added_tokens)
+        self.sites.rearranged = rearranged(self.sites, self.base)
         weights = {p.data_ptr(): p.nbytes for p in model.parameters()}
         arena = self.options.arena_bytes(self.sites, self.max_loras)
         self.memory = Memory(
@@ -100,10 +100,10 @@ class DeltaManager:
         self.loader = Loader(self.read)
         self.ranks = self.options.scratch_ranks(self.sites)
         self.step = Step(self.max_tokens, self.memory.slots, self.ranks, self.device)
-        data = self.residency.arena.data
-        for site in self.sites.by_name.values():
-            table, added = self.residency.table(site), self.residency.added(site)
-            install(model, site, data, table, self.step, added)
+        data, added = self.residency.arena.data, self.residency.added
+        for name, site in self.sites.by_name.items():
+            table = self.residency.table(site)
+            install(model, site, data, table, self.step, added.get(name))
         return model
 
     # A step.
@@ -150,7 +150,7 @@ class DeltaManager:
         return loaded, self.host.trim(keep, self.residency.resident)
 
     def pin(self, digest: str) -> None:
-        """Note that the engine keeps a delta; for ``status.py``."""
+        """Note that the engine keeps a delta in memory."""
         self.pinned.add(digest)
 
     def forget(self, digest: str) -> None:
@@ -158,11 +158,6 @@ class DeltaManager:
         self.pinned.discard(digest)
         self.host.drop(digest)
         self.residency.drop([digest])
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each delta in memory, of the host or the device."""
-        resident = {d: delta.size for d, delta in self.residency.resident.items()}
-        return self.host.sizes() | resident
 
     def read(self, request: LoRARequest) -> PackedDelta:
         """Read and check a delta and lay it out; runs in the loader's thread.
@@ -181,31 +176,28 @@ class DeltaManager:
             )
         delta.config.check_base(self._fingerprint, self.model_config.model, folder)
         packed = pack(delta, self.sites, pinned=self.device.type == "cuda")
-        if (rank := self._largest_rank(packed)) > self.ranks:
+        ranks = packed.entries[:, Field.RANK].clamp_min(0)
+        sites = self.sites.by_name.values()
+        parts = ranks.split([len(site.sizes) for site in sites])
+        rank = max(  # that one row meets
+            int(part.view(site.experts, -1).sum(1).max())
+            for site, part in zip(sites, parts, strict=True)
+        )
+        if rank > self.ranks:
             raise DqreloError(
                 f"{folder} has rank {rank} in one layer, there is room for "
                 f"{self.ranks}; convert it with a lower --ratio"
             )
         return packed
 
-    def _largest_rank(self, packed: PackedDelta) -> int:
-        """The largest sum of ranks that one row meets in a site."""
-        ranks = packed.entries[:, Field.RANK].clamp_min(0)
-        sites = self.sites.by_name.values()
-        parts = ranks.split([len(site.sizes) for site in sites])
-        return max(
-            int(part.view(site.experts, -1).sum(1).max())
-            for site, part in zip(sites, parts, strict=True)
-        )
+    @cached_property
+    def base(self) -> Checkpoint:
+        """The base on disk."""
+        return Checkpoint(resolve(self.model_config.model, self.model_config.revision))
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Of the base on disk."""
-        return self._base().fingerprint()
-
-    def _base(self) -> Checkpoint:
-        config = self.model_config
-        return Checkpoint(resolve(config.model, config.revision))
+        return self.base.fingerprint()
 
     # Warm-up: vLLM runs dummy batches with deltas that change nothing.
 

@@ -20,16 +20,19 @@ logger = init_logger(__name__)
 # the host tier takes this part of the memory that is free once the base is loaded.
 DEFAULT_RATIO = 1 / 8
 DEFAULT_HOST_PART = 1 / 4
-# A slot for each delta of this ratio that the arena can hold; a kernel looks at all
-# slots, which sets the other limit.
+# A slot for each delta of this ratio that the arena can hold. A step looks at all
+# slots, of each expert, and at the added tokens of all slots, which sets other limits:
+# so many, and so many tokens as a part of the vocabulary.
 SMALLEST_RATIO = 1 / 64
 MOST_SLOTS = 256
+ADDED_PART = 1 / 8
 TENSORS = 6  # of a matrix at most: signs, scale, factors, their scale, bias
 
-# Architectures whose deltas the tests compare with merged checkpoints.
+# Architectures whose deltas tests/test_architectures.py compares with checkpoints.
 TESTED_ARCHITECTURES = {
     "GPTNeoXForCausalLM",
     "Gemma3ForCausalLM",
+    "Idefics3ForConditionalGeneration",
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "MixtralForCausalLM",
@@ -72,13 +75,15 @@ class Options:
                 f"additional_config has unknown dqrelo options {unknown}; known: "
                 f"{sorted(known - {'version'})}"
             )
-        for name in given.keys() - {"version"}:
-            kind = int if name == "added_tokens" else int | float
-            if not isinstance(given[name], kind) or given[name] < 0:
+        for name in ("delta_memory_gib", "host_memory_gib"):
+            value = given.get(name, 0)
+            if not isinstance(value, int | float) or value < 0:
                 raise ValueError(
-                    f"dqrelo option {name} is {given[name]!r}, expected a "
-                    f"{'number of tokens' if kind is int else 'number of GiB'}"
+                    f"dqrelo option {name} is {value!r}, expected a number of GiB"
                 )
+        tokens = given.get("added_tokens", 0)
+        if not isinstance(tokens, int) or tokens < 0:
+            raise ValueError(f"dqrelo option added_tokens is {tokens!r}: no number")
         return cls(**given)
 
     def arena_bytes(self, sites: Sites, deltas: int) -> int:
@@ -99,8 +104,13 @@ class Options:
 
     def slots(self, sites: Sites, arena: int, max_loras: int) -> int:
         """How many deltas can be resident in an arena of so many bytes."""
-        small = arena // _delta_bytes(sites, SMALLEST_RATIO)
-        return max(max_loras, min(small, MOST_SLOTS))
+        most = [arena // _delta_bytes(sites, SMALLEST_RATIO)]
+        most += [MOST_SLOTS // site.experts for site in sites.by_name.values()]
+        if self.added_tokens:
+            # The LM head computes the added tokens of all slots.
+            tokens = max(s.sizes[0] for s in sites.by_name.values() if s.is_vocabulary)
+            most.append(int(tokens * ADDED_PART) // self.added_tokens)
+        return max(max_loras, min(most))
 
     def scratch_ranks(self, sites: Sites) -> int:
         """The largest sum of ranks in one site that is served.

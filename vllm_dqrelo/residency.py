@@ -17,7 +17,10 @@ from vllm_dqrelo.vocabulary import AddedRows
 
 @dataclass
 class _Resident:
-    """A delta on the device: its slot and its extent; ``packed`` without the bytes."""
+    """A delta on the device: its slot and its extent.
+
+    ``packed`` is what it was made of; its bytes are in the arena only.
+    """
 
     slot: int
     offset: int
@@ -34,6 +37,10 @@ class Residency:
         slots: how many deltas can be resident.
         host: where deltas come from, and where they go back to.
         device: of the model.
+
+    Attributes:
+        resident: digest -> delta, the least recently used first.
+        added: site -> the rows of tokens that are not the base's.
     """
 
     def __init__(
@@ -46,7 +53,7 @@ class Residency:
     ) -> None:
         self.arena = Arena(size, device)
         self.host = host
-        self.resident: OrderedDict[str, _Resident] = OrderedDict()  # oldest first
+        self.resident: OrderedDict[str, _Resident] = OrderedDict()
         self._free = list(reversed(range(slots)))
         # The tables of all sites, one behind another: a site's is contiguous.
         self._table = empty_table(1, slots * sites.count, device)[0]
@@ -58,8 +65,8 @@ class Residency:
             self._rows[:, site.first : site.first + slices] = rows
             table = self._table[start : start + slots * slices]
             self._sites[site.name] = table.view(slots, slices, -1)
-        self._added = {
-            site.name: AddedRows.of(site, sites.added_tokens, slots)
+        self.added = {
+            site.name: _added_rows(site, slots, sites.added_tokens, device)
             for site in sites.by_name.values()
             if sites.added_tokens and site.is_vocabulary
         }
@@ -67,10 +74,6 @@ class Residency:
     def table(self, site: Site) -> torch.Tensor:
         """int64 [slots, slices, Field] of one site; never moves."""
         return self._sites[site.name]
-
-    def added(self, site: Site) -> AddedRows | None:
-        """The rows of one site that are not the base's, if there can be any."""
-        return self._added.get(site.name)
 
     def use(self, digests: Collection[str]) -> dict[str, int]:
         """Make deltas resident together, and say which slot each of them has.
@@ -104,12 +107,12 @@ class Residency:
                 compacted = True
         extent = self.arena.data[offset : offset + packed.size]
         extent.copy_(packed.extent, non_blocking=True)
-        kept = replace(packed, extent=packed.extent[:0])
-        delta = _Resident(self._free.pop(), offset, packed.size, kept)
+        rest = replace(packed, extent=packed.extent[:0].clone())
+        delta = _Resident(self._free.pop(), offset, packed.size, rest)
         self.resident[packed.digest] = delta
         self._write_table(delta)
-        for name, added in self._added.items():
-            added.set(delta.slot, packed.added.get(name))
+        for name, rows in self.added.items():
+            rows.set(delta.slot, packed.added.get(name))
 
     def _evict(self, digest: str) -> None:
         """Take a delta off the device; host memory gets it back."""
@@ -125,8 +128,7 @@ class Residency:
         """Take deltas off the device for good, those that are there."""
         for digest in digests:
             if delta := self.resident.pop(digest, None):
-                nothing = torch.full_like(delta.packed.entries, ABSENT)
-                self._write_table(delta, nothing)
+                self._write_table(delta, torch.full_like(delta.packed.entries, ABSENT))
                 self.arena.free(digest)
                 self._free.append(delta.slot)
 
@@ -144,3 +146,8 @@ class Residency:
             entries = rebase(delta.packed.entries, delta.offset)
         device = self._table.device
         self._table[self._rows[delta.slot].to(device)] = entries.to(device)
+
+
+def _added_rows(site: Site, slots: int, tokens: int, device: torch.device) -> AddedRows:
+    dtype = site.module.get_parameter("weight").dtype
+    return AddedRows(site.sizes[0], slots, (tokens, site.columns), dtype, device)

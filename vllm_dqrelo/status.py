@@ -13,16 +13,19 @@ class DeltaStatus:
         """One entry for each delta in this worker's memory.
 
         Returns:
-            ``digest``, ``size`` in memory in bytes, ``tier`` ("host" or "device") and
+            ``digest``, ``size`` in bytes, ``tier`` ("host" or "device") and
             ``pinned``.
         """
         manager = self.model_runner.lora_manager
+        resident = manager.residency.resident
+        sizes = {d: packed.size for d, packed in manager.host.packed.items()}
+        sizes |= {digest: delta.size for digest, delta in resident.items()}
         return [
             {
                 "digest": digest,
                 "size": size,
-                "tier": "device" if digest in manager.residency.resident else "host",
+                "tier": "device" if digest in resident else "host",
                 "pinned": digest in manager.pinned,
             }
-            for digest, size in manager.sizes().items()
+            for digest, size in sizes.items()
         ]

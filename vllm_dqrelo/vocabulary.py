@@ -15,7 +15,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from vllm_dqrelo.compat import ModelConfig
-from vllm_dqrelo.sites import Site
 
 
 def enlarge(model_config: ModelConfig, added_tokens: int) -> None:
@@ -68,13 +67,6 @@ class AddedRows:
         self.start = start
         self.rows = torch.zeros(slots + 1, *shape, dtype=dtype, device=device)
         self.counts = torch.zeros(slots + 1, dtype=torch.int64, device=device)
-
-    @classmethod
-    def of(cls, site: Site, added_tokens: int, slots: int) -> "AddedRows":
-        """Those of an embedding or LM head of the model."""
-        weight = site.module.get_parameter("weight")
-        shape = (added_tokens, site.columns)
-        return cls(site.sizes[0], slots, shape, weight.dtype, weight.device)
 
     def set(self, slot: int, rows: torch.Tensor | None) -> None:
         """Give a slot its rows [at most E, K]; None for a delta that adds none."""
