@@ -50,6 +50,8 @@ def test_dqrelo_serve(family, expected, server, tmp_path):
     command += ["--delta", f"one={made.deltas[0]}", "--delta", f"two={made.deltas[1]}"]
     command += ["--delta-dir", made.base.parent]
     command += ["--delta-dir", family("llama-tied").base.parent]
+    (tmp_path / "store").mkdir()
+    command += ["--delta-dir", tmp_path / "store"]
     command += ["--max-loras", "2", "--additional-config"]
     command += ['{"dqrelo": {"delta_memory_gib": 0.001, "host_memory_gib": 0}}']
     with server(command, tmp_path / "log") as url:
@@ -90,10 +92,10 @@ def test_dqrelo_serve(family, expected, server, tmp_path):
         assert complete(client, "base") == expected["base"]
 
         # With no room in host memory, a delta that is not resident is read again.
-        shutil.copytree(made.deltas[0], tmp_path / "gone")
-        write_other(tmp_path / "gone")
-        load(url, "gone", tmp_path / "gone")
-        shutil.rmtree(tmp_path / "gone")
+        gone = shutil.copytree(made.deltas[0], tmp_path / "store" / "gone")
+        write_other(gone)
+        load(url, "gone", gone)
+        shutil.rmtree(gone)
         with pytest.raises(openai.InternalServerError, match="is not a delta folder"):
             complete(client, "gone")
         with pytest.raises(openai.APIError, match="is not a delta folder"):

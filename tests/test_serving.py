@@ -160,7 +160,7 @@ def test_a_delta_that_cannot_be_served_is_refused_and_the_engine_goes_on(
             load(llm, "bad", folder)
         got = answers(llm, prompts[:1], [good])
         assert difference(got[0], expected[1][0]) <= TOLERANCE
-    assert len(manager_of(llm).host._packed) == 1
+    assert len(manager_of(llm).host.packed) == 1
 
 
 def test_a_delta_stays_served_when_its_folder_is_gone(
@@ -286,11 +286,12 @@ def test_an_engine_without_deltas_is_vllms_own(family, engine, manager_of):
 
 
 def test_a_model_that_passes_a_layer_by_is_not_served(family, engine, monkeypatch):
-    """Code that reads a layer's weight would leave the layer's deltas out."""
+    """Code that goes around a layer's method would leave the layer's deltas out."""
     from vllm.model_executor.models.llama import LlamaMLP
 
     def forward(self, x):
-        x = torch.nn.functional.linear(x, self.gate_up_proj.weight)
+        layer = self.gate_up_proj
+        x = layer.quant_method.inner.apply(layer, x)
         return self.down_proj(self.act_fn(x))[0]
 
     monkeypatch.setattr(LlamaMLP, "forward", forward)
