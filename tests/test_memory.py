@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dqrelo_tools.convert import convert
@@ -316,6 +317,8 @@ def test_what_one_step_needs_must_fit_the_arena(
     assert "KV cache 1.00 GiB, arena 0.00 GiB: " in line
     assert f"at most {manager.memory.slots} of any size, 2 in one step" in line
     assert manager.memory.slots > 2
+    weights = load_file(made.base / "model.safetensors").values()
+    assert manager.memory.base == sum(weight.nbytes for weight in weights)
     sizes = []
     for i, folder in enumerate(made.deltas):
         digest = llm_digest(load(llm, f"delta-{i}", folder))

@@ -83,10 +83,9 @@ class DeltaManager:
         ops.prepare(self.device)
         self.sites = Sites(model, self.base, self.options.added_tokens)
         self.sites.rearranged = rearranged(self.sites, self.base)
-        weights = {p.data_ptr(): p.nbytes for p in model.parameters()}
         arena = self.options.arena_bytes(self.sites, self.max_loras)
         self.memory = Memory(
-            base=sum(weights.values()),
+            base=self.base.count() * self.model_config.dtype.itemsize,
             arena=arena,
             host=self.options.host_bytes(),
             typical=self.options.typical_bytes(self.sites),

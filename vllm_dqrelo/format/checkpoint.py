@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -177,6 +178,10 @@ class Checkpoint(SafetensorsFiles):
         stored, rows = self._views.get(name, (name, None))
         tensor = super().get(stored)
         return tensor if rows is None else tensor[rows].clone()
+
+    def count(self) -> int:
+        """How many numbers the parameters have; reads no data."""
+        return sum(math.prod(self.spec(name)[1]) for name in self)
 
     def fingerprint(self) -> str:
         """Identify the weights without reading all of them.
