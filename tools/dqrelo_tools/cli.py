@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from dqrelo_tools.arguments import count, share, size
+from dqrelo_tools.arguments import size
+from dqrelo_tools.plan_command import add_plan
 from vllm_dqrelo.format.errors import DqreloError
 
 
@@ -139,72 +140,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, required=True, help="a new folder")
     command.set_defaults(run=export)
 
-    command = commands.add_parser(
-        "plan",
-        help="simulate a fleet of GPUs: hit rates, cold starts, GPUs needed",
-        epilog="Popularity, p(i) being the share of requests for the i-th of N models: "
-        "identical: p(1) = 1; distinct: request t is for model 1 + t mod N; uniform: "
-        "p(i) = 1/N; zipf:S: p(i) ~ i^-S; geometric:R: p(i) ~ R^-i; or a FILE with one "
-        "model's name a line, in the order of the requests.",
-    )
-    command.add_argument(
-        "--base",
-        required=True,
-        metavar="SIZE|BASE",
-        help="the base's weights: a size such as 16.1GB, a folder or a Hub id",
-    )
-    command.add_argument(
-        "--delta",
-        metavar="SIZE|DELTA",
-        help="one delta: a size or a delta folder (default: an eighth of the base)",
-    )
-    command.add_argument(
-        "--models",
-        type=count,
-        help="fine-tunes (default: those of a trace)",
-    )
-    command.add_argument("--gpus", type=count, default=1, help="replicas (default: 1)")
-    command.add_argument(
-        "--popularity",
-        default="zipf:1",
-        metavar="LAW",
-        help="of the models, see below (default: zipf:1)",
-    )
-    for option, default, text in (
-        ("--gpu-memory", "80GB", "of one GPU"),
-        ("--kv", "20GB", "of it for KV cache and activations"),
-        ("--host", "64GB", "host memory for the deltas of one replica"),
-        ("--disk", "2GB/s", "speed of reading a delta from disk"),
-        ("--link", "20GB/s", "speed of copying it to the device"),
-    ):
-        command.add_argument(
-            option, type=size, default=default, help=f"{text} (default: {default})"
-        )
-    command.add_argument(
-        "--gpu-memory-utilization",
-        type=share,
-        default=0.92,
-        help="as for vllm serve (default: 0.92)",
-    )
-    command.add_argument(
-        "--rate", type=float, default=10, help="requests/s in all (default: 10)"
-    )
-    command.add_argument(
-        "--hit-rate",
-        type=share,
-        default=0.99,
-        help="share of requests that ought to find their delta on the device "
-        "(default: 0.99)",
-    )
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="save a picture of hit rate against models (.png, .pdf, .svg)",
-    )
-    command.add_argument("--json", action="store_true")
-    command.set_defaults(run=plan)
+    add_plan(commands)
 
     command = commands.add_parser(
         "serve",
@@ -360,42 +296,6 @@ def export(arguments: argparse.Namespace) -> int:
 
     size = export(arguments.base, arguments.delta, arguments.output)
     print(f"{size:,} bytes of tensors written to {arguments.output}")
-    return 0
-
-
-def plan(arguments: argparse.Namespace) -> int:
-    """Print what a fleet of GPUs would do."""
-    from dqrelo_tools.footprint import base_bytes, bytes_of, delta_bytes
-    from dqrelo_tools.plan import Fleet, Traffic, figure, plan
-    from dqrelo_tools.plot import require_plot
-    from dqrelo_tools.popularity import Popularity
-
-    if arguments.plot:
-        require_plot(arguments.plot)
-    popularity = Popularity.parse(arguments.popularity)
-    if arguments.plot and popularity.trace:
-        raise DqreloError("--plot is over numbers of models, and a trace has its own")
-    models = popularity.models(arguments.models)
-    base = bytes_of(arguments.base, base_bytes)
-    delta = bytes_of(arguments.delta, delta_bytes) if arguments.delta else base // 8
-    fleet = Fleet(
-        base,
-        delta,
-        models,
-        arguments.gpus,
-        arguments.gpu_memory,
-        arguments.gpu_memory_utilization,
-        arguments.kv,
-        arguments.host,
-        arguments.disk,
-        arguments.link,
-        arguments.rate,
-        arguments.hit_rate,
-    )
-    found = plan(fleet, Traffic.of(popularity, models, arguments.seed))
-    if arguments.plot:
-        figure(found).savefig(arguments.plot, dpi=150)
-    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found.to_text())
     return 0
 
 
