@@ -301,3 +301,22 @@ def test_language_part_of_a_multimodal_model(kind, tmp_path):
     convert(str(base), str(images), tmp_path / "delta", 0.25)
     with pytest.raises(Exception, match=rf"{vision}\S+: the model has no place"):
         load_delta(llm, "images", str(tmp_path / "delta"))
+
+
+def test_only_the_language_model_has_sites():
+    from vllm_dqrelo.sites import Sites
+
+    class Multimodal(torch.nn.Module):
+        supports_multimodal = True
+
+        def __init__(self):
+            super().__init__()
+            self.vision = torch.nn.LayerNorm(4)
+            self.language = torch.nn.Sequential(torch.nn.LayerNorm(4))
+
+        def get_language_model(self):
+            return self.language
+
+    sites = Sites(Multimodal(), ["vision.weight", "language.0.weight"])
+    assert list(sites.by_name) == ["language.0"]
+    assert sites.places("language.0.bias") and not sites.places("vision.bias")
