@@ -22,17 +22,20 @@ ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 @contextmanager
-def server(arguments: Sequence[str | Path], log: Path) -> Iterator[str]:
+def server(
+    arguments: Sequence[str | Path], log: Path, **environment: str
+) -> Iterator[str]:
     """Run ``python ARGUMENTS --host --port``; yields its address, ends it at exit.
 
     Args:
         arguments: of Python: a module or a file, and its arguments.
         log: gets what it prints.
+        environment: variables beside ours and ``ENVIRONMENT``.
     """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     argv = [sys.executable, *arguments, "--host=127.0.0.1", f"--port={port}"]
-    variables = {**os.environ, **ENVIRONMENT}
+    variables = {**os.environ, **ENVIRONMENT, **environment}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         process = subprocess.Popen(
