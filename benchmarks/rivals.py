@@ -6,9 +6,7 @@ client's results, the seconds that they took together, and the bytes of the weig
 it holds. Where several servers or turns share the load, each has an equal part of it.
 """
 
-import json
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
@@ -39,11 +37,11 @@ def ours(deltas: dict[str, Path], max_loras: int) -> AbstractContextManager[str]
 
 
 def stock(
-    model: Path, *options: str | Path, log: Path = LOG, **environment: str
+    model: Path, *options: str | Path, log: Path = LOG
 ) -> AbstractContextManager[str]:
     """vLLM's server without our plugin."""
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    return server([*arguments, *COMMON, *options], log, VLLM_PLUGINS="", **environment)
+    return server([*arguments, *COMMON, *options], log, VLLM_PLUGINS="")
 
 
 def one(address: str, models: list[str], load: Load) -> tuple[dict[str, Any], float]:
@@ -122,34 +120,19 @@ def many_servers(count: int, load: Load) -> Iterator[Measured]:
 
 
 def swapping(count: int, load: Load) -> Iterator[Measured]:
-    """One server that holds one whole model, and all requests sorted by model.
+    """One whole model at a time, the server started again for each.
 
-    The best case of swapping: each model is loaded once, from the page cache, by
-    vLLM's ``reload_weights``. Time to the first token is counted from a request's
-    turn, not from when the first request of all came.
+    All requests are sorted by model, so that each model is started once, and the time
+    to the first token is counted from a request's turn: the best case of swapping.
     """
     part = replace(load, num_prompts=load.num_prompts // count)
-    models = ["base"] * part.num_prompts
-    with stock(merged(0), VLLM_SERVER_DEV_MODE="1") as address:
-        one(address, models, part)
-        results, start = [], time.perf_counter()
-        for i in range(count):
-            reload_weights(address, merged(i))
+    folders, results = [merged(i) for i in range(count)], []
+    start = time.perf_counter()
+    for folder in folders:
+        with stock(folder) as address:
+            models = ["base"] * part.num_prompts
             results.append(drive(address, base(), models, part))
-        seconds = time.perf_counter() - start
-    yield results, seconds, base_bytes(str(base()))
-
-
-def reload_weights(address: str, model: Path) -> None:
-    """Let the server go on with the weights of another folder."""
-    body = {"method": "reload_weights", "kwargs": {"weights_path": str(model)}}
-    request = urllib.request.Request(
-        f"{address}/collective_rpc",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request):
-        pass
+    yield results, time.perf_counter() - start, base_bytes(str(base()))
 
 
 def in_turn(names: list[str], load: Load) -> list[str]:
@@ -167,5 +150,5 @@ SYSTEMS: dict[tuple[str, ...], Callable[[int, Load], Iterator[Measured]]] = {
     ("vLLM LoRA, equal bytes",): vllm_lora,
     ("one merged model",): one_merged,
     ("a server for each model",): many_servers,
-    ("one server, swapping models",): swapping,
+    ("one server, started for each model",): swapping,
 }

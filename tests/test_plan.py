@@ -23,7 +23,7 @@ GB = 10**9
 def fleet(models, resident, gpus=1, in_host=None) -> Fleet:
     """A fleet whose GPUs hold ``resident`` deltas of 1 GB."""
     memory = (resident + 11) * GB  # and a base and a KV cache
-    host = (in_host or models) * GB
+    host = (models if in_host is None else in_host) * GB
     return Fleet(6 * GB, GB, models, gpus, memory, 1.0, 5 * GB, host, GB, GB, 1, 0.9)
 
 
@@ -88,14 +88,14 @@ def test_what_is_no_law_is_refused(law, tmp_path, monkeypatch):
 # The simulation.
 
 
-@pytest.mark.parametrize("in_host", [25, 40])
+@pytest.mark.parametrize("in_host", [0, 15, 30])
 def test_uniform_requests_find_what_share_is_there(in_host):
     """All models are alike, so that a hit has the probability C / N each time."""
     given, requests = fleet(50, 10, gpus=3, in_host=in_host), traffic("uniform")
     counted = requests.requests // 2
     one = simulate(replace(given, gpus=1), requests, affinity=True)
     assert abs(one.device - 10 / 50) <= four_sigma(0.2, counted)
-    host = (in_host - 10) / 50
+    host = in_host / 50
     assert abs(one.host - host) <= four_sigma(host, counted)
     assert one.device + one.host + one.disk == pytest.approx(1)
     apart = simulate(given, requests, affinity=False)
@@ -114,8 +114,8 @@ def test_taking_turns_is_the_worst_for_lru():
     turns = traffic("distinct")
     assert simulate(fleet(11, 10), turns, affinity=True).device == 0
     assert simulate(fleet(10, 10), turns, affinity=True).device == 1
-    found = simulate(fleet(11, 10, in_host=10), turns, affinity=True)
-    assert found.disk == 1
+    assert simulate(fleet(12, 10, in_host=1), turns, affinity=True).disk == 1
+    assert simulate(fleet(12, 10, in_host=2), turns, affinity=True).host == 1
 
 
 def plain_lru(requests: list[int], capacity: int) -> list[bool]:
@@ -135,7 +135,7 @@ def test_the_same_as_a_plain_loop(law):
     rng = np.random.default_rng(3)
     drawn = requests.popularity.draw(60, 6000, rng).tolist()
     device = np.array(plain_lru(drawn, 7))[3000:]
-    host = np.array(plain_lru(drawn, 20))[3000:]
+    host = np.array(plain_lru(drawn, 7 + 20))[3000:]
     found = simulate(fleet(60, 7, in_host=20), requests, affinity=True)
     assert found.device == device.mean()
     assert found.host == (host & ~device).mean()
@@ -281,7 +281,7 @@ def test_the_command(capsys):
     text = capsys.readouterr().out
     # floor((80 * 0.92 - 20 - 16.1) / 1.9), floor((80 * 0.92 - 20) / 16.1)
     assert "resident on each GPU                            19              19" in text
-    assert '--max-loras 19 --additional-config \'{"dqrelo": ' in text
+    assert '--max-loras 8 --additional-config \'{"dqrelo": ' in text
     assert "Assumed:" in text and "zipf:1" in text
     answers = []
     for seed in (0, 0, 1):
@@ -298,8 +298,10 @@ def test_the_options_give_a_server_room_for_what_is_resident(capsys):
     """The arena of vllm_dqrelo.options holds the deltas that the plan counted on."""
     assert run("--json") == 0
     options = json.loads(capsys.readouterr().out)["options"]
-    gib = json.loads(options.split("'")[1])["dqrelo"]["delta_memory_gib"]
-    assert 19 * 1.9 * GB <= int(gib * 2**30) < 19 * 1.9 * GB + 2**20
+    given = json.loads(options.split("'")[1])["dqrelo"]
+    arena = int(given["delta_memory_gib"] * 2**30)
+    assert 19 * 1.9 * GB <= arena < 19 * 1.9 * GB + 2**20
+    assert 64 * GB <= int(given["host_memory_gib"] * 2**30) < 64 * GB + 2**20
 
 
 def test_a_trace_says_how_many_models(tmp_path, capsys):
@@ -318,7 +320,6 @@ def test_a_trace_says_how_many_models(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--kv", "60GB"], "do not fit together"),
-        (["--host", "1GB"], "less than one delta"),
         (["--rate", "-1"], "0 or more"),
         (["--rate", "nan"], "0 or more"),
         (["--base", "0GB"], "has 0 bytes"),

@@ -26,17 +26,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HOUR = 3600
+MAX_LORAS = 8  # the server's default
 # Half of them warm up: under zipf:1 that asks 50 / ln N times for the rarest model.
 LEAST_REQUESTS, REQUESTS_PER_MODEL = 100_000, 100
 POINTS = 12  # of the figure
 ASSUMED = """\
 Assumed: one replica a GPU, and one size for all deltas. Requests take no time: none
 waits for another, and none keeps its delta from being evicted. The least recently used
-delta makes room, on the device and in host memory, which replicas do not share. Nobody
-asks for the base. With affinity a request goes to the replica that has its delta on the
-device or in host memory, however busy that is; else to the one with the fewest on its
-device, among equals the one that had the fewest requests. Full copies: as many to a GPU
-as fit beside one KV cache of the same size, swapped as deltas are."""
+delta makes room, on the device for host memory, and there for good; replicas do not
+share host memory. Nobody asks for the base. With affinity a request goes to the replica
+that has its delta on the device or in host memory, however busy that is; else to the
+one with the fewest on its device, among equals the one that had the fewest requests.
+Full copies: as many to a GPU as fit beside one KV cache of the same size, swapped as
+deltas are."""
 
 
 @dataclass(frozen=True)
@@ -77,20 +79,17 @@ class Fleet:
 
     @property
     def resident(self) -> int:
-        """Deltas that one GPU holds; each of them is in host memory, too."""
-        size = aligned(self.delta)
-        return min(self.room // size, self.in_host, self.models)
+        """Deltas that one GPU holds."""
+        return min(self.room // aligned(self.delta), self.models)
 
     @property
-    def in_host(self) -> int:
-        """Deltas that the host memory of one replica holds."""
-        return min(self.host // self.delta, self.models)
+    def in_memory(self) -> int:
+        """Deltas that one replica holds on its GPU or in host memory."""
+        return min(self.resident + self.host // self.delta, self.models)
 
     def full_copies(self) -> "Fleet":
         """The same models as whole ones: deltas of the base's size on nothing."""
-        # Whoever holds whole models on a GPU does not need them in host memory.
-        host = max(self.host, self.gpu_memory)
-        return replace(self, base=0, delta=self.base, host=host)
+        return replace(self, base=0, delta=self.base)
 
     def check(self) -> None:
         """Refuse a fleet that cannot serve one delta.
@@ -106,10 +105,6 @@ class Fleet:
                 f"bytes; the base ({self.base:,}), --kv ({self.kv:,}) and one delta "
                 f"({self.delta:,}) do not fit together. Plan with a larger "
                 "--gpu-memory or a smaller --kv"
-            )
-        if not self.in_host:
-            raise DqreloError(
-                f"--host {self.host:,} bytes is less than one delta ({self.delta:,})"
             )
 
 
@@ -135,13 +130,17 @@ class Traffic:
 
 
 class Replica:
-    """What one replica has: deltas on the device and in host memory, oldest first."""
+    """What one replica has on the device, and in memory of either kind, oldest first.
 
-    def __init__(self, resident: int, in_host: int) -> None:
-        self.tiers = [(OrderedDict[int, None](), n) for n in (resident, in_host)]
+    The server's host memory has what the device evicts, and drops first what the
+    device has, too: together they are the most recently used ones.
+    """
+
+    def __init__(self, resident: int, in_memory: int) -> None:
+        self.tiers = [(OrderedDict[int, None](), n) for n in (resident, in_memory)]
 
     def __contains__(self, model: int) -> bool:
-        return model in self.tiers[1][0]  # so is what is on the device
+        return model in self.tiers[1][0]
 
     def __len__(self) -> int:
         return len(self.tiers[0][0])
@@ -184,7 +183,7 @@ def simulate(
     rng = np.random.default_rng(traffic.seed)
     models = traffic.popularity.draw(fleet.models, traffic.requests, rng).tolist()
     anywhere = rng.integers(fleet.gpus, size=traffic.requests).tolist()
-    replicas = [Replica(fleet.resident, fleet.in_host) for _ in range(fleet.gpus)]
+    replicas = [Replica(fleet.resident, fleet.in_memory) for _ in range(fleet.gpus)]
     served = [0] * fleet.gpus
     homes: dict[int, int] = {}
     counts, warm = [0, 0, 0], traffic.requests // 2
@@ -269,11 +268,17 @@ class Plan:
         }
 
     def options(self) -> str:
-        """What gives a server the room that the plan counts on."""
-        resident = self.fleet.resident
-        mib = math.ceil(resident * aligned(self.fleet.delta) / 2**20)
-        config = {"dqrelo": {"delta_memory_gib": mib / 1024}}
-        return f"--max-loras {resident} --additional-config '{json.dumps(config)}'"
+        """What gives a server the memory that the plan counts on."""
+        fleet = self.fleet
+        arena = fleet.resident * aligned(fleet.delta)
+        config = {
+            f"{name}_memory_gib": math.ceil(size / 2**20) / 1024
+            for name, size in (("delta", arena), ("host", fleet.host))
+        }
+        text = json.dumps({"dqrelo": config})
+        # Any --max-loras deltas must fit at once.
+        most = min(fleet.resident, MAX_LORAS)
+        return f"--max-loras {most} --additional-config '{text}'"
 
     def to_text(self) -> str:
         """For people."""
