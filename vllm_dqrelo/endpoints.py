@@ -105,9 +105,7 @@ async def entries(models: DeltaModels, infos: dict[str, Any]) -> list[dict[str, 
     in_memory = {one["digest"]: one for one in status}
     found = []
     for name, info in infos.items():
-        request = models.lora_requests.get(name)
-        digest = request.lora_path.partition("#")[2] if request else None
-        one = in_memory.get(digest, {})
+        one = in_memory.get(info.digest, {})
         found.append(
             {
                 "id": name,
