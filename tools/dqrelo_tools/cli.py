@@ -151,10 +151,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("base", metavar="BASE", help="a folder or a Hub id")
     command.add_argument(
         "--delta",
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=DELTA",
-        help="a delta folder and the model name that reaches it; repeatable",
+        help="delta folders and the model names that reach them; repeatable",
     )
     command.add_argument(
         "--delta-dir",
