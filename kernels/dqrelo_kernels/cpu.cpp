@@ -16,6 +16,7 @@
 // that has few rows, and not on the rows of others, on where a group is cut, or on the
 // threads.
 
+#include "cpu_amx.h"
 #include "cpu_lanes.h"
 #include "cpu_tiles.h"
 
@@ -27,6 +28,9 @@ namespace {
 
 constexpr int WINDOW = 256;  // rows of x in work at a time: they stay in the L2 cache
 constexpr int64_t ABSENT = -1;
+#ifndef UNIT_FROM
+#define UNIT_FROM 9
+#endif
 
 // table.Field
 enum Field {
@@ -75,6 +79,7 @@ struct Group {  // rows of one delta
     int count;
     bool few;     // at most FEW in the whole step
     bool narrow;  // numbers are bf16
+    bool unit;
     size_t x;     // staged rows, bytes in the workspace; of few, in each thread's own
 };
 
@@ -128,21 +133,25 @@ class Linear {
                 if (group.few) stage_few(group, own);
 #pragma omp for schedule(dynamic)
             for (int i = 0; i < count[0]; i++)
-                stages[i].group->narrow ? stage<Narrow>(stages[i])
+                stages[i].group->unit     ? stage_unit(stages[i])
+                : stages[i].group->narrow ? stage<Narrow>(stages[i])
                                         : stage<float>(stages[i]);
 #pragma omp for schedule(dynamic)
             for (int i = 0; i < count[1]; i++)
-                shrinks[i].group->few      ? shrink_few(shrinks[i], own)
+                shrinks[i].group->unit     ? shrink_unit(shrinks[i])
+                : shrinks[i].group->few    ? shrink_few(shrinks[i], own)
                 : shrinks[i].group->narrow ? shrink<Narrow>(shrinks[i], buffer)
                                            : shrink<float>(shrinks[i], buffer);
 #pragma omp for schedule(dynamic, chunk) nowait
             for (int i = 0; i < count[2]; i++) {
                 if (i + 1 < count[2]) prefetch(expands[i + 1]);
-                expands[i].group->few      ? expand_few(expands[i], own)
+                expands[i].group->unit     ? expand_unit(expands[i])
+                : expands[i].group->few    ? expand_few(expands[i], own)
                 : expands[i].group->narrow ? expand<Narrow>(expands[i], buffer)
                                            : expand<float>(expands[i], buffer);
             }
             Product<Narrow>::release();
+            MatrixUnit::release();
         }
     }
 
@@ -156,10 +165,17 @@ class Linear {
                 to = std::min(end, starts[slot + 1]);
             if (from >= to) continue;
             bool narrow = sizeof(Narrow) == 2 && x.dtype == BF16;
-            bool few = starts[slot + 1] - starts[slot] <= FEW;
-            groups.push_back({rows + from, to - from, few, narrow, bytes});
+            for (int slice = 0; slice < deltas.slices; slice++) {
+                const int64_t* entry = deltas.entry(slot, slice);
+                int factors = entry[FACTOR_DTYPE];
+                if (rank_of(entry) && (factors == F32 || factors == F16)) narrow = false;
+            }
+            int total = starts[slot + 1] - starts[slot];
+            bool unit = narrow && total >= UNIT_FROM;
+            bool few = !unit && total <= FEW;
+            groups.push_back({rows + from, to - from, few, narrow, unit, bytes});
             Group& group = groups.back();
-            size_t staged = size_t(group.count) * padded * sizeof(float);
+            size_t staged = size_t(height_of(group.count)) * padded * sizeof(float);
             if (few) {
                 group.x = few_bytes;
                 few_bytes += 2 * staged;
@@ -171,15 +187,16 @@ class Linear {
             }
             for (int slice = 0; slice < deltas.slices; slice++) {
                 const int64_t* entry = deltas.entry(slot, slice);
-                int rank = rank_of(entry), factors = entry[FACTOR_DTYPE];
-                if (rank && (factors == F32 || factors == F16)) group.narrow = false;
+                int rank = rank_of(entry);
                 if (!rank && entry[SIGNS] == ABSENT && entry[BIAS] == ABSENT) continue;
                 int size = ends[slice + 1] - ends[slice];
                 jobs.push_back({&group, entry, rank, ends[slice], size, bytes});
-                bytes += size_t(group.count) * padded_rank(jobs.back()) * sizeof(float);
-                for (int r = 0; r < rank; r += TILE)
+                bytes += size_t(height_of(group.count)) * padded_rank(jobs.back()) *
+                         sizeof(float);
+                int tile = unit ? PAIR : TILE;
+                for (int r = 0; r < rank; r += tile)
                     shrinks.push_back({&group, &jobs.back(), r});
-                for (int n = 0; n < size; n += TILE)
+                for (int n = 0; n < size; n += tile)
                     expands.push_back({&group, &jobs.back(), n});
             }
         }
@@ -295,6 +312,125 @@ class Linear {
             for (int i = m; i < std::min(m + TILE, count); i++)
                 add(unit.group->rows[i], job.column + unit.first, c[i], rows);
         }
+    }
+
+    // The same by the matrix unit: 32 rows of a matrix in a unit.
+
+    void stage_unit(const Unit& unit) const {
+        const Group& group = *unit.group;
+        int rows = std::min(TILE, height_of(group.count) - unit.first);
+        Bf16* out = staged<Bf16>(group, unit.first);
+        for (int m = 0; m < rows; m++, out += SPAN) {
+            bool there = unit.first + m < group.count;
+            const char* in = there ? x.at(group.rows[unit.first + m]) : nullptr;
+            for (int k = 0; k < padded; k += SPAN) {
+                int n = there ? std::clamp(columns - k, 0, SPAN) : 0;
+                Bf16* to = out + k * rows;
+                if (n < SPAN) std::memset(to, 0, SPAN * sizeof *to);
+                if (n) std::memcpy(to, in + 2 * k, 2 * n);
+            }
+        }
+        for (const Job& job : jobs) {
+            if (job.group != &group || !job.rank) continue;
+            int width = padded_rank(job), height = height_of(group.count);
+            for (int part = 0; part < 2; part++)
+                std::memset(t<Bf16>(job) + int64_t(part) * width * height +
+                                unit.first * width + (width - PADDING) * rows,
+                            0, PADDING * rows * sizeof(Bf16));
+        }
+    }
+
+    // c[m] += row m of x times `rows` <= 32 rows of the matrix
+    template <int PARTS>
+    static void multiply_unit(Floats (*c)[2], const Matrix& matrix, int first, int rows,
+                              const Bf16* x, int64_t part, int height) {
+        alignas(64) Bf16 buffer[2][DEPTH * TILE];
+        const Bf16* right[] = {buffer[0], buffer[1]};
+        int padded = round_up(matrix.columns, PADDING);
+        for (int k = 0, columns; k < matrix.columns; k += columns) {
+            columns = matrix.columns - k <= DEPTH ? matrix.columns - k : BLOCK;
+            for (int i = 0; i < 2; i++)
+                if (rows > i * TILE)
+                    lay_out(buffer[i], matrix, first + i * TILE,
+                            std::min(TILE, rows - i * TILE), k, columns, PARTS == 2);
+            if (rows <= TILE) right[1] = right[0];
+            MatrixUnit::multiply(c, right, x + int64_t(k) * std::min(TILE, height),
+                                 int64_t(padded) * TILE, height, columns, PARTS, part);
+        }
+    }
+
+    static void load_pair(Floats* out, const float* in, int rows) {
+        out[0] = load(in, F32, std::min(TILE, rows));
+        out[1] = rows > TILE ? load(in + TILE, F32, rows - TILE) : Floats{};
+    }
+
+    void shrink_unit(const Unit& unit) const {
+        const Job& job = *unit.job;
+        int rows = std::min(PAIR, job.rank - unit.first), width = padded_rank(job);
+        int height = height_of(unit.group->count), block = std::min(TILE, height);
+        Floats c[WINDOW][2], scale[] = {Floats{} + 1, Floats{} + 1};
+        std::memset(c, 0, height * sizeof *c);
+        if (job.entry[LORA_SCALE] != ABSENT)
+            load_pair(scale, deltas.floats(job.entry, LORA_SCALE) + unit.first, rows);
+        Matrix a = factor(job, LORA_A);
+        multiply_unit<1>(c, a, unit.first, rows, staged<Bf16>(*unit.group, 0), 0, height);
+        int tail = job.rank / I4_BLOCK * I4_BLOCK,
+            half = tail + (job.rank - tail + 1) / 2,
+            shift = a.dtype == I4 ? shift_of(job.rank) : 0;
+        for (int part = 0; part < 2; part++) {
+            Bf16* out = t<Bf16>(job) + int64_t(part) * width * height;
+            for (int m = 0; m < height; m++) {
+                Bf16* row = out + int64_t(m / TILE) * width * TILE + m % TILE * SPAN;
+                for (int i = 0; i < 2 && i * TILE < rows; i++) {
+                    Bf16 numbers[TILE];
+                    if (part == 0) c[m][i] *= scale[i];
+                    store(numbers, BF16, c[m][i], TILE);
+                    c[m][i] -= load(numbers, BF16, TILE);
+                    int r = unit.first + i * TILE;
+                    if (r + TILE <= tail || !shift) {
+                        std::memcpy(row + r / SPAN * SPAN * block + r % SPAN, numbers,
+                                    sizeof numbers);
+                    } else {
+                        for (int n = 0; n < std::min(TILE, job.rank - r); n++) {
+                            int at = r + n + (r + n >= half ? shift : 0);
+                            row[at / SPAN * SPAN * block + at % SPAN] = numbers[n];
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    // t of ranks beyond the last is zero: it meets numbers that mean nothing
+    void expand_unit(const Unit& unit) const {
+        const Job& job = *unit.job;
+        int rows = std::min(PAIR, job.size - unit.first), count = unit.group->count;
+        int height = height_of(count), width = padded_rank(job);
+        Floats c[WINDOW][2], scale[2];
+        std::memset(c, 0, height * sizeof *c);
+        for (int m = 0; m < count; m++)
+            __builtin_prefetch(y.at(unit.group->rows[m], job.column + unit.first), 1);
+        for (int plane = 0; plane < planes_of(job.entry); plane++) {
+            const float* scales = deltas.floats(job.entry, SCALE) + plane * job.size;
+            load_pair(scale, scales + unit.first, rows);
+            Floats more[WINDOW][2], (*sums)[2] = plane ? more : c;
+            if (plane) std::memset(more, 0, height * sizeof *more);
+            multiply_unit<1>(sums, signs(job, plane), unit.first, rows,
+                             staged<Bf16>(*unit.group, 0), 0, height);
+            for (int m = 0; m < height; m++)
+                for (int i = 0; i < 2; i++)
+                    c[m][i] = scale[i] * sums[m][i] + (plane ? c[m][i] : Floats{});
+        }
+        if (job.rank)
+            multiply_unit<2>(c, factor(job, LORA_B), unit.first, rows, t<Bf16>(job),
+                             int64_t(width) * height, height);
+        Floats bias[2] = {};
+        if (job.entry[BIAS] != ABSENT)
+            load_pair(bias, deltas.floats(job.entry, BIAS) + unit.first, rows);
+        for (int m = 0; m < count; m++)
+            for (int i = 0; i < 2 && i * TILE < rows; i++)
+                add(unit.group->rows[m], job.column + unit.first + i * TILE,
+                    c[m][i] + bias[i], std::min(TILE, rows - i * TILE));
     }
 
     // The same for few rows. Each thread has its own copy of x, in the order of columns

@@ -117,15 +117,16 @@ inline void read_block(float* out, const char* in, int width) {
 }
 
 #if defined(__AVX512BF16__)
+// bfloat16 of -8 to 7, twice: an index has five bits, of which the highest is
+// another number's.
+alignas(64) constexpr uint16_t INT4_NUMBERS[32] = {
+    0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80,
+    0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0,
+    0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80,
+    0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0};
+
 inline void read_block(Bf16* out, const char* in, int width) {
-    // bfloat16 of -8 to 7, twice: an index has five bits, of which the highest is
-    // another number's.
-    alignas(64) static constexpr uint16_t numbers[32] = {
-        0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80,
-        0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0,
-        0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80,
-        0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0};
-    __m512i table = _mm512_load_si512(numbers);
+    __m512i table = _mm512_load_si512(INT4_NUMBERS);
     __mmask32 lanes = width == 32 ? ~0u : (1u << width) - 1;
     __m512i bytes = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(lanes, in));
     _mm512_mask_storeu_epi16(out, lanes, _mm512_permutexvar_epi16(bytes, table));

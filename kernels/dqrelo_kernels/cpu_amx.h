@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Products by the matrix unit of the CPU (AMX), for cpu.cpp: sums of 16 rows of x and 16
+// rows of a matrix over 32 columns at a time. The left operand is x[m][k]; the right one
+// has pairs of columns, right[k / 2][n] = (matrix[n][k], matrix[n][k + 1]), so that lane
+// n of a sum is row n of the matrix.
+#pragma once
+
+#include "cpu_lanes.h"
+
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace {
+
+constexpr int SPAN = 32;              // columns of an operand
+constexpr int OPERAND = TILE * SPAN;  // its numbers
+constexpr int DEPTH = 384;            // columns laid out at a time, at most
+constexpr int PAIR = 2 * TILE;        // rows of a matrix laid out at a time
+
+// ---- right operands: a matrix ---------------------------------------------------------
+
+// Every 16 bits of which the highest one is set become +1, else -1.
+inline __m512i plus_or_minus_one(__m512i signs) {
+    __m512i highest = _mm512_set1_epi16(short(0x8000));
+    __m512i minus_one = _mm512_set1_epi16(short(0xBF80));
+    return _mm512_ternarylogic_epi64(signs, highest, minus_one, 0x6A);
+}
+
+// A block of signs from the words of its rows, of which each holds `words` words
+inline void lay_out_signs(Bf16* out, const Floats* rows, int words) {
+    for (int word = 0; word < words; word++, out += 2 * TILE) {
+        Bf16* to = out;
+#pragma GCC unroll 16
+        for (int plane = 0; plane < 16; plane++, to += words * 2 * TILE) {
+            __m512i moved = _mm512_slli_epi16(__m512i(rows[word]), 15 - plane);
+            _mm512_store_si512(to, plus_or_minus_one(moved));
+        }
+    }
+}
+
+// The same of I4. The second half of a block starts behind 4 * `words` columns.
+inline void lay_out_int4(Bf16* out, const Floats* rows, int words) {
+    __m512i numbers = _mm512_load_si512(INT4_NUMBERS);
+    __m512i order = _mm512_set4_epi32(0x0F0D0E0C, 0x0B090A08, 0x07050604, 0x03010200);
+    for (int word = 0; word < words; word++, out += 4 * TILE) {
+        __m512i bytes = _mm512_shuffle_epi8(__m512i(rows[word]), order);
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++) {
+            Bf16* to = out + (part % 2 * 2 * words + part / 2) * 2 * TILE;
+            __m512i moved = _mm512_srli_epi16(bytes, 4 * part);
+            _mm512_store_si512(to, _mm512_permutexvar_epi16(moved, numbers));
+        }
+    }
+}
+
+// `columns` <= 256 columns of any matrix, in their order
+inline void lay_out_columns(Bf16* out, const Matrix& matrix, int row, int rows, int k,
+                            int columns) {
+    alignas(64) Bf16 numbers[TILE][BLOCK + SPAN];
+    for (int n = 0; n < rows; n++) {
+        const char* in = matrix.at(row + n, k);
+        auto words = reinterpret_cast<const uint16_t*>(in);
+        matrix.dtype == Matrix::SIGN ? unpack(numbers[n], words, (columns + 15) / 16)
+                                     : read(numbers[n], in, matrix.dtype, columns);
+    }
+    for (int first = 0; first < columns; first += SPAN, out += OPERAND) {
+        __mmask32 lanes = columns - first < SPAN ? (1u << (columns - first)) - 1 : ~0u;
+        Floats pairs[TILE];
+        for (int n = 0; n < TILE; n++)
+            pairs[n] = Floats(
+                _mm512_maskz_loadu_epi16(n < rows ? lanes : 0, numbers[n] + first));
+        transpose(pairs);
+        std::memcpy(out, pairs, sizeof pairs);
+    }
+}
+
+// Where lay_out() has the column of an I4 matrix if `shifted`
+inline int shift_of(int columns) {
+    int tail = columns % I4_BLOCK, width = (tail + 1) / 2;
+    return round_up(width, 4) - width;
+}
+
+// Columns k to k + DEPTH of `rows` rows from `row`, as right operands up to the padding
+// of x. What is beyond the matrix is finite: it meets zeros of x, or is in lanes that
+// nobody reads. `shifted`: the last block of I4 is in the order of lay_out_int4.
+inline void lay_out(Bf16* out, const Matrix& matrix, int row, int rows, int k,
+                    int columns, bool shifted) {
+    bool is_sign = matrix.dtype == Matrix::SIGN, is_int4 = matrix.dtype == I4;
+    int done = 0;
+    if (int padding = columns % PADDING)
+        std::memset(out + (columns - padding) * TILE, 0, PADDING * TILE * sizeof *out);
+    int block = is_sign ? BLOCK : is_int4 ? I4_BLOCK : columns + 1;
+    int tail = columns % block, width = is_sign ? (tail + 15) / 16 * 2 : (tail + 1) / 2;
+    int ready = width % 4 && !(is_int4 && shifted) ? columns - tail : columns;
+    if (!is_sign && !is_int4) ready = 0;
+    int bytes = (ready - tail) / block * block / (is_sign ? 8 : 2);
+    if (ready == columns) bytes = columns / block * block / (is_sign ? 8 : 2) + width;
+    else bytes = ready / (is_sign ? 8 : 2);
+    for (int first = 0; first < bytes; first += 64) {
+        Floats words[TILE];
+        load_words(words, matrix.at(row, k) + first, matrix.row_bytes(), rows,
+                   bytes - first);
+        for (int half = 0; half < 2 && done < ready; half++, done += block) {
+            int count = std::min(8, (bytes - first - 32 * half + 3) / 4);
+            is_sign ? lay_out_signs(out + done * TILE, words + 8 * half, count)
+                    : lay_out_int4(out + done * TILE, words + 8 * half, count);
+        }
+    }
+    for (; done < columns; done += BLOCK)
+        lay_out_columns(out + done * TILE, matrix, row, rows, k + done,
+                        std::min(BLOCK, columns - done));
+}
+
+// ---- products -------------------------------------------------------------------------
+
+// Rows of x as left operands: x[m / 16][k / 32][m % 16][k % 32]. Of less than 16, no
+// more than there are.
+inline int height_of(int count) { return count < TILE ? count : round_up(count, TILE); }
+
+struct MatrixUnit {
+    // Setting the shapes takes as long as ten products, so keep them.
+    static void configure(int height) {
+        if (height == configured) return;
+        configured = height;
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {};
+        } config;
+        for (int tile = 0; tile < 8; tile++) config.rows[tile] = height;
+        config.rows[6] = config.rows[7] = TILE;
+        asm volatile("" : : "r"(&config) : "memory");
+        _tile_loadconfig(&config);
+    }
+
+    static void release() {
+        configured = 0;
+        _tile_release();
+    }
+
+    // c[m][i] += row m of x times the matrix whose right operands are right[i], over
+    // `columns` columns. `stride`: numbers from 16 rows of x to the next.
+    static void multiply(Floats (*c)[2], const Bf16* const* right, const Bf16* x,
+                         int64_t stride, int height, int columns, int parts,
+                         int64_t part) {
+        constexpr int line = sizeof *c;
+        int rows = std::min(height, TILE);
+        configure(rows);
+        asm volatile("" : : : "memory");  // GCC's tile loads do not say what they read
+        for (int m = 0; m < height; m += 2 * TILE, c += 2 * TILE, x += 2 * stride) {
+            bool two = m + TILE < height;
+            _tile_loadd(0, c[0], line);
+            _tile_loadd(1, c[0] + 1, line);
+            if (two) {
+                _tile_loadd(2, c[TILE], line);
+                _tile_loadd(3, c[TILE] + 1, line);
+            }
+            for (int i = 0; i < parts; i++) {
+                const Bf16 *left = x + i * part, *first = right[0], *second = right[1];
+                for (int k = 0; k < columns; k += SPAN) {
+                    _tile_loadd(6, first, 64);
+                    _tile_loadd(4, left, 64);
+                    _tile_dpbf16ps(0, 4, 6);
+                    _tile_loadd(7, second, 64);
+                    _tile_dpbf16ps(1, 4, 7);
+                    if (two) {
+                        _tile_loadd(5, left + stride, 64);
+                        _tile_dpbf16ps(2, 5, 6);
+                        _tile_dpbf16ps(3, 5, 7);
+                    }
+                    first += OPERAND, second += OPERAND, left += rows * SPAN;
+                }
+            }
+            _tile_stored(0, c[0], line);
+            _tile_stored(1, c[0] + 1, line);
+            if (two) {
+                _tile_stored(2, c[TILE], line);
+                _tile_stored(3, c[TILE] + 1, line);
+            }
+        }
+        asm volatile("" : : : "memory");
+    }
+
+    static thread_local int configured;
+};
+thread_local int MatrixUnit::configured = 0;
+
+}  // namespace
+#endif
