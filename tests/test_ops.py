@@ -25,6 +25,7 @@ POPULARITY = {
     "distinct": [0, 1, 2],
     "mixed": [2, -1, 0, 2, 1, -1, 2],
     "skewed": [0] * 9 + [2, 1, -1],
+    "many": [0] * 37 + [1] * 20 + [-1] + [2] * 12,
     "nothing": [],
 }
 
@@ -98,7 +99,7 @@ class Arena:
 
 
 def groups_of(slot_of_row, slots=3):
-    groups = RowGroups(32, slots, "cpu")
+    groups = RowGroups(128, slots, "cpu")
     groups.set(np.array(slot_of_row, dtype=np.int32))
     return groups
 
@@ -121,7 +122,7 @@ DELTAS = {
 
 @pytest.mark.parametrize("deltas", DELTAS.values(), ids=DELTAS)
 @pytest.mark.parametrize("popularity", POPULARITY)
-@pytest.mark.parametrize("k", [5, 63, 96, 272, 300])
+@pytest.mark.parametrize("k", [5, 63, 96, 272, 300, 700])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_linear(popularity, k, dtype, deltas):
     slot_of_row, sizes = POPULARITY[popularity], [7, 48, 1]
@@ -148,7 +149,7 @@ def test_linear(popularity, k, dtype, deltas):
     before, groups = y.clone(), groups_of(slot_of_row)
     torch.ops.dqrelo.delta_linear_(
         y,
-        torch.full((32, 64), torch.nan),
+        torch.full((128, 64), torch.nan),
         x,
         arena.data,
         arena.table,

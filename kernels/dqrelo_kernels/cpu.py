@@ -19,7 +19,10 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("cpu.cpp", "cpu_lanes.h", "cpu_tiles.h")
+SOURCES = (
+    "cpu.cpp",
+    *(f"cpu_{p}.h" for p in ("amx", "lanes", "linear", "table", "tiles")),
+)
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

@@ -8,16 +8,19 @@
 
 #include "cpu_lanes.h"
 
-#if defined(__AMX_BF16__)
-#include <sys/syscall.h>
-#include <unistd.h>
-
 namespace {
 
 constexpr int SPAN = 32;              // columns of an operand
 constexpr int OPERAND = TILE * SPAN;  // its numbers
 constexpr int DEPTH = 384;            // columns laid out at a time, at most
 constexpr int PAIR = 2 * TILE;        // rows of a matrix laid out at a time
+
+// Rows of x as left operands: x[m / 16][k / 32][m % 16][k % 32]. Of less than 16, no
+// more than there are.
+inline int height_of(int count) { return count < TILE ? count : round_up(count, TILE); }
+
+#if defined(__AMX_BF16__)
+constexpr bool HAS_AMX = true;
 
 // ---- right operands: a matrix ---------------------------------------------------------
 
@@ -76,38 +79,47 @@ inline void lay_out_columns(Bf16* out, const Matrix& matrix, int row, int rows, 
     }
 }
 
-// Where lay_out() has the column of an I4 matrix if `shifted`
-inline int shift_of(int columns) {
-    int tail = columns % I4_BLOCK, width = (tail + 1) / 2;
-    return round_up(width, 4) - width;
-}
-
-// Columns k to k + DEPTH of `rows` rows from `row`, as right operands up to the padding
-// of x. What is beyond the matrix is finite: it meets zeros of x, or is in lanes that
-// nobody reads. `shifted`: the last block of I4 is in the order of lay_out_int4.
-inline void lay_out(Bf16* out, const Matrix& matrix, int row, int rows, int k,
-                    int columns, bool shifted) {
-    bool is_sign = matrix.dtype == Matrix::SIGN, is_int4 = matrix.dtype == I4;
-    int done = 0;
-    if (int padding = columns % PADDING)
-        std::memset(out + (columns - padding) * TILE, 0, PADDING * TILE * sizeof *out);
-    int block = is_sign ? BLOCK : is_int4 ? I4_BLOCK : columns + 1;
-    int tail = columns % block, width = is_sign ? (tail + 15) / 16 * 2 : (tail + 1) / 2;
-    int ready = width % 4 && !(is_int4 && shifted) ? columns - tail : columns;
-    if (!is_sign && !is_int4) ready = 0;
-    int bytes = (ready - tail) / block * block / (is_sign ? 8 : 2);
-    if (ready == columns) bytes = columns / block * block / (is_sign ? 8 : 2) + width;
-    else bytes = ready / (is_sign ? 8 : 2);
-    for (int first = 0; first < bytes; first += 64) {
+// Signs or I4 from column k on: whole blocks, and the last one of a row if it has whole
+// words or may be `shifted`. Returns how many columns these are.
+inline int lay_out_blocks(Bf16* out, const Matrix& matrix, int row, int rows, int k,
+                          int columns, bool shifted) {
+    constexpr int bytes_of_block = 32;
+    bool is_sign = matrix.dtype == Matrix::SIGN;
+    int block = is_sign ? BLOCK : I4_BLOCK, tail = columns % block;
+    int width = is_sign ? (tail + 15) / 16 * 2 : (tail + 1) / 2;
+    if (width % 4 && (is_sign || !shifted)) width = tail = 0;
+    int bytes = columns / block * bytes_of_block + width;
+    for (int first = 0; first < bytes; first += 2 * bytes_of_block) {
         Floats words[TILE];
         load_words(words, matrix.at(row, k) + first, matrix.row_bytes(), rows,
                    bytes - first);
-        for (int half = 0; half < 2 && done < ready; half++, done += block) {
-            int count = std::min(8, (bytes - first - 32 * half + 3) / 4);
-            is_sign ? lay_out_signs(out + done * TILE, words + 8 * half, count)
-                    : lay_out_int4(out + done * TILE, words + 8 * half, count);
+        for (int i = 0; i < 2 && first + i * bytes_of_block < bytes; i++) {
+            int left = bytes - first - i * bytes_of_block;
+            int count = std::min(left + 3, bytes_of_block) / 4;
+            is_sign ? lay_out_signs(out, words + 8 * i, count)
+                    : lay_out_int4(out, words + 8 * i, count);
+            out += block * TILE;
         }
     }
+    return columns / block * block + tail;
+}
+
+// By how much the second half of the last block of I4 is shifted
+inline int shift_of(int columns) {
+    int width = (columns % I4_BLOCK + 1) / 2;
+    return round_up(width, 4) - width;
+}
+
+// `columns` columns from k of `rows` rows from `row`, as right operands up to the padding
+// of x. What is beyond the matrix is finite: it meets zeros of x, or is in lanes that
+// nobody reads.
+inline void lay_out(Bf16* out, const Matrix& matrix, int row, int rows, int k,
+                    int columns, bool shifted) {
+    if (int padding = columns % PADDING)
+        std::memset(out + (columns - padding) * TILE, 0, PADDING * TILE * sizeof *out);
+    int done = 0;
+    if (matrix.dtype == Matrix::SIGN || matrix.dtype == I4)
+        done = lay_out_blocks(out, matrix, row, rows, k, columns, shifted);
     for (; done < columns; done += BLOCK)
         lay_out_columns(out + done * TILE, matrix, row, rows, k + done,
                         std::min(BLOCK, columns - done));
@@ -115,11 +127,19 @@ inline void lay_out(Bf16* out, const Matrix& matrix, int row, int rows, int k,
 
 // ---- products -------------------------------------------------------------------------
 
-// Rows of x as left operands: x[m / 16][k / 32][m % 16][k % 32]. Of less than 16, no
-// more than there are.
-inline int height_of(int count) { return count < TILE ? count : round_up(count, TILE); }
+// The sum of `parts` matrices of `height` rows, as left operands
+struct Left {
+    const Bf16* x;
+    int height, padded;  // columns
+    int parts = 1;
 
-struct MatrixUnit {
+    int rows() const { return std::min(height, TILE); }
+    int64_t stride() const { return int64_t(TILE) * padded; }  // to the next 16 rows
+    int64_t part() const { return int64_t(height) * padded; }
+    Left from(int column) const { return {x + column * rows(), height, padded, parts}; }
+};
+
+struct Amx {
     // Setting the shapes takes as long as ten products, so keep them.
     static void configure(int height) {
         if (height == configured) return;
@@ -141,24 +161,23 @@ struct MatrixUnit {
     }
 
     // c[m][i] += row m of x times the matrix whose right operands are right[i], over
-    // `columns` columns. `stride`: numbers from 16 rows of x to the next.
-    static void multiply(Floats (*c)[2], const Bf16* const* right, const Bf16* x,
-                         int64_t stride, int height, int columns, int parts,
-                         int64_t part) {
+    // `columns` columns
+    static void multiply(Floats (*c)[2], const Bf16* const* right, const Left& x,
+                         int columns) {
         constexpr int line = sizeof *c;
-        int rows = std::min(height, TILE);
-        configure(rows);
+        configure(x.rows());
         asm volatile("" : : : "memory");  // GCC's tile loads do not say what they read
-        for (int m = 0; m < height; m += 2 * TILE, c += 2 * TILE, x += 2 * stride) {
-            bool two = m + TILE < height;
+        for (int m = 0; m < x.height; m += 2 * TILE, c += 2 * TILE) {
+            bool two = m + TILE < x.height;
             _tile_loadd(0, c[0], line);
             _tile_loadd(1, c[0] + 1, line);
             if (two) {
                 _tile_loadd(2, c[TILE], line);
                 _tile_loadd(3, c[TILE] + 1, line);
             }
-            for (int i = 0; i < parts; i++) {
-                const Bf16 *left = x + i * part, *first = right[0], *second = right[1];
+            for (int part = 0; part < x.parts; part++) {
+                const Bf16* left = x.x + m / TILE * x.stride() + part * x.part();
+                const Bf16 *first = right[0], *second = right[1];
                 for (int k = 0; k < columns; k += SPAN) {
                     _tile_loadd(6, first, 64);
                     _tile_loadd(4, left, 64);
@@ -166,11 +185,11 @@ struct MatrixUnit {
                     _tile_loadd(7, second, 64);
                     _tile_dpbf16ps(1, 4, 7);
                     if (two) {
-                        _tile_loadd(5, left + stride, 64);
+                        _tile_loadd(5, left + x.stride(), 64);
                         _tile_dpbf16ps(2, 5, 6);
                         _tile_dpbf16ps(3, 5, 7);
                     }
-                    first += OPERAND, second += OPERAND, left += rows * SPAN;
+                    first += OPERAND, second += OPERAND, left += x.rows() * SPAN;
                 }
             }
             _tile_stored(0, c[0], line);
@@ -185,7 +204,10 @@ struct MatrixUnit {
 
     static thread_local int configured;
 };
-thread_local int MatrixUnit::configured = 0;
+thread_local int Amx::configured = 0;
+
+#else
+constexpr bool HAS_AMX = false;
+#endif
 
 }  // namespace
-#endif

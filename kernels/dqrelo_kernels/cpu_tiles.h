@@ -12,10 +12,6 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
-#if defined(__AMX_BF16__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace {
 
@@ -76,6 +72,13 @@ inline void store(void* out, int dtype, Floats in, int n) {
         n == 16 ? std::memcpy(out, &in, 64) : std::memcpy(out, &in, 4 * n);
         return;
     }
+#if defined(__AVX512BF16__)
+    if (dtype == BF16) {
+        Halves half = Halves(_mm512_cvtneps_pbh(in));
+        n == 16 ? std::memcpy(out, &half, 32) : std::memcpy(out, &half, 2 * n);
+        return;
+    }
+#endif
     Words word = Words(in), sign = word >> 16 & 0x8000, nan = Words(in != in);
     if (dtype == BF16) {
         word = (word + 0x7FFF + (word >> 16 & 1)) >> 16;
@@ -384,86 +387,6 @@ struct Product {
                 for (int j = 0; j < M; j++) c[n + i][m + j] += total(sums[i][j]);
         }
     }
-
-    static void release() {}
 };
-
-#if defined(__AMX_BF16__)
-// The matrix unit multiplies 16 rows of 32 columns at once. Its right operand holds
-// pairs of columns of x: out[k / 2][m] = (x[m][k], x[m][k + 1]).
-template <>
-struct Product<Bf16> {
-    static void stage(Bf16* out, const Rows& x, const int32_t* rows, int count,
-                      int columns, int padded) {
-        std::memset(out, 0, count * padded * sizeof *out);
-        for (int m = 0; m < count; m++) {
-            auto row = reinterpret_cast<const Bf16*>(x.at(rows[m]));
-            for (int k = 0; k < columns - 1; k += 2)
-                std::memcpy(out + k * count + 2 * m, row + k, 4);
-            if (columns % 2) out[(columns - 1) * count + 2 * m] = row[columns - 1];
-        }
-    }
-
-    static void restage(Bf16* out, int64_t stride, Floats* c, int count, int,
-                        int first, int end) {
-        for (int part = 0; part < PARTS<Bf16>; part++, out += stride) {
-            for (int n = 0; n < TILE; n += 2) {
-                Bf16 even[TILE], odd[TILE], *to = out + (first + n) * count;
-                store(even, BF16, c[n], TILE);
-                store(odd, BF16, c[n + 1], TILE);
-                c[n] -= load(even, BF16, TILE);
-                c[n + 1] -= load(odd, BF16, TILE);
-                for (int m = 0; m < count; m++, to += 2) to[0] = even[m], to[1] = odd[m];
-            }
-            std::memset(out + (first + TILE) * count, 0,
-                        (end - first - TILE) * count * sizeof *out);
-        }
-    }
-
-    // Sums of even and of odd steps, because one waits 52 cycles for the one before.
-    static void multiply(Floats* c, const Bf16* tile, const Bf16* x, int count, int,
-                         int k, int columns) {
-        configure(count);
-        Floats even[TILE] = {}, odd[TILE] = {};
-        asm volatile("" : : : "memory");  // GCC's tile loads do not say what they read
-        _tile_zero(0);
-        _tile_zero(1);
-        for (x += k * count; columns > 0; columns -= 64, tile += 64, x += 64 * count) {
-            _tile_loadd(2, tile, STRIDE<Bf16> * 2);
-            _tile_loadd(4, x, count * 4);
-            _tile_dpbf16ps(0, 2, 4);
-            _tile_loadd(3, tile + 32, STRIDE<Bf16> * 2);
-            _tile_loadd(5, x + 32 * count, count * 4);
-            _tile_dpbf16ps(1, 3, 5);
-        }
-        _tile_stored(0, even, sizeof *c);
-        _tile_stored(1, odd, sizeof *c);
-        for (int n = 0; n < TILE; n++) c[n] += even[n] + odd[n];
-    }
-
-    // Setting the shapes takes as long as ten products, so keep them.
-    static void configure(int count) {
-        if (count == configured) return;
-        configured = count;
-        struct alignas(64) {
-            uint8_t palette = 1, start_row = 0, reserved[14] = {};
-            uint16_t row_bytes[16] = {};
-            uint8_t rows[16] = {16, 16, 16, 16, 16, 16};
-        } config;
-        for (int tile : {0, 1, 4, 5}) config.row_bytes[tile] = 4 * count;
-        for (int tile : {2, 3}) config.row_bytes[tile] = 64;
-        asm volatile("" : : "r"(&config) : "memory");
-        _tile_loadconfig(&config);
-    }
-
-    static void release() {
-        configured = 0;
-        _tile_release();
-    }
-
-    static thread_local int configured;
-};
-thread_local int Product<Bf16>::configured = 0;
-#endif
 
 }  // namespace

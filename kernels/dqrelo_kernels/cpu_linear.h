@@ -1,0 +1,496 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The op for linear layers: the rows of every delta by the way that suits them best.
+#pragma once
+
+#include "cpu_amx.h"
+#include "cpu_lanes.h"
+#include "cpu_table.h"
+#include "cpu_tiles.h"
+
+#include <memory>
+#include <vector>
+
+namespace {
+
+constexpr int WINDOW = 256;  // rows of x in work at a time: they stay in the L2 cache
+
+// By lanes (cpu_lanes.h), by tiles of float or of bf16 (cpu_tiles.h), or by AMX
+// (cpu_amx.h)
+enum Way { LANES, FLOATS, NARROW, AMX };
+
+struct Group {  // rows of one delta
+    const int32_t* rows;
+    int count;
+    Way way;
+    size_t x;  // staged rows, bytes in the workspace; for LANES, in each thread's own
+};
+
+struct Job {  // one matrix of one delta
+    const Group* group;
+    const int64_t* entry;
+    int rank;
+    int column;  // of y
+    int size;    // rows of the matrix
+    size_t t;    // A x in the workspace, staged as x is: T [parts, rows, padded rank],
+                 // for LANES float [rows, padded rank] as reorder() leaves it
+};
+
+struct Unit {  // what one thread does at a time
+    const Group* group;
+    const Job* job;
+    int first;  // row of the tile
+};
+
+// Memory of this thread that stays for the next call; what is in it does not.
+enum Use { SHARED, OWN, USES };
+char* workspace(size_t bytes, Use use = SHARED) {
+    static thread_local std::unique_ptr<char[]> memory[USES];
+    static thread_local size_t size[USES] = {};
+    if (size[use] < bytes) memory[use].reset(new char[(size[use] = bytes) + 64]);
+    auto start = reinterpret_cast<uintptr_t>(memory[use].get());
+    return reinterpret_cast<char*>((start + 63) & ~uintptr_t(63));
+}
+
+class Linear {
+ public:
+    Linear(Rows y, Rows x, int columns, const Deltas& deltas, const int32_t* ends)
+        : y(y),
+          x(x),
+          columns(columns),
+          deltas(deltas),
+          ends(ends),
+          padded(round_up(columns, PADDING)) {}
+
+    // y += delta for rows[begin:end], of which slot s has rows[starts[s]:starts[s + 1]]
+    void run(const int32_t* rows, const int32_t* starts, int begin, int end,
+             int threads) {
+        plan(rows, starts, begin, end);
+        int count[] = {int(stages.size()), int(shrinks.size()), int(expands.size())};
+        int chunk = std::clamp(count[2] / (8 * threads), 1, 16);
+#pragma omp parallel num_threads(threads)
+        {
+            char* own = workspace(few_bytes, OWN);
+            for (const Group& group : groups)
+                if (group.way == LANES) stage_few(group, own);
+#pragma omp for schedule(dynamic)
+            for (int i = 0; i < count[0]; i++) stage(stages[i]);
+#pragma omp for schedule(dynamic)
+            for (int i = 0; i < count[1]; i++) shrink(shrinks[i], own);
+#pragma omp for schedule(dynamic, chunk) nowait
+            for (int i = 0; i < count[2]; i++) {
+                if (i + 1 < count[2]) prefetch(expands[i + 1]);
+                expand(expands[i], own);
+            }
+#if defined(__AMX_BF16__)
+            Amx::release();
+#endif
+        }
+    }
+
+ private:
+    void plan(const int32_t* rows, const int32_t* starts, int begin, int end) {
+        groups.reserve(deltas.slots);
+        jobs.reserve(deltas.slots * deltas.slices);
+        size_t bytes = 0;
+        for (int slot = 0; slot < deltas.slots; slot++) {
+            int from = std::max(begin, starts[slot]),
+                to = std::min(end, starts[slot + 1]);
+            if (from >= to) continue;
+            Way way = way_of(slot, starts[slot + 1] - starts[slot]);
+            groups.push_back({rows + from, to - from, way, bytes});
+            Group& group = groups.back();
+            int height = way == AMX ? height_of(group.count) : group.count;
+            size_t staged = size_t(height) * padded * sizeof(float);
+            if (way == LANES) {
+                group.x = few_bytes;
+                few_bytes += 2 * staged;
+                few_bytes += group.count * tables_of(columns) * sizeof(Floats);
+            } else {
+                bytes += staged;
+                for (int m = 0; m < group.count; m += TILE)
+                    stages.push_back({&group, nullptr, m});
+            }
+            for (int slice = 0; slice < deltas.slices; slice++) {
+                const int64_t* entry = deltas.entry(slot, slice);
+                int rank = rank_of(entry);
+                if (!rank && entry[SIGNS] == ABSENT && entry[BIAS] == ABSENT) continue;
+                int size = ends[slice + 1] - ends[slice];
+                jobs.push_back({&group, entry, rank, ends[slice], size, bytes});
+                bytes += size_t(height) * padded_rank(jobs.back()) * sizeof(float);
+                int tile = way == AMX ? PAIR : TILE;
+                for (int r = 0; r < rank; r += tile)
+                    shrinks.push_back({&group, &jobs.back(), r});
+                for (int n = 0; n < size; n += tile)
+                    expands.push_back({&group, &jobs.back(), n});
+            }
+        }
+        memory = workspace(bytes);
+    }
+
+    Way way_of(int slot, int count) const {
+        if (count <= FEW) return LANES;
+        if (sizeof(Narrow) != 2 || x.dtype != BF16) return FLOATS;
+        for (int slice = 0; slice < deltas.slices; slice++) {
+            const int64_t* entry = deltas.entry(slot, slice);
+            int factors = entry[FACTOR_DTYPE];
+            if (rank_of(entry) && (factors == F32 || factors == F16)) return FLOATS;
+        }
+        return HAS_AMX ? AMX : NARROW;
+    }
+
+    template <class T>
+    T* staged(const Group& group, int m) const {
+        return reinterpret_cast<T*>(memory + group.x) + int64_t(m) * padded;
+    }
+    static int padded_rank(const Job& job) { return round_up(job.rank, PADDING); }
+    template <class T>
+    T* t(const Job& job, int m = 0) const {
+        return reinterpret_cast<T*>(memory + job.t) + int64_t(m) * padded_rank(job);
+    }
+    Matrix signs(const Job& job, int plane) const {
+        return deltas.signs(job.entry, plane, job.size, columns);
+    }
+    Matrix factor(const Job& job, Field which) const {
+        int dtype = job.entry[FACTOR_DTYPE];
+        return {deltas.at(job.entry, which), which == LORA_A ? columns : job.rank,
+                dtype};
+    }
+    int rows_of(const Unit& unit, int size) const {
+        return std::min(TILE, size - unit.first);
+    }
+
+    __attribute__((always_inline)) void prefetch(const Unit& unit) const {
+        const Job& job = *unit.job;
+        int rows = rows_of(unit, job.size);
+        for (int plane = 0; plane < planes_of(job.entry); plane++)
+            signs(job, plane).prefetch(unit.first, rows);
+        if (job.rank) factor(job, LORA_B).prefetch(unit.first, rows);
+    }
+
+    void stage(const Unit& unit) const {
+        switch (unit.group->way) {
+            case LANES: break;
+            case FLOATS: return stage_tiles<float>(unit);
+            case NARROW: return stage_tiles<Narrow>(unit);
+            case AMX: return stage_amx(unit);
+        }
+    }
+    void shrink(const Unit& unit, char* own) const {
+        switch (unit.group->way) {
+            case LANES: return shrink_few(unit, own);
+            case FLOATS: return shrink_tiles<float>(unit);
+            case NARROW: return shrink_tiles<Narrow>(unit);
+            case AMX: return shrink_amx(unit);
+        }
+    }
+    void expand(const Unit& unit, char* own) const {
+        switch (unit.group->way) {
+            case LANES: return expand_few(unit, own);
+            case FLOATS: return expand_tiles<float>(unit);
+            case NARROW: return expand_tiles<Narrow>(unit);
+            case AMX: return expand_amx(unit);
+        }
+    }
+
+    // By tiles.
+
+    template <class T>
+    void stage_tiles(const Unit& unit) const {
+        const Group& group = *unit.group;
+        Product<T>::stage(staged<T>(group, unit.first), x, group.rows + unit.first,
+                          std::min(TILE, group.count - unit.first), columns, padded);
+    }
+
+    // c[m + n] += row `unit.first` + n of the matrix * row m of x, for each of the parts
+    // that x, as staged, is the sum of
+    template <class T>
+    void multiply(Floats* c, const Unit& unit, const Matrix& matrix, int rows,
+                  const T* x, int padded, int parts = 1) const {
+        alignas(64) T tile[TILE_BYTES / sizeof(T)];
+        int count = unit.group->count;
+        for (int k = 0; k < matrix.columns; k += CHUNK<T>) {
+            fill(tile, matrix, unit.first, rows, k);
+            for (int part = 0; part < parts; part++)
+                for (int m = 0; m < count; m += TILE)
+                    Product<T>::multiply(
+                        c + m, tile, x + (int64_t(part) * count + m) * padded,
+                        std::min(TILE, count - m), padded, k,
+                        std::min(CHUNK<T>, padded - k));
+        }
+    }
+
+    // t = scale * A x for a tile of rows of A
+    template <class T>
+    void shrink_tiles(const Unit& unit) const {
+        Floats c[WINDOW];
+        const Job& job = *unit.job;
+        int rows = rows_of(unit, job.rank), count = unit.group->count;
+        std::fill_n(c, round_up(count, TILE), Floats{});
+        multiply(c, unit, factor(job, LORA_A), rows, staged<T>(*unit.group, 0),
+                 padded);
+        if (job.entry[LORA_SCALE] != ABSENT)
+            multiply_rows(c, count, deltas.floats(job.entry, LORA_SCALE) + unit.first,
+                          rows);
+        int last = unit.first + TILE, width = padded_rank(job);
+        for (int m = 0; m < count; m += TILE)
+            Product<T>::restage(t<T>(job, m), int64_t(count) * width, c + m,
+                                std::min(TILE, count - m), width, unit.first,
+                                last < job.rank ? last : width);
+    }
+
+    // c[m + n] *= scale[n] for the first `rows` n, all m
+    static void multiply_rows(Floats* c, int count, const float* scale, int rows) {
+        for (int m = 0; m < count; m += TILE)
+            for (int n = 0; n < rows; n++) c[m + n] *= scale[n];
+    }
+
+    // y += sum of scale * S x + B t + bias for a tile of rows of S and B
+    template <class T>
+    void expand_tiles(const Unit& unit) const {
+        Floats c[WINDOW];
+        const Job& job = *unit.job;
+        int rows = rows_of(unit, job.size), count = unit.group->count;
+        int padded_count = round_up(count, TILE);
+        std::fill_n(c, padded_count, Floats{});
+        for (int plane = 0; plane < planes_of(job.entry); plane++) {
+            Floats sums[WINDOW];
+            std::fill_n(sums, padded_count, Floats{});
+            multiply(sums, unit, signs(job, plane), rows,
+                     staged<T>(*unit.group, 0), padded);
+            const float* scale = deltas.floats(job.entry, SCALE) + plane * job.size;
+            multiply_rows(sums, padded_count, scale + unit.first, rows);
+            for (int i = 0; i < padded_count; i++) c[i] += sums[i];
+        }
+        if (job.rank)
+            multiply(c, unit, factor(job, LORA_B), rows, t<T>(job),
+                     padded_rank(job), PARTS<T>);
+        if (job.entry[BIAS] != ABSENT) {
+            const float* bias = deltas.floats(job.entry, BIAS) + unit.first;
+            for (int m = 0; m < count; m += TILE)
+                for (int n = 0; n < rows; n++) c[m + n] += bias[n];
+        }
+        for (int m = 0; m < count; m += TILE) {
+            transpose(c + m);
+            for (int i = m; i < std::min(m + TILE, count); i++)
+                add(unit.group->rows[i], job.column + unit.first, c[i], rows);
+        }
+    }
+
+#if defined(__AMX_BF16__)
+    // By AMX: 32 rows of a matrix at a time.
+
+    void stage_amx(const Unit& unit) const {
+        const Group& group = *unit.group;
+        int rows = std::min(TILE, height_of(group.count) - unit.first);
+        Bf16* out = staged<Bf16>(group, unit.first);
+        for (int m = 0; m < rows; m++, out += SPAN) {
+            bool there = unit.first + m < group.count;
+            const char* in = there ? x.at(group.rows[unit.first + m]) : nullptr;
+            for (int k = 0; k < padded; k += SPAN) {
+                int n = there ? std::clamp(columns - k, 0, SPAN) : 0;
+                Bf16* to = out + k * rows;
+                if (n < SPAN) std::memset(to, 0, SPAN * sizeof *to);
+                if (n) std::memcpy(to, in + 2 * k, 2 * n);
+            }
+        }
+        for (const Job& job : jobs) {
+            if (job.group != &group || !job.rank) continue;
+            int width = padded_rank(job), height = height_of(group.count);
+            for (int part = 0; part < 2; part++)
+                std::memset(t<Bf16>(job) + int64_t(part) * width * height +
+                                unit.first * width + (width - PADDING) * rows,
+                            0, PADDING * rows * sizeof(Bf16));
+        }
+    }
+
+    // c[m] += row m of x times `rows` <= 32 rows of the matrix
+    static void multiply_amx(Floats (*c)[2], const Matrix& matrix, int first, int rows,
+                             const Left& x) {
+        alignas(64) Bf16 buffer[2][DEPTH * TILE];
+        const Bf16* right[] = {buffer[0], buffer[rows > TILE]};
+        for (int k = 0, columns; k < matrix.columns; k += columns) {
+            columns = matrix.columns - k <= DEPTH ? matrix.columns - k : BLOCK;
+            for (int i = 0; i * TILE < rows; i++)
+                lay_out(buffer[i], matrix, first + i * TILE,
+                        std::min(TILE, rows - i * TILE), k, columns, x.parts > 1);
+            Amx::multiply(c, right, x.from(k), columns);
+        }
+    }
+
+    Left x_of(const Group& group) const {
+        return {staged<Bf16>(group, 0), height_of(group.count), padded};
+    }
+    Left t_of(const Job& job) const {
+        return {t<Bf16>(job), height_of(job.group->count), padded_rank(job), 2};
+    }
+
+    // Ranks r to r + n of both parts of row m of t = values. They are in one operand.
+    static void put(const Left& t, int m, int r, Floats values, int n) {
+        Bf16* out = const_cast<Bf16*>(t.x) + m / TILE * t.stride() + m % TILE * SPAN +
+                    r / SPAN * SPAN * t.rows() + r % SPAN;
+        store(out, BF16, values, n);
+        store(out + t.part(), BF16, values - load(out, BF16, n), n);
+    }
+
+    void shrink_amx(const Unit& unit) const {
+        const Job& job = *unit.job;
+        int rows = std::min(PAIR, job.rank - unit.first);
+        Left x = x_of(*unit.group), t = t_of(job);
+        Floats c[WINDOW][2], scale[] = {Floats{} + 1, Floats{} + 1};
+        std::memset(c, 0, x.height * sizeof *c);
+        Matrix a = factor(job, LORA_A);
+        multiply_amx(c, a, unit.first, rows, x);
+        if (job.entry[LORA_SCALE] != ABSENT)
+            load_pair(scale, deltas.floats(job.entry, LORA_SCALE) + unit.first, rows);
+        int shift = a.dtype == I4 ? shift_of(job.rank) : 0;
+        int half = job.rank - job.rank % I4_BLOCK / 2;  // of the last block
+        for (int m = 0; m < x.height; m++)
+            for (int i = 0; i * TILE < rows; i++) {
+                Floats values = c[m][i] * scale[i];
+                int r = unit.first + i * TILE, n = std::min(TILE, job.rank - r);
+                if (!shift || r + n <= half) {
+                    put(t, m, r, values, n);
+                    continue;
+                }
+                for (int j = 0; j < n; j++)
+                    put(t, m, r + j + (r + j < half ? 0 : shift), Floats{} + values[j],
+                        1);
+            }
+    }
+
+    void expand_amx(const Unit& unit) const {
+        const Job& job = *unit.job;
+        const Group& group = *unit.group;
+        int rows = std::min(PAIR, job.size - unit.first);
+        int column = job.column + unit.first;
+        for (int m = 0; m < group.count; m++)
+            __builtin_prefetch(y.at(group.rows[m], column), 1);
+        Left x = x_of(group);
+        Floats c[WINDOW][2];
+        std::memset(c, 0, x.height * sizeof *c);
+        for (int plane = 0; plane < planes_of(job.entry); plane++) {
+            Floats more[WINDOW][2], scale[2], (*sums)[2] = plane ? more : c;
+            if (plane) std::memset(more, 0, x.height * sizeof *more);
+            multiply_amx(sums, signs(job, plane), unit.first, rows, x);
+            const float* scales = deltas.floats(job.entry, SCALE) + plane * job.size;
+            load_pair(scale, scales + unit.first, rows);
+            for (int m = 0; m < x.height; m++)
+                for (int i = 0; i < 2; i++)
+                    c[m][i] = scale[i] * sums[m][i] + (plane ? c[m][i] : Floats{});
+        }
+        if (job.rank)
+            multiply_amx(c, factor(job, LORA_B), unit.first, rows, t_of(job));
+        Floats bias[2] = {};
+        if (job.entry[BIAS] != ABSENT)
+            load_pair(bias, deltas.floats(job.entry, BIAS) + unit.first, rows);
+        for (int m = 0; m < group.count; m++)
+            for (int i = 0; i * TILE < rows; i++)
+                add(group.rows[m], column + i * TILE, c[m][i] + bias[i],
+                    std::min(TILE, rows - i * TILE));
+    }
+
+    static void load_pair(Floats* out, const float* in, int rows) {
+        out[0] = load(in, F32, std::min(TILE, rows));
+        out[1] = rows > TILE ? load(in + TILE, F32, rows - TILE) : Floats{};
+    }
+#else
+    void stage_amx(const Unit&) const {}
+    void shrink_amx(const Unit&) const {}
+    void expand_amx(const Unit&) const {}
+#endif
+
+    // By lanes. Each thread has its own copy of x, in the order of columns
+    // and in that of I4, and of the tables: to fetch them from the other core's cache
+    // would take longer than to make them.
+
+    float* x_of(const Group& group, char* own, int dtype = F32) const {
+        float* x = reinterpret_cast<float*>(own + group.x);
+        return dtype == I4 ? x + group.count * padded : x;
+    }
+    Floats* tables_of_rows(const Group& group, char* own, int m) const {
+        float* behind = x_of(group, own) + 2 * group.count * padded;
+        return reinterpret_cast<Floats*>(behind) + m * tables_of(columns);
+    }
+
+    void stage_few(const Group& group, char* own) const {
+        int count = group.count;
+        float *x = x_of(group, own), *reordered = x_of(group, own, I4);
+        for (int m = 0; m < count; m++) {
+            read(x + m * padded, this->x.at(group.rows[m]), this->x.dtype, columns);
+            std::memset(x + m * padded + columns, 0,
+                        (padded - columns) * sizeof(float));
+            reorder(reordered + m * padded, x + m * padded, I4, columns, padded);
+        }
+        by_fours(count, [&](auto M, int m) {
+            fill_tables<M>(tables_of_rows(group, own, m), x + m * padded, padded,
+                           columns);
+        });
+    }
+
+    void shrink_few(const Unit& unit, char* own) const {
+        const Job& job = *unit.job;
+        const Group& group = *unit.group;
+        int rows = rows_of(unit, job.rank), width = padded_rank(job);
+        Matrix a = factor(job, LORA_A);
+        const float* x = x_of(group, own, a.dtype);
+        Floats sums[std::max(FEW, 4)] = {}, scale = Floats{} + 1;
+        by_fours(group.count, [&](auto M, int m) {
+            multiply_lanes<M>(sums + m, a, unit.first, rows, x + m * padded, padded);
+        });
+        if (job.entry[LORA_SCALE] != ABSENT)
+            scale = load(deltas.floats(job.entry, LORA_SCALE) + unit.first, F32, rows);
+        for (int m = 0; m < group.count; m++) {
+            Floats values = sums[m] * scale;
+            float* out = t<float>(job) + m * width;
+            for (int n = 0; n < rows; n++)
+                out[place(a.dtype, unit.first + n, job.rank)] = values[n];
+            if (unit.first + TILE >= job.rank)
+                std::memset(out + job.rank, 0, (width - job.rank) * sizeof(float));
+        }
+    }
+
+    void expand_few(const Unit& unit, char* own) const {
+        const Job& job = *unit.job;
+        const Group& group = *unit.group;
+        int rows = rows_of(unit, job.size), width = padded_rank(job);
+        Floats c[std::max(FEW, 4)] = {};
+        by_fours(group.count, [&](auto M, int m) {
+            for (int plane = 0; plane < planes_of(job.entry); plane++) {
+                Floats sums[M];
+                multiply_signs<M>(sums, signs(job, plane), unit.first, rows,
+                                  tables_of_rows(group, own, m));
+                const float* scale = deltas.floats(job.entry, SCALE) + plane * job.size;
+                Floats scales = load(scale + unit.first, F32, rows);
+                for (int i = 0; i < M; i++) c[m + i] += scales * sums[i];
+            }
+            if (job.rank)
+                multiply_lanes<M>(c + m, factor(job, LORA_B), unit.first, rows,
+                                  t<float>(job, m), width);
+        });
+        Floats bias = {};
+        if (job.entry[BIAS] != ABSENT)
+            bias = load(deltas.floats(job.entry, BIAS) + unit.first, F32, rows);
+        for (int m = 0; m < group.count; m++)
+            add(group.rows[m], job.column + unit.first, c[m] + bias, rows);
+    }
+
+    // y[row, column:] += sums
+    void add(int row, int column, Floats sums, int count) const {
+        char* out = y.at(row, column);
+        store(out, y.dtype, load(out, y.dtype, count) + sums, count);
+    }
+
+    const Rows y, x;
+    const int columns;
+    const Deltas& deltas;
+    const int32_t* const ends;
+    const int padded;
+    char* memory = nullptr;
+    size_t few_bytes = 0;
+    std::vector<Group> groups;
+    std::vector<Job> jobs;
+    std::vector<Unit> stages, shrinks, expands;
+};
+
+}  // namespace
