@@ -56,6 +56,22 @@ class Memory(NamedTuple):
     slots: int
 
 
+class Usage(NamedTuple):
+    """What a worker's deltas take now, in bytes.
+
+    Attributes:
+        resident: digests of the deltas on the device.
+        device: of the deltas there.
+        host: of the deltas in host memory.
+        evicted: how many made room for others on the device so far, a number.
+    """
+
+    resident: frozenset[str]
+    device: int
+    host: int
+    evicted: int
+
+
 class DeltaManager:
     """The deltas of one worker, by digest.
 
@@ -151,6 +167,16 @@ class DeltaManager:
     def pin(self, digest: str) -> None:
         """Note that the engine keeps a delta in memory."""
         self.pinned.add(digest)
+
+    def usage(self) -> Usage:
+        """What the deltas take now."""
+        resident = self.residency.resident
+        return Usage(
+            frozenset(resident),
+            sum(delta.size for delta in resident.values()),
+            self.host.size,
+            self.residency.evicted,
+        )
 
     def forget(self, digest: str) -> None:
         """Free the memory of a delta."""
