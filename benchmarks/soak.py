@@ -25,26 +25,25 @@ import urllib.request
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import models
 import psutil
 import torch
 from machine import machine
+from models import MORE, delta, weaker
 from openai import APIStatusError, AsyncOpenAI
+from reference import TOKENS, TOLERANCE, Reference, references
 from server import DQRELO, server
+from tasks import TASKS
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
-from vllm_dqrelo.format.checkpoint import HEAD
-from vllm_dqrelo.format.delta import Delta, weight_files
+from vllm_dqrelo.format.delta import weight_files
 
-TOKENS = 16  # of the longest answer
 PROMPTS = (3, 17, 40, 64)  # lengths; the second half begins with the first 32 tokens
 CLIENTS = 8
 STUCK_S = 180  # a request that takes longer is stuck
-TOLERANCE = 2e-3  # of a logprob: float32, 30 layers, another order of sums
 REPLACED = "replaced"  # the delta whose folder changes
 # What may be said of it while that happens, and of a delta that is being unloaded.
 EXPECTED = ("was replaced", "was changed after", "is not a delta folder")
@@ -63,71 +62,6 @@ def ask(model):
 for model in sys.argv[2:]:
     threading.Thread(target=ask, args=[model]).start()
 """
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A greedy answer: its tokens, their logprobs, and the lead over the second."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    leads: list[float]
-
-    def difference(self, tokens: list[int], logprobs: list[float]) -> float:
-        """The largest difference of logprobs; infinite for another answer.
-
-        Where the two best tokens are within the tolerance either is right, and what
-        follows is not compared.
-        """
-        worst = 0.0
-        for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
-            if token != self.tokens[i]:
-                return worst if self.leads[i] <= TOLERANCE else float("inf")
-            worst = max(worst, abs(logprob - self.logprobs[i]))
-        return worst
-
-
-def references(
-    base: Path, folders: list[Path | None], prompts: list[list[int]]
-) -> list[list[Reference]]:
-    """The answers of base + delta in transformers, float32; None is the base."""
-    found = []
-    for folder in tqdm(folders, "references"):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        if folder:
-            merge(model, Delta(folder))
-        found.append([reference(model, prompt) for prompt in prompts])
-    return found
-
-
-def merge(model: Any, delta: Delta) -> None:
-    """Add a delta to a model, in place."""
-    parameters = dict(model.named_parameters())
-    if HEAD in delta.matrices and HEAD not in parameters:
-        raise SystemExit(f"{delta.folder} unties the LM head of a base that ties it")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(delta.merged(name, parameter))
-
-
-def reference(model: Any, prompt: list[int]) -> Reference:
-    """The greedy answer of a model."""
-    output = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        generation_config=model.generation_config.__class__(pad_token_id=0),
-        max_new_tokens=TOKENS,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    logprobs = torch.cat(output.logits).log_softmax(-1)
-    best = logprobs.topk(2).values
-    return Reference(
-        output.sequences[0, len(prompt) :].tolist(),
-        best[:, 0].tolist(),
-        (best[:, 0] - best[:, 1]).tolist(),
-    )
 
 
 class Soak:
@@ -389,16 +323,13 @@ def store_of(folders: list[Path], parent: Path) -> tuple[Path, dict[str, list[Pa
 
 def smollm(count: int) -> tuple[Path, list[Path]]:
     """SmolLM2-135M and deltas of it, no two of which answer the same."""
-    from models import MORE, base, delta, weaker
-    from tasks import TASKS
-
     folders = []
     for i in range(count):
         times, task = divmod(i, len(TASKS))
         strength = 1 - times / 5
         folder = MORE / f"soak-{i}"
         folders.append(weaker(delta(task), strength, folder) if times else delta(task))
-    return base(), folders
+    return models.base(), folders
 
 
 def main() -> int:
@@ -425,7 +356,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         store, names = store_of(folders, Path(scratch))
         contents = [None, *(c for group in names.values() for c in group)]
-        found = references(base, contents, prompts)
+        cache = (Path(scratch) if arguments.base else MORE) / "soak.json"
+        found = references(base, contents, prompts, cache)
         expected = {"base": found[0]}
         for name, one in zip(names, found[1:], strict=False):
             expected[name] = one
@@ -436,6 +368,8 @@ def main() -> int:
         command = [*DQRELO, "serve", base, "--delta-dir", store, "--delta-endpoints"]
         command += ["--served-model-name=base", "--dtype=float32", "--enforce-eager"]
         command += ["--max-model-len=192", f"--max-num-seqs={2 * CLIENTS}"]
+        # Few blocks, so that all of them have been written to before long.
+        command += ["--num-gpu-blocks-override=64"]
         command += [f"--max-loras={arguments.resident}", "--additional-config"]
         command += [json.dumps({"dqrelo": options})]
         log = Path(tempfile.gettempdir()) / "dqrelo-soak.log"

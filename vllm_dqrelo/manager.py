@@ -37,6 +37,8 @@ from vllm_dqrelo.step import Step
 
 logger = init_logger(__name__)
 
+SLACK = 2**20  # bytes that a delta's files may have beside its tensors
+
 
 class Memory(NamedTuple):
     """What a worker has for deltas, in bytes.
@@ -193,7 +195,10 @@ class DeltaManager:
                 for by its digest.
         """
         folder, _, digest = request.lora_path.partition("#sha256:")
-        delta = Delta(Path(folder))
+        # What a delta takes in the arena is about as much as it has on disk; the rows
+        # of added tokens are elsewhere.
+        added = sum(rows.rows[0].nbytes for rows in self.residency.added.values())
+        delta = Delta(Path(folder), int(1.05 * self.memory.arena) + added + SLACK)
         if digest and delta.config.digest != f"sha256:{digest}":
             raise DqreloError(
                 f"{folder} was replaced: it holds {delta.config.digest}, "
@@ -201,6 +206,7 @@ class DeltaManager:
             )
         delta.config.check_base(self._fingerprint, self.model_config.model, folder)
         packed = pack(delta, self.sites, pinned=self.device.type == "cuda")
+        delta.check_unchanged()  # the digest is of what was packed
         ranks = packed.entries[:, Field.RANK].clamp_min(0)
         sites = self.sites.by_name.values()
         parts = ranks.split([len(site.sizes) for site in sites])
