@@ -14,7 +14,7 @@ from vllm_dqrelo.format.checkpoint import HEAD
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import Delta
 
-TOKENS = 12  # of an answer
+TOKENS = 10  # of an answer
 TOLERANCE = 2e-3  # of a logprob: float32, 30 layers, another order of sums
 
 
@@ -50,7 +50,8 @@ def references(
     known = json.loads(cache.read_text()) if cache.exists() else {}
     found = []
     for folder in tqdm(folders, "references"):
-        key = DeltaConfig.read(folder).digest if folder else "base"
+        digest = DeltaConfig.read(folder).digest if folder else "base"
+        key = json.dumps([digest, TOKENS, prompts])
         if key not in known:
             model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
             if folder:

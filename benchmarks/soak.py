@@ -33,7 +33,7 @@ import psutil
 import torch
 from machine import machine
 from models import MORE, delta, weaker
-from openai import APIStatusError, AsyncOpenAI
+from openai import APIError, APIStatusError, AsyncOpenAI
 from reference import TOKENS, TOLERANCE, Reference, references
 from server import DQRELO, server
 from tasks import TASKS
@@ -41,13 +41,13 @@ from tqdm import tqdm
 
 from vllm_dqrelo.format.delta import weight_files
 
-PROMPTS = (3, 17, 40, 64)  # lengths; the second half begins with the first 32 tokens
-CLIENTS = 8
+PROMPTS = (3, 17, 40, 140)  # lengths; the last has a block for the prefix cache
+CLIENTS = 12
 STUCK_S = 180  # a request that takes longer is stuck
 REPLACED = "replaced"  # the delta whose folder changes
 # What may be said of it while that happens, and of a delta that is being unloaded.
 EXPECTED = ("was replaced", "was changed after", "is not a delta folder")
-UNLOADED = ("was unloaded",)
+UNLOADED = ("was unloaded", "does not exist")
 # A client that reads one token of each of its answers and is killed.
 VICTIM = """
 import json, sys, threading, urllib.request
@@ -95,7 +95,7 @@ class Soak:
         self.worst = 0.0
         self.current = {0}  # contents that REPLACED may have now
         self.memory: list[float] = []  # bytes
-        self.busy: Counter[str] = Counter()  # models of the requests in flight
+        self.unloaded: dict[str, float] = {}  # when that ended
 
     async def run(self, seconds: float) -> None:
         """Everything at once, for so long."""
@@ -116,8 +116,13 @@ class Soak:
             try:
                 await job()
             except Exception as error:  # a problem of the server, to be reported
-                self.problems.append(f"{job.__name__}: {error!r}")
+                self.complain(f"{job.__name__}: {error!r}")
                 await asyncio.sleep(1)
+
+    def complain(self, problem: str) -> None:
+        """Note what is wrong, and say it at once."""
+        self.problems.append(problem)
+        tqdm.write(problem, file=sys.stderr)
 
     async def ask(self) -> None:
         """One request, of one of four kinds."""
@@ -135,13 +140,12 @@ class Soak:
             "extra_body": {"ignore_eos": True, "return_token_ids": True},
         }
         allowed, start = set(self.current), time.monotonic()
-        self.busy[model] += 1
         try:
             tokens, logprobs = await self.answer(kind, body)
-        except APIStatusError as error:
-            expected = UNLOADED
+        except APIError as error:  # in a stream it has no status
+            expected = UNLOADED if self.unloaded.get(model, 0) > start else ()
             if model == REPLACED and len(allowed | self.current) > 1:
-                expected += EXPECTED
+                expected = EXPECTED
             if not any(text in str(error) for text in expected):
                 raise
             self.counts["refused while unloaded or replaced"] += 1
@@ -150,9 +154,8 @@ class Soak:
             self.counts[kind] += 1
             return
         finally:
-            self.busy[model] -= 1
             if time.monotonic() - start > STUCK_S:
-                self.problems.append(f"a request to {model} was stuck")
+                self.complain(f"a request to {model} was stuck")
         self.counts[kind] += 1
         if kind == "cancelled":
             return
@@ -200,7 +203,7 @@ class Soak:
         self.counts["completed"] += 1
         self.counts["tokens compared"] += len(tokens)
         if len(tokens) != body["max_tokens"] or difference > TOLERANCE:
-            self.problems.append(
+            self.complain(
                 f"{model} answered prompt {prompt} with {tokens} {logprobs}: "
                 f"{difference:g} from contents {contents}"
             )
@@ -214,6 +217,8 @@ class Soak:
             [m for m in self.expected if m not in ("base", REPLACED)]
         )
         action = self.rng.choice(("load", "unload"))
+        if action == "unload":
+            self.unloaded[model] = float("inf")
         try:
             await self.client.post(
                 f"/dqrelo/deltas/{model}/{action}", body={}, cast_to=object
@@ -222,6 +227,9 @@ class Soak:
         except APIStatusError as error:
             if action == "load" or error.status_code != 404:  # it was not loaded
                 raise
+        finally:
+            if action == "unload":
+                self.unloaded[model] = time.monotonic()
 
     async def replace(self) -> None:
         """Give a folder another content, and load it again."""
@@ -273,7 +281,7 @@ class Soak:
         listed = await self.client.get("/dqrelo/deltas", cast_to=dict[str, Any])
         left += sum(one["running"] for one in listed["data"])
         if left:
-            self.problems.append(f"{left:g} requests are left in the server")
+            self.complain(f"{left:g} requests are left in the server")
 
     def sample(self, name: str, *labels: str) -> float:
         """The sum of a metric's samples."""
@@ -348,11 +356,7 @@ def main() -> int:
         base, folders = smollm(13)
     torch.manual_seed(0)
     model = json.loads((base / "config.json").read_text())
-    shared = torch.randint(model["vocab_size"], (32,)).tolist()
-    prompts = []
-    for i, length in enumerate(PROMPTS):
-        tokens = torch.randint(model["vocab_size"], (length,)).tolist()
-        prompts.append(tokens if i < 2 else shared + tokens[32:])
+    prompts = [torch.randint(model["vocab_size"], (n,)).tolist() for n in PROMPTS]
     with tempfile.TemporaryDirectory() as scratch:
         store, names = store_of(folders, Path(scratch))
         contents = [None, *(c for group in names.values() for c in group)]
@@ -382,8 +386,6 @@ def main() -> int:
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")
     for key, value in results.items():
         print(f"| {key} | {value} |")
-    for problem in soak.problems[:20]:
-        print(problem, file=sys.stderr)
     return 1 if soak.problems else 0
 
 

@@ -30,7 +30,7 @@ from vllm_dqrelo.manager import Memory, Usage, memory, on_manager
 from vllm_dqrelo.options import too_little_memory
 from vllm_dqrelo.report import Report
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 POLL = 0.002  # seconds, of an engine that has nothing to do but wait for a load
 

@@ -13,7 +13,7 @@ from vllm.lora.request import LoRARequest
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.packed import PackedDelta
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 
 class HostTier:

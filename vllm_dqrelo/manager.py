@@ -35,7 +35,7 @@ from vllm_dqrelo.residency import Residency
 from vllm_dqrelo.sites import Sites
 from vllm_dqrelo.step import Step
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 SLACK = 2**20  # bytes that a delta's files may have beside its tensors
 

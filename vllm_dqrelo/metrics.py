@@ -10,7 +10,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_dqrelo.report import Report
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 PREFIX = "dqrelo:"
 MODELS = 100  # values of the label "model" at most; the rest are one

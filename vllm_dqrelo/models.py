@@ -28,7 +28,7 @@ from vllm_dqrelo.catalogue import Catalogue, DeltaInfo
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.request import delta_request
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 DRAIN_INTERVAL = 0.05  # seconds
 

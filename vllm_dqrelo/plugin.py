@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 
 from vllm_dqrelo import __version__, compat
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 # vLLM's default for --max-loras is 1, which would serve the deltas one by one.
 DEFAULT_MAX_DELTAS = 8

@@ -18,7 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_dqrelo import compat
 from vllm_dqrelo.deltas import POLL, Deltas, Failure
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 
 class DeltaScheduler(Scheduler):
