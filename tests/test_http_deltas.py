@@ -5,6 +5,7 @@ import concurrent.futures
 import json
 import shutil
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -48,6 +49,8 @@ def url(family, store, server, tmp_path_factory):
     command += ["--served-model-name", "base", "--api-key", KEY, "--delta-endpoints"]
     command += ["--max-loras", "2", "--additional-config"]
     command += ['{"dqrelo": {"delta_memory_gib": 0.001}}']
+    # Any class will do: the option is the user's, not this plugin's.
+    command += ["--worker-extension-cls", "argparse.Namespace"]
     with server(command, tmp_path_factory.mktemp("log") / "log") as address:
         yield address
 
@@ -205,6 +208,49 @@ def test_only_folders_of_the_catalogue_are_loaded_by_path(url, store, family):
         post(url, "/v1/load_lora_adapter", lora_name="x", lora_path=str(store / "x"))
     assert error.value.code == 404
     post(url, "/v1/unload_lora_adapter", lora_name="alias")
+
+
+def test_metrics(url, client, own):
+    """Those of the engine's process are in the API server's /metrics."""
+
+    def sample(name, **labels):
+        with urllib.request.urlopen(f"{url}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        wanted = {f'{key}="{value}"' for key, value in labels.items()}
+        for line in lines:
+            found, _, value = line.partition(" ")
+            stem, _, inside = found.rstrip("}").partition("{")
+            if stem == f"dqrelo:{name}" and wanted <= set(inside.split(",")):
+                return float(value)
+        return 0
+
+    def counts():
+        return [
+            sample("requests_total", model="own", finished_reason="length"),
+            sample("generation_tokens_total", model="own"),
+            sample("prompt_tokens_total", model="own"),
+            sample("cold_wait_seconds_count"),
+        ]
+
+    chat(client, own)
+    post(url, "/v1/dqrelo/deltas/own/unload")
+    before, registered = counts(), sample("num_deltas_registered")
+    for _ in range(3):
+        chat(client, own, max_tokens=2)
+    expected = [3, 6, 3 * len(own.prompt), 1]
+    assert [a - b for a, b in zip(counts(), before, strict=True)] == expected
+    assert sample("num_deltas_registered") == registered + 1
+    assert sample("delta_bytes", tier="device") > 0
+    post(url, "/v1/dqrelo/deltas/own/unload")
+    assert eventually(lambda: sample("num_deltas_registered") == registered)
+
+
+def eventually(condition):
+    """Whether it holds within some seconds: an idle engine reports what changed."""
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return condition()
 
 
 def tiers(url):

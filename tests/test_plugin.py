@@ -42,6 +42,21 @@ def test_the_contract_test_can_fail(monkeypatch):
         test_the_manager_has_all_that_vllm_calls()
 
 
+def test_what_is_logged_is_in_vllm_s_log():
+    """vLLM gives a handler and a level to the loggers below its own name."""
+    import importlib
+    import pkgutil
+
+    import vllm_dqrelo
+
+    loggers = []
+    for module in pkgutil.iter_modules(vllm_dqrelo.__path__, "vllm_dqrelo."):
+        if logger := getattr(importlib.import_module(module.name), "logger", None):
+            loggers.append(logger.name)
+    assert len(loggers) > 5
+    assert all(name.startswith("vllm.") for name in loggers), loggers
+
+
 def test_register_twice_and_the_method_is_known():
     import vllm_dqrelo
     from vllm_dqrelo.quantization import DqreloConfig

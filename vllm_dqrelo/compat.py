@@ -54,18 +54,17 @@ def after_create_model_config(hook: Callable[[EngineArgs, ModelConfig], None]) -
     The LoRA configuration is made from ``EngineArgs`` right after that, so that the
     hook can still switch it on.
     """
-    create = _find(EngineArgs, "create_model_config")
-    if hasattr(create, _PATCHED):
-        return
 
-    @functools.wraps(create)
-    def create_model_config(self: EngineArgs, *args: Any, **kwargs: Any) -> ModelConfig:
-        model_config = create(self, *args, **kwargs)
-        hook(self, model_config)
-        return model_config
+    def then(create: Callable[..., ModelConfig]) -> Callable[..., ModelConfig]:
+        @functools.wraps(create)
+        def create_model_config(self: Any, *args: Any, **kwargs: Any) -> ModelConfig:
+            model_config = create(self, *args, **kwargs)
+            hook(self, model_config)
+            return model_config
 
-    setattr(create_model_config, _PATCHED, True)
-    EngineArgs.create_model_config = create_model_config
+        return create_model_config
+
+    _replace(EngineArgs, "create_model_config", then)
 
 
 def choose_lora_manager(
@@ -78,15 +77,13 @@ def choose_lora_manager(
     """
     import vllm.v1.worker.lora_model_runner_mixin as mixin
 
-    stock = _find(mixin, "LRUCacheWorkerLoRAManager")
-    if hasattr(stock, _PATCHED):
-        return
+    def chosen(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def manager(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
+            return (choose(vllm_config) or stock)(vllm_config, *args, **kwargs)
 
-    def manager(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
-        return (choose(vllm_config) or stock)(vllm_config, *args, **kwargs)
+        return manager
 
-    setattr(manager, _PATCHED, True)
-    mixin.LRUCacheWorkerLoRAManager = manager
+    _replace(mixin, "LRUCacheWorkerLoRAManager", chosen)
 
 
 def around_prompt_logprobs(
@@ -100,17 +97,15 @@ def around_prompt_logprobs(
     """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    compute = _find(GPUModelRunner, "_get_prompt_logprobs_dict")
-    if hasattr(compute, _PATCHED):
-        return
+    def within(compute: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(compute)
+        def scoped(self: Any, hidden_states: torch.Tensor, *args: Any) -> Any:
+            with scope(getattr(self, "lora_manager", None), hidden_states):
+                return compute(self, hidden_states, *args)
 
-    @functools.wraps(compute)
-    def scoped(self: Any, hidden_states: torch.Tensor, *args: Any) -> Any:
-        with scope(getattr(self, "lora_manager", None), hidden_states):
-            return compute(self, hidden_states, *args)
+        return scoped
 
-    setattr(scoped, _PATCHED, True)
-    GPUModelRunner._get_prompt_logprobs_dict = scoped
+    _replace(GPUModelRunner, "_get_prompt_logprobs_dict", within)
 
 
 def after_engine_init(hook: Callable[[Any], None]) -> None:
@@ -303,6 +298,16 @@ def replace_lora_calls(core: Any, deltas: Any) -> None:
     for call in (add_lora, deltas.remove_lora, deltas.list_loras, deltas.pin_lora):
         _find(core, call.__name__)
         setattr(core, call.__name__, call)
+
+
+def add_worker_call(call: Callable[..., Any]) -> None:
+    """Let ``collective_rpc`` call a function of a worker by its name.
+
+    As ``--worker-extension-cls`` does, which is left to the user.
+    """
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    setattr(WorkerBase, call.__name__, call)
 
 
 def show_reasons() -> None:

@@ -26,19 +26,26 @@ from vllm_dqrelo.arena import aligned
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.host import Loaded
-from vllm_dqrelo.manager import Memory, memory, on_manager
+from vllm_dqrelo.manager import Memory, Usage, memory, on_manager
 from vllm_dqrelo.options import too_little_memory
+from vllm_dqrelo.report import Report
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 POLL = 0.002  # seconds, of an engine that has nothing to do but wait for a load
+
+
+class Bound(LoRARequest):
+    """What a request for a delta is in the engine; see the top of this file."""
+
+    model: str = ""  # what the client calls it
 
 
 class Registered(NamedTuple):
     """A name of a delta: the path that the client gave, and what it was bound to."""
 
     path: str
-    bound: LoRARequest
+    bound: Bound
 
 
 class Load(NamedTuple):
@@ -76,6 +83,9 @@ class Deltas:
         self.pinned: set[str] = set()
         self.sizes: dict[str, int] = {}  # of what was admitted
         self.ready: set[str] = set()  # in memory, of the host or the device
+        self.usage = Usage(frozenset(), 0, 0, 0)
+        self.changed = True  # whether ``usage`` may be out of date
+        self.report = Report()
         self._numbers: dict[str, int] = {}
         self._count = count(1)
         self._registrations: deque[Load] = deque()
@@ -129,7 +139,7 @@ class Deltas:
         self._rpc(on_manager, args=("pin", digest))
         return True
 
-    def bind(self, request: LoRARequest) -> LoRARequest:
+    def bind(self, request: LoRARequest) -> Bound:
         """What a client's request means now; see the top of this file.
 
         Raises:
@@ -140,16 +150,17 @@ class Deltas:
         if known and known.path == request.lora_path:
             return known.bound
         folder, _, digest = request.lora_path.partition("#")
-        bound = self._bound(folder, digest or DeltaConfig.read(Path(folder)).digest)
+        digest = digest or DeltaConfig.read(Path(folder)).digest
+        bound = self._bound(folder, digest, request.lora_name)
         # As in vLLM, using an adapter is a way to load it.
         self.registered.setdefault(
             request.lora_int_id, Registered(request.lora_path, bound)
         )
         return bound
 
-    def _bound(self, folder: str, digest: str) -> LoRARequest:
+    def _bound(self, folder: str, digest: str, model: str) -> Bound:
         number = self._numbers.setdefault(digest, next(self._count))
-        return LoRARequest(digest, number, f"{folder}#{digest}")
+        return Bound(digest, number, f"{folder}#{digest}", model=model)
 
     # What the scheduler says and asks.
 
@@ -230,9 +241,15 @@ class Deltas:
         request, future = load
         keep = ahead | self.users.keys() if future else ahead | {request.lora_name}
         loaded, gone = self._rpc(on_manager, args=("finish_load", keep))[0]
+        self.changed = True
+        self.report.dropped += len(gone)
         self.ready.difference_update(gone)
         if not loaded.error:
             loaded = self._admit(load, loaded)
+        if loaded.error:
+            self.report.failed_loads += 1
+        else:
+            self.report.loads.append(loaded.seconds)
         if not loaded.error:
             self.sizes[loaded.digest] = loaded.size
             if loaded.digest not in gone:
@@ -270,7 +287,7 @@ class Deltas:
     def _register(self, request: LoRARequest, loaded: Loaded) -> None:
         """A name means this delta from now on."""
         folder = request.lora_path.partition("#")[0]
-        bound = self._bound(folder, loaded.digest)
+        bound = self._bound(folder, loaded.digest, request.lora_name)
         before = self.registered.get(request.lora_int_id)
         self.registered[request.lora_int_id] = Registered(request.lora_path, bound)
         if before:
@@ -301,6 +318,30 @@ class Deltas:
         self.pinned.discard(digest)
         self.ready.discard(digest)
         self._rpc(on_manager, args=("forget", digest))
+        self.changed = True
+
+    # What is told to those who watch.
+
+    def look(self) -> None:
+        """Ask a worker what its deltas take, if that may have changed."""
+        if self.changed:
+            before, self.usage = self.usage, self._rpc(on_manager, args=("usage",))[0]
+            self.report.evicted += self.usage.evicted - before.evicted
+            self.changed = False
+
+    def ran(self, rows: Counter[str]) -> None:
+        """A step was scheduled with so many rows of each delta."""
+        self.report.steps.append((rows.total(), len(rows)))
+        self.changed |= not self.usage.resident.issuperset(rows)
+
+    def take_report(self) -> Report:
+        """What is now, and what happened since the last call."""
+        report, self.report = self.report, Report()
+        report.registered = len(self.registered)
+        report.resident = len(self.usage.resident)
+        report.device_bytes, report.host_bytes = self.usage.device, self.usage.host
+        report.device_limit, report.host_limit = self.memory.arena, self.memory.host
+        return report
 
     def _named(self, but: int | None = None) -> set[str]:
         """The deltas that have a name, other than that of one id."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deltas in host memory, and the one thread that reads them from disk."""
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +13,7 @@ from vllm.lora.request import LoRARequest
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.packed import PackedDelta
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 
 class HostTier:
@@ -100,12 +101,14 @@ class Loaded(NamedTuple):
     Attributes:
         digest: of the delta.
         size: bytes that it takes in the arena.
+        seconds: that it took to read.
         error: why it cannot be served, for the user.
         missing: whether that is because there is no such folder.
     """
 
     digest: str
     size: int
+    seconds: float = 0.0
     error: str = ""
     missing: bool = False
 
@@ -120,11 +123,15 @@ class Loader:
     def __init__(self, read: Callable[[LoRARequest], PackedDelta]) -> None:
         self._read = read
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dqrelo-loader")
-        self._running: Future[PackedDelta] | None = None
+        self._running: Future[tuple[PackedDelta, float]] | None = None
 
     def start(self, request: LoRARequest) -> None:
         """Begin to read a delta; the one before was taken."""
-        self._running = self._thread.submit(self._read, request)
+        self._running = self._thread.submit(self._timed, request)
+
+    def _timed(self, request: LoRARequest) -> tuple[PackedDelta, float]:
+        start = time.monotonic()
+        return self._read(request), time.monotonic() - start
 
     @property
     def done(self) -> bool:
@@ -136,12 +143,12 @@ class Loader:
         running, self._running = self._running, None
         assert running is not None
         try:
-            packed = running.result()
+            packed, seconds = running.result()
         except FileNotFoundError as error:
-            return Loaded("", 0, str(error), missing=True), None
+            return Loaded("", 0, error=str(error), missing=True), None
         except DqreloError as error:
-            return Loaded("", 0, str(error)), None
+            return Loaded("", 0, error=str(error)), None
         except Exception as error:
             logger.exception("dqrelo: a delta could not be read")
-            return Loaded("", 0, f"{type(error).__name__}: {error}"), None
-        return Loaded(packed.digest, packed.size), packed
+            return Loaded("", 0, error=f"{type(error).__name__}: {error}"), None
+        return Loaded(packed.digest, packed.size, seconds), packed

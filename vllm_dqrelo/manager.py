@@ -35,7 +35,9 @@ from vllm_dqrelo.residency import Residency
 from vllm_dqrelo.sites import Sites
 from vllm_dqrelo.step import Step
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
+
+SLACK = 2**20  # bytes that a delta's files may have beside its tensors
 
 
 class Memory(NamedTuple):
@@ -54,6 +56,22 @@ class Memory(NamedTuple):
     host: int
     typical: int
     slots: int
+
+
+class Usage(NamedTuple):
+    """What a worker's deltas take now, in bytes.
+
+    Attributes:
+        resident: digests of the deltas on the device.
+        device: of the deltas there.
+        host: of the deltas in host memory.
+        evicted: how many made room for others on the device so far, a number.
+    """
+
+    resident: frozenset[str]
+    device: int
+    host: int
+    evicted: int
 
 
 class DeltaManager:
@@ -152,6 +170,16 @@ class DeltaManager:
         """Note that the engine keeps a delta in memory."""
         self.pinned.add(digest)
 
+    def usage(self) -> Usage:
+        """What the deltas take now."""
+        resident = self.residency.resident
+        return Usage(
+            frozenset(resident),
+            sum(delta.size for delta in resident.values()),
+            self.host.size,
+            self.residency.evicted,
+        )
+
     def forget(self, digest: str) -> None:
         """Free the memory of a delta."""
         self.pinned.discard(digest)
@@ -167,7 +195,10 @@ class DeltaManager:
                 for by its digest.
         """
         folder, _, digest = request.lora_path.partition("#sha256:")
-        delta = Delta(Path(folder))
+        # What a delta takes in the arena is about as much as it has on disk; the rows
+        # of added tokens are elsewhere.
+        added = sum(rows.rows[0].nbytes for rows in self.residency.added.values())
+        delta = Delta(Path(folder), int(1.05 * self.memory.arena) + added + SLACK)
         if digest and delta.config.digest != f"sha256:{digest}":
             raise DqreloError(
                 f"{folder} was replaced: it holds {delta.config.digest}, "
@@ -175,6 +206,7 @@ class DeltaManager:
             )
         delta.config.check_base(self._fingerprint, self.model_config.model, folder)
         packed = pack(delta, self.sites, pinned=self.device.type == "cuda")
+        delta.check_unchanged()  # the digest is of what was packed
         ranks = packed.entries[:, Field.RANK].clamp_min(0)
         sites = self.sites.by_name.values()
         parts = ranks.split([len(site.sizes) for site in sites])

@@ -2,6 +2,7 @@
 """The models that an API server knows: the base, and deltas loaded or loadable."""
 
 import asyncio
+import time
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from vllm_dqrelo.catalogue import Catalogue, DeltaInfo
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.request import delta_request
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 DRAIN_INTERVAL = 0.05  # seconds
 
@@ -177,9 +178,13 @@ async def serving_twin(handler: Any, request: Any) -> Any:
     models = handler.models
     if not isinstance(models, DeltaModels):
         return handler
+    start, cold = time.monotonic(), request.model not in models.lora_requests
     found = await models.find(request.model)
     if isinstance(found, ErrorResponse):
         return found
+    metrics = models.engine_client.delta_metrics
+    if found and cold and metrics:
+        metrics.waited(time.monotonic() - start)
     frontend = models.engine_client.frontends.of(found)
     return frontend.twin(handler) if frontend else handler
 

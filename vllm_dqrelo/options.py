@@ -14,7 +14,7 @@ from dqrelo_kernels.table import ALIGNMENT
 from vllm_dqrelo.arena import aligned
 from vllm_dqrelo.sites import Sites
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 # Without an option, the arena has room for --max-loras deltas of this ratio, and
 # the host tier takes this part of the memory that is free once the base is loaded.

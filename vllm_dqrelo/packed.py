@@ -89,7 +89,13 @@ def pack(delta: Delta, sites: Sites, pinned: bool = False) -> PackedDelta:
             continue
         if name.endswith(ADDED):
             rows = delta.parameter(name)
-            added |= {place.site.name: rows for place in places}
+            for place in places:
+                expected = place.shape[1:] if place.site.is_vocabulary else None
+                if tuple(rows.shape[1:]) != expected:
+                    problems.append(
+                        f"{name} is {list(rows.shape)}: no rows of {place.site.name}"
+                    )
+                added[place.site.name] = rows
             continue
         fields, shape = (
             _matrix(delta, name, extent)

@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 
 from vllm_dqrelo import __version__, compat
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 # vLLM's default for --max-loras is 1, which would serve the deltas one by one.
 DEFAULT_MAX_DELTAS = 8
@@ -52,9 +52,6 @@ def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) 
     patch_engine()  # for an engine in this process
     compat.show_reasons()
     engine_args.enable_lora = True
-    engine_args.worker_extension_cls = (
-        engine_args.worker_extension_cls or "vllm_dqrelo.status.DeltaStatus"
-    )
     if engine_args.max_loras == 1:
         engine_args.max_loras = DEFAULT_MAX_DELTAS
     # additional_config is part of vLLM's compile cache key; the plugin must be too.
@@ -73,18 +70,20 @@ def patch_frontend() -> None:
     Also for engines without deltas in this process, which go on as before.
     """
     from vllm_dqrelo.frontends import Frontends
+    from vllm_dqrelo.metrics import DeltaMetrics
     from vllm_dqrelo.models import DeltaModels, check_twin, serving_twin
     from vllm_dqrelo.offline import offline_twin
 
-    def add_frontends(engine: Any) -> None:
+    def complete(engine: Any) -> None:
         if engine.vllm_config.model_config.quantization == "dqrelo":
             engine.frontends = Frontends(engine)
+            engine.delta_metrics = DeltaMetrics.of(engine)
 
     def choose(vllm_config: compat.VllmConfig) -> type[DeltaModels] | None:
         dqrelo = vllm_config.model_config.quantization == "dqrelo"
         return DeltaModels if dqrelo else None
 
-    compat.after_engine_init(add_frontends)
+    compat.after_engine_init(complete)
     compat.choose_serving_models(choose)
     compat.choose_handler(serving_twin)
     compat.before_check_model(check_twin)
@@ -105,6 +104,7 @@ def patch_engine() -> None:
 def patch_worker() -> None:
     """Put the delta manager in the place of LoRA's. Safe to call again."""
     from vllm_dqrelo.manager import DeltaManager, prompt_rows
+    from vllm_dqrelo.status import delta_status
 
     def choose(vllm_config: compat.VllmConfig) -> type[DeltaManager] | None:
         dqrelo = vllm_config.model_config.quantization == "dqrelo"
@@ -112,3 +112,4 @@ def patch_worker() -> None:
 
     compat.choose_lora_manager(choose)
     compat.around_prompt_logprobs(prompt_rows)
+    compat.add_worker_call(delta_status)

@@ -41,6 +41,7 @@ class Residency:
     Attributes:
         resident: digest -> delta, the least recently used first.
         added: site -> the rows of tokens that are not the base's.
+        evicted: how many deltas made room for others so far.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Residency:
         self.arena = Arena(size, device)
         self.host = host
         self.resident: OrderedDict[str, _Resident] = OrderedDict()
+        self.evicted = 0
         self._free = list(reversed(range(slots)))
         # The tables of all sites, one behind another: a site's is contiguous.
         self._table = empty_table(1, slots * sites.count, device)[0]
@@ -123,6 +125,7 @@ class Residency:
             extent.copy_(self.arena.data[delta.offset : delta.offset + delta.size])
             self.host.put(replace(delta.packed, extent=extent))
         self.drop([digest])
+        self.evicted += 1
 
     def drop(self, digests: Iterable[str]) -> None:
         """Take deltas off the device for good, those that are there."""

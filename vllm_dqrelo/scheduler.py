@@ -2,6 +2,7 @@
 """vLLM's scheduler, which lets no request start before its delta is in memory."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -11,12 +12,13 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_dqrelo import compat
 from vllm_dqrelo.deltas import POLL, Deltas, Failure
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 
 class DeltaScheduler(Scheduler):
@@ -27,10 +29,12 @@ class DeltaScheduler(Scheduler):
     """
 
     deltas: Deltas
+    base_name: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._failed: list[tuple[int, EngineCoreOutput]] = []
+        self._held_back: dict[str, float] = {}  # request -> since when
 
     def add_request(self, request: Request) -> None:
         new = request.request_id not in self.requests
@@ -40,28 +44,60 @@ class DeltaScheduler(Scheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         freed = super()._free_request(request, *args, **kwargs)
-        if request.lora_request:
-            self.deltas.release(request.lora_request)
+        self._held_back.pop(request.request_id, None)
+        bound = request.lora_request
+        self.deltas.report.finished.append(
+            (
+                bound.model if bound else self.base_name,
+                str(request.get_finished_reason()),
+                min(request.num_computed_tokens, request.num_prompt_tokens),
+                request.num_output_tokens,
+            )
+        )
+        if bound:
+            self.deltas.release(bound)
         return freed
 
     def has_requests(self) -> bool:
-        """Also while a delta is read that no request waits for: the loop polls."""
-        return super().has_requests() or self.deltas.loading
+        """Also while a delta is read that no request waits for: the loop polls.
+
+        And for one step more when there is something to report.
+        """
+        return super().has_requests() or self.deltas.loading or self.deltas.changed
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         if self.deltas.busy:
             failure = self.deltas.advance(self._started(), self._waiting())
             if failure:
                 self._fail(failure)
+        self.deltas.look()
         output = super().schedule(*args, **kwargs)
         if self.deltas.busy and not output.total_num_scheduled_tokens:
             time.sleep(POLL)
+        if output.total_num_scheduled_tokens:
+            self.deltas.ran(self._rows(output))
         return output
+
+    def _rows(self, output: SchedulerOutput) -> Counter[str]:
+        """How many rows of a step belong to each delta."""
+        rows: Counter[str] = Counter()
+        for request_id, tokens in output.num_scheduled_tokens.items():
+            if bound := self.requests[request_id].lora_request:
+                rows[bound.lora_name] += tokens
+        return rows
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        report = self.deltas.take_report()
+        return stats and report.attach(stats)
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         bound = request.lora_request
         if bound and bound.lora_name not in self.deltas.ready:
+            self._held_back.setdefault(request.request_id, time.monotonic())
             return False
+        if since := self._held_back.pop(request.request_id, None):
+            self.deltas.report.cold_waits.append(time.monotonic() - since)
         return super()._handle_blocked_waiting_request(request)
 
     def _started(self) -> set[str]:
@@ -122,7 +158,9 @@ def start(core: Any) -> None:
     base = config.scheduler_config.get_scheduler_cls()
     compat.check_scheduler(base)
     config.scheduler_config.scheduler_cls = type(
-        f"Delta{base.__name__}", (DeltaScheduler, base), {"deltas": deltas}
+        f"Delta{base.__name__}",
+        (DeltaScheduler, base),
+        {"deltas": deltas, "base_name": config.model_config.served_model_name},
     )
     compat.replace_lora_calls(core, deltas)
     memory = deltas.memory

@@ -4,28 +4,23 @@
 from typing import Any
 
 
-class DeltaStatus:
-    """Mixed into vLLM's worker class, which answers the engine's questions."""
+def delta_status(worker: Any) -> list[dict[str, Any]]:
+    """One entry for each delta in a worker's memory; the API server calls it.
 
-    model_runner: Any
-
-    def delta_status(self) -> list[dict[str, Any]]:
-        """One entry for each delta in this worker's memory.
-
-        Returns:
-            ``digest``, ``size`` in bytes, ``tier`` ("host" or "device") and
-            ``pinned``.
-        """
-        manager = self.model_runner.lora_manager
-        resident = manager.residency.resident
-        sizes = {d: packed.size for d, packed in manager.host.packed.items()}
-        sizes |= {digest: delta.size for digest, delta in resident.items()}
-        return [
-            {
-                "digest": digest,
-                "size": size,
-                "tier": "device" if digest in resident else "host",
-                "pinned": digest in manager.pinned,
-            }
-            for digest, size in sizes.items()
-        ]
+    Returns:
+        ``digest``, ``size`` in bytes, ``tier`` ("host" or "device") and
+        ``pinned``.
+    """
+    manager = worker.model_runner.lora_manager
+    resident = manager.residency.resident
+    sizes = {d: packed.size for d, packed in manager.host.packed.items()}
+    sizes |= {digest: delta.size for digest, delta in resident.items()}
+    return [
+        {
+            "digest": digest,
+            "size": size,
+            "tier": "device" if digest in resident else "host",
+            "pinned": digest in manager.pinned,
+        }
+        for digest, size in sizes.items()
+    ]

@@ -29,7 +29,7 @@ from vllm_dqrelo.format.checkpoint import HEAD, Checkpoint, resolve
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import weight_files, write_delta
 from vllm_dqrelo.format.errors import DqreloError, refuse
-from vllm_dqrelo.format.folder import new_folder, require_free
+from vllm_dqrelo.format.folder import new_folder, require_free, writing
 from vllm_dqrelo.format.tensors import ADDED, INT4
 
 
@@ -94,20 +94,20 @@ def convert(
         config = replace(config, ratio=ratio)
     require_free(output, 2 * predicted_bytes(after, min(ratio, 1), how))
     limits = None if budget is None else (budget, max_shard_size)
-    journal = Journal(
-        output.parent / f".{output.name}.parts", identity(config, after, device, limits)
-    )
+    parts = output.parent / f".{output.name}.parts"
     try:
-        plan = planned(before, after, device, journal, *limits) if limits else {}
-        entries = convert_all(before, after, ratio, how, device, journal, plan)
+        with writing(output):
+            journal = Journal(parts, identity(config, after, device, limits))
+            plan = planned(before, after, device, journal, *limits) if limits else {}
+            entries = convert_all(before, after, ratio, how, device, journal, plan)
         report = Report(entries)
         if not journal:
             raise DqreloError(f"{model} has the weights of {base}: nothing to store")
         write(output, config, journal, report, before, folder, max_shard_size)
     except Exception:
-        shutil.rmtree(journal.folder)
+        shutil.rmtree(parts, ignore_errors=True)
         raise
-    shutil.rmtree(journal.folder)
+    shutil.rmtree(parts)
     return report
 
 

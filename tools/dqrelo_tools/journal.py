@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from dqrelo_tools.report import Entry
-from vllm_dqrelo.format.checkpoint import SafetensorsFiles, open_safetensors
+from vllm_dqrelo.format.checkpoint import SafetensorsFiles
+from vllm_dqrelo.format.tensor_file import TensorFile
 
 
 class Journal(Mapping[str, torch.Tensor]):
@@ -44,9 +45,9 @@ class Journal(Mapping[str, torch.Tensor]):
         piece = self._piece(number)
         if not piece.is_file():
             return None
-        with open_safetensors(piece) as file:
-            self._files.files |= dict.fromkeys(file.keys(), piece)
-            return Entry(**json.loads(file.metadata()["entry"]))
+        file = TensorFile(piece)
+        self._files.files |= dict.fromkeys(file.tensors, piece)
+        return Entry(**json.loads(file.metadata["entry"]))
 
     def _piece(self, number: int) -> Path:
         return self.folder / f"{number:06d}.safetensors"

@@ -5,21 +5,23 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError, safe_open
 
 from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.format.json_file import read_json
+from vllm_dqrelo.format.tensor_file import TensorFile
 from vllm_dqrelo.format.tensors import ADDED
 
 MODEL = "model"  # HF names: model.safetensors, model-00001-of-00002.safetensors
 FLOAT_DTYPES = {"BF16", "F16", "F32"}
 SAMPLED_ROWS = 8
+MOST_OPEN = 64  # files of one model
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
@@ -42,16 +44,14 @@ def resolve(name_or_path: str, revision: str | None = None) -> Path:
 class SafetensorsFiles:
     """The tensors of one or several safetensors files.
 
-    A file is open only while something is read from it: what was read once does
-    not stay mapped, so that memory holds the tensors in use and no more.
-
     Args:
         files: tensor name -> file that holds it.
     """
 
     def __init__(self, files: dict[str, Path]) -> None:
         self.files = files
-        self._specs: dict[str, tuple[str, list[int]]] = {}
+        # Open files, not their content: memory holds the tensors in use and no more.
+        self._opened = lru_cache(MOST_OPEN)(TensorFile)
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self.files))
@@ -61,56 +61,58 @@ class SafetensorsFiles:
 
     def spec(self, name: str) -> tuple[str, list[int]]:
         """dtype as safetensors spells it, and shape; reads no data."""
-        if name not in self._specs:
-            with open_safetensors(self.files[name]) as file:
-                for key in file.keys():  # noqa: SIM118  it is no dict
-                    view = file.get_slice(key)
-                    self._specs[key] = view.get_dtype(), view.get_shape()
-        if name not in self._specs:
-            raise DqreloError(f"{self.files[name]} has no {name}; fetch it again")
-        return self._specs[name]
+        dtype, shape, _ = self._file(name).tensors[name]
+        return dtype, shape
 
     def get(self, name: str) -> torch.Tensor:
         """The whole tensor, on the CPU."""
-        with open_safetensors(self.files[name]) as file:
-            return file.get_tensor(name)
+        return self._file(name).get(name)
 
     def rows(self, name: str, indices: Iterable[int]) -> Iterator[torch.Tensor]:
         """``tensor[i : i + 1]`` for each index."""
-        with open_safetensors(self.files[name]) as file:
-            view = file.get_slice(name)
-            for index in indices:
-                yield view[index : index + 1]
+        return (self._file(name).row(name, index) for index in indices)
 
+    @property
+    def changed(self) -> bool:
+        """Whether somebody wrote to one of the files since it was opened."""
+        return any(self._opened(path).changed for path in {*self.files.values()})
 
-def open_safetensors(path: Path) -> Any:
-    """Open one file; a truncated or foreign one is a DqreloError."""
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise DqreloError(
-            f"{path} is not a readable safetensors file ({error}); fetch it again"
-        ) from error
+    def _file(self, name: str) -> TensorFile:
+        file = self._opened(self.files[name])
+        if name not in file.tensors:
+            raise DqreloError(f"{file.path} has no {name}; fetch it again")
+        return file
 
 
 def locate(folder: Path, stem: str) -> dict[str, Path]:
     """Which file holds which tensor: one ``stem.safetensors``, or shards and an index.
 
     Raises:
-        FileNotFoundError: neither is there. DqreloError: a shard is missing.
+        FileNotFoundError: neither is there. DqreloError: the index is none, or a shard
+            is missing or not in the folder.
     """
     single = folder / f"{stem}.safetensors"
     index = folder / f"{stem}.safetensors.index.json"
     if single.is_file():
-        with open_safetensors(single) as file:
-            return dict.fromkeys(file.keys(), single)
+        return dict.fromkeys(TensorFile(single).tensors, single)
     if not index.is_file():
         raise FileNotFoundError(f"{folder} has neither {single.name} nor {index.name}")
-    weight_map = json.loads(index.read_text())["weight_map"]
-    files = {folder / file for file in weight_map.values()}
+    raw = read_json(index)
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(weight_map, dict):
+        raise DqreloError(f'{index} has no "weight_map" from tensors to files')
+    names = list(weight_map.values())
+    if not all(isinstance(name, str) and _is_plain(name) for name in names):
+        raise DqreloError(f"{index} names something other than files of its folder")
+    files = {folder / file for file in names}
     if absent := sorted(path.name for path in files if not path.is_file()):
         raise DqreloError(f"{index} names missing files: {absent}")
     return {name: folder / file for name, file in weight_map.items()}
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it names a file of a folder, and nothing outside of it."""
+    return Path(name).name == name and "\0" not in name
 
 
 class Checkpoint(SafetensorsFiles):
@@ -138,7 +140,7 @@ class Checkpoint(SafetensorsFiles):
         path = self.folder / "config.json"
         if not path.is_file():
             raise DqreloError(f"{self.folder} is not a model folder: no config.json")
-        return json.loads(path.read_text())
+        return read_json(path)
 
     @property
     def tied(self) -> bool:

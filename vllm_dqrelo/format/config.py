@@ -2,13 +2,16 @@
 """delta_config.json: what a delta is and which base it belongs to."""
 
 import json
+import reprlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from vllm_dqrelo.format.errors import DqreloError, refuse
+from vllm_dqrelo.format.json_file import read_json
 
 CONFIG_NAME = "delta_config.json"
+MOST_TEXT = 4096  # of a value; what is wrong is told to users with it
 FORMAT_VERSION = 1
 
 
@@ -39,8 +42,9 @@ class DeltaConfig:
             raise DqreloError(f"{where} is not a JSON object")
         # The version first: a newer one explains every other difference.
         if raw.get("format_version") != FORMAT_VERSION:
+            version = reprlib.repr(raw.get("format_version"))
             raise DqreloError(
-                f"{where} has format_version {raw.get('format_version')!r}; this "
+                f"{where} has format_version {version}; this "
                 f"vllm-dqrelo reads version {FORMAT_VERSION}. Upgrade vllm-dqrelo, or "
                 "convert the fine-tune again."
             )
@@ -50,7 +54,10 @@ class DeltaConfig:
         for key in expected.keys() & raw.keys():
             kind = expected[key]
             if not isinstance(raw[key], (int, float) if kind is float else kind):
-                problems.append(f"{key} must be a {kind.__name__}, got {raw[key]!r}")
+                got = reprlib.repr(raw[key])
+                problems.append(f"{key} must be a {kind.__name__}, got {got}")
+            elif kind is str and not _is_text(raw[key]):
+                problems.append(f"{key} is no text of at most {MOST_TEXT} characters")
         refuse(f"{where} cannot be used:", problems)
         return cls(**raw)
 
@@ -60,11 +67,7 @@ class DeltaConfig:
         path = folder / CONFIG_NAME
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is not a delta folder: no {CONFIG_NAME}")
-        try:
-            raw = json.loads(path.read_text())
-        except ValueError as error:
-            raise DqreloError(f"{path} is not valid JSON: {error}") from error
-        return cls.from_dict(raw, str(path))
+        return cls.from_dict(read_json(path), str(path))
 
     def check_base(self, fingerprint: str, base: str, delta: str) -> None:
         """Refuse a base other than the one that ``delta`` was made from."""
@@ -79,3 +82,8 @@ class DeltaConfig:
     def to_json(self) -> str:
         """The file's text: sorted keys, two spaces, newline at the end."""
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be printed: no lone surrogates, not without end."""
+    return len(value) <= MOST_TEXT and not any("\ud800" <= c <= "\udfff" for c in value)

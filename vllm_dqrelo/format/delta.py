@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -54,6 +55,7 @@ class Delta:
 
     Args:
         folder: has delta_config.json and the tensors, in one file or sharded.
+        most_bytes: of its files; larger ones are not read.
 
     Attributes:
         config: the parsed delta_config.json.
@@ -66,10 +68,17 @@ class Delta:
         DqreloError: something in it is damaged or unknown; lists all of it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, most_bytes: float = math.inf) -> None:
         self.folder = folder
         self.config = DeltaConfig.read(folder)
         self._files = SafetensorsFiles(locate(folder, MODEL))
+        size = sum(path.stat().st_size for path in {*self._files.files.values()})
+        if size > most_bytes:
+            raise DqreloError(
+                f"{folder} has {size:,} bytes of tensors, there is room for "
+                f"{most_bytes:,}. Raise delta_memory_gib, or convert it with a lower "
+                "--ratio"
+            )
         suffixes, self.exact = group(self._files)
         self.matrices = sorted(suffixes)
         problems = []
@@ -78,16 +87,25 @@ class Delta:
             problems += matrix_problems(name, present, stored)
         for name in self.exact:
             problems += exact_problems(name, self._files.get(name))
+        refuse(f"{folder} is not a sound delta:", problems)
         counts = {n: self._files.spec(n)[1][0] for n in self.exact if n.endswith(ADDED)}
         if len(set(counts.values())) > 1:
-            problems.append(f"different numbers of added tokens: {counts}")
-        refuse(f"{folder} is not a sound delta:", problems)
+            raise DqreloError(
+                f"{folder} has different numbers of added tokens: {counts}"
+            )
         self.added_tokens = max(counts.values(), default=0)
         self._suffixes = suffixes
         if (found := self.content_digest()) != self.config.digest:
             raise DqreloError(
                 f"{folder} was changed after it was written: its digest is {found}, "
                 f"{CONFIG_NAME} says {self.config.digest}. Fetch or convert it again."
+            )
+
+    def check_unchanged(self) -> None:
+        """Refuse a folder that was written to while it was read."""
+        if self._files.changed:
+            raise DqreloError(
+                f"{self.folder} was changed while it was read. Load it again"
             )
 
     def content_digest(self) -> str:

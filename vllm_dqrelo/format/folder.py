@@ -11,6 +11,10 @@ from safetensors import SafetensorError
 
 from vllm_dqrelo.format.errors import DqreloError
 
+# A full disk, a quota and a limit of the process, as the system words them; the
+# safetensors library gives no number.
+NO_ROOM = ("No space left", "Disk quota exceeded", "File too large")
+
 
 def require_free(output: Path, size: int) -> None:
     """Refuse an output that is taken, or a disk without ``size`` bytes for it."""
@@ -36,16 +40,27 @@ def new_folder(output: Path) -> Iterator[Path]:
     scratch = output.parent / f".{output.name}.partial"
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     try:
-        scratch.mkdir(parents=True)
-        yield scratch
-        for path in scratch.iterdir():
-            path.chmod(0o644)  # safetensors makes private files
-        os.replace(scratch, output)
-    except (OSError, SafetensorError) as error:
-        if "No space left" in str(error):
-            raise DqreloError(
-                f"the disk of {output} is full; nothing was written"
-            ) from error
-        raise
+        with writing(output):
+            scratch.mkdir(parents=True)
+            yield scratch
+            for path in scratch.iterdir():
+                path.chmod(0o644)  # safetensors makes private files
+            os.replace(scratch, output)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Make a DqreloError of a disk that has no room, or that must not be written to."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if any(reason in str(error) for reason in NO_ROOM):
+            raise DqreloError(
+                f"the disk of {output} is full; nothing was written. Free some space "
+                "or choose another disk"
+            ) from error
+        if isinstance(error, SafetensorError | PermissionError):
+            raise DqreloError(f"{output} cannot be written: {error}") from error
+        raise

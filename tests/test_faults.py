@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks that are full, forbidden or cut short, workers that are killed: what users see.
+
+docs/reliability.md has the table.
+"""
+
+import gc
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vllm_dqrelo.format.delta import Delta
+from vllm_dqrelo.format.errors import DqreloError
+
+BIN = Path(sys.executable).parent
+WEIGHTS = "delta_model.safetensors"
+
+
+def limit(size):
+    """For a new process: no file may be larger, as on a disk that is full."""
+
+    def apply():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return apply
+
+
+def refused_to_write(family, tmp_path, size):
+    """A conversion on such a disk."""
+    made, output = family("llama"), tmp_path / "delta"
+    command = [sys.executable, "-m", "dqrelo_tools.cli", "convert"]
+    command += ["--base", made.base, "--model", made.models[0], "--output", output]
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, preexec_fn=limit(size)
+    )
+    assert done.returncode == 1
+    assert "delta is full; nothing was written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("when", ["first parameter", "last file"])
+def test_the_disk_is_full(family, tmp_path, when):
+    """While parameters are kept, and while the delta is put together."""
+    whole = (family("llama").deltas[0] / WEIGHTS).stat().st_size
+    refused_to_write(family, tmp_path, {"first parameter": 300}.get(when, whole - 1))
+
+
+def test_files_that_must_not_be_read(family, tmp_path, monkeypatch):
+    """As for another user's; the tests may run as root, who may read everything."""
+    folder = shutil.copytree(family("llama").deltas[0], tmp_path / "delta")
+    opened = Path.open
+
+    def forbidden(path, *arguments, **options):
+        if path.name == forbidden.name:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    for forbidden.name in (WEIGHTS, "delta_config.json"):
+        with pytest.raises(DqreloError, match=r"cannot be read: Permission denied"):
+            Delta(folder)
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(family, tmp_path):
+    """A mapped file would end the process here."""
+    folder = shutil.copytree(family("llama").deltas[0], tmp_path / "delta")
+    delta = Delta(folder)
+    delta.check_unchanged()
+    os.truncate(folder / WEIGHTS, 4096)
+    with pytest.raises(DqreloError, match="was cut short while it was read"):
+        [delta.matrix(name) for name in delta.matrices]
+    with pytest.raises(DqreloError, match="was changed while it was read"):
+        delta.check_unchanged()
+    with pytest.raises(DqreloError, match="it should have .* bytes, but has 4096"):
+        Delta(folder)
+
+
+def test_a_file_that_is_replaced_while_it_is_read(family, tmp_path):
+    """What was opened is read to its end: never half of each."""
+    made = family("llama")
+    folder = shutil.copytree(made.deltas[0], tmp_path / "delta")
+    expected, delta = Delta(made.deltas[0]), Delta(folder)
+    shutil.copy(made.deltas[1] / WEIGHTS, tmp_path / "other")
+    (tmp_path / "other").replace(folder / WEIGHTS)
+    for name in delta.matrices:
+        assert (delta.matrix(name).dense() == expected.matrix(name).dense()).all()
+    delta.check_unchanged()
+    with pytest.raises(DqreloError, match="was changed after it was written"):
+        Delta(folder)
+
+
+@pytest.mark.vllm
+def test_a_file_that_is_cut_short_after_it_was_registered(
+    family, engine, load, sampling, alone, difference, answers, prompts, tmp_path
+):
+    """Its requests fail with the reason; the others are answered."""
+    pytest.importorskip("vllm")
+    made = family("llama")
+    folders = [shutil.copytree(d, tmp_path / d.name) for d in made.deltas]
+    options = {"delta_memory_gib": 0.00023, "host_memory_gib": 0}
+    llm = engine(
+        made.base,
+        quantization="dqrelo",
+        max_loras=1,
+        additional_config={"dqrelo": options},
+    )
+    requests = [load(llm, f"delta-{i}", folder) for i, folder in enumerate(folders)]
+    for i in (0, 1, 2):  # each makes the one before disappear
+        answers(llm, prompts[:1], [requests[i]])
+    os.truncate(folders[0] / WEIGHTS, 4096)
+    output = llm.generate(
+        [{"prompt_token_ids": prompts[0]}] * 2,
+        sampling(),
+        lora_request=[requests[0], requests[1]],
+        use_tqdm=False,
+    )
+    assert output[0].outputs[0].finish_reason == "error"
+    assert "it should have" in output[0].outputs[0].stop_reason
+    got = answers(llm, prompts, [None, requests[1], requests[2], requests[1]])
+    expected = alone("llama")
+    for i, model in enumerate((0, 2, 3, 2)):
+        assert difference(got[i][:2] + ([],), expected[model][i]) <= 1e-4
+    del llm
+    gc.collect()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_worker_is_killed(family, server, tmp_path):
+    """Requests in flight are answered with an error, and the server ends: no half life.
+
+    Whoever runs the server starts it again, as for vLLM alone.
+    """
+    pytest.importorskip("vllm")
+    made, seen = family("llama"), {}
+    command = [BIN / "dqrelo", "serve", made.base, "--served-model-name", "base"]
+    command += ["--delta", f"one={made.deltas[0]}"]
+    with (  # the fixture expects a server that lives
+        pytest.raises(AssertionError),
+        server(command, tmp_path / "log") as url,
+    ):
+        body = b'{"model": "one", "prompt": [1], "max_tokens": 100, "stream": true}'
+        request = urllib.request.Request(
+            f"{url}/v1/completions", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            answer.readline()
+            processes = psutil.Process().children(recursive=True)
+            engine = [p for p in processes if "EngineCore" in " ".join(p.cmdline())]
+            workers = [p for p in processes if "Worker" in " ".join(p.cmdline())]
+            (workers or engine)[0].kill()
+            seen["stream"] = answer.read().decode(errors="replace")
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+            except urllib.error.HTTPError as error:
+                seen["health"] = error.code
+            except OSError:
+                seen["gone"] = True
+                break
+            time.sleep(0.2)
+    assert "error" in seen["stream"], seen
+    assert "[DONE]" not in seen["stream"].partition("error")[0]
+    assert seen.get("gone") and seen.get("health", 503) == 503, seen
