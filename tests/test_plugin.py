@@ -5,6 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -149,7 +150,7 @@ def test_the_option_alone_switches_the_control_plane_on(config):
     ("part", "name", "value", "message"),
     [
         ("parallel_config", "world_size", 2, "--tensor-parallel-size 1"),
-        (None, "speculative_config", object(), "speculative decoding"),
+        (None, "speculative_config", SimpleNamespace(method="eagle"), "not eagle"),
         ("parallel_config", "use_ubatching", True, "dual-batch overlap"),
         (
             "parallel_config",

@@ -28,6 +28,8 @@ MOST_SLOTS = 256
 ADDED_PART = 1 / 8
 TENSORS = 6  # of a matrix at most: signs, scale, factors, their scale, bias
 
+NGRAM = "ngram"  # drafts from a request's own tokens, for vLLM to check
+
 # Architectures whose deltas tests/test_architectures.py compares with checkpoints.
 TESTED_ARCHITECTURES = {
     "GPTNeoXForCausalLM",
@@ -152,6 +154,8 @@ def too_little_memory(
 def refuse_unsupported(vllm_config: VllmConfig, device: torch.device) -> None:
     """Refuse, at start, what would not be right with deltas."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    drafts = vllm_config.speculative_config
+    method = drafts.method if drafts else NGRAM
     problems = {
         f"runs on the CPU only so far, not on {device.type}": device.type != "cpu",
         "cannot split a model over several workers yet: use --tensor-parallel-size 1 "
@@ -160,8 +164,10 @@ def refuse_unsupported(vllm_config: VllmConfig, device: torch.device) -> None:
         "splits a step's rows": parallel.use_ubatching,
         "cannot be used with --enable-batch-sharded-sampling, which gives the LM head "
         "rows in another order": bool(parallel.enable_batch_sharded_sampling),
-        "cannot be used with speculative decoding": vllm_config.speculative_config
-        is not None,
+        f"has speculative decoding with method {NGRAM} only, not {method}: a draft "
+        "model may call layers of the base with rows that are not the step's": (
+            method != NGRAM
+        ),
         "has mixtures of experts on the CPU only": model.is_moe
         and device.type != "cpu",
         "has no deltas for images or sound: use --limit-mm-per-prompt with 0 for each "
