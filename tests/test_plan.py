@@ -232,7 +232,7 @@ def test_a_delta_takes_what_the_server_packs(family, kind):
                 if matrix
                 else (*delta.parameter(name).shape, 0)
             )
-            return [Place(Site(name, None, 0, (n,), k), 0, "weight")]
+            return [Place(Site(name, None, 0, (n,), k, (n,), k), 0, "weight")]
 
         sites = types.SimpleNamespace(
             count=1, places=places, added_tokens=0, rearranged=set(), by_name={}

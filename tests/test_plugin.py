@@ -5,6 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -163,8 +164,9 @@ def test_the_option_alone_switches_the_control_plane_on(config):
 @pytest.mark.parametrize(
     ("part", "name", "value", "message"),
     [
-        ("parallel_config", "world_size", 2, "--tensor-parallel-size 1"),
-        (None, "speculative_config", object(), "speculative decoding"),
+        ("parallel_config", "world_size", 2, "not by pipeline or context parallelism"),
+        ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
+        (None, "speculative_config", SimpleNamespace(method="eagle"), "not eagle"),
         ("parallel_config", "use_ubatching", True, "dual-batch overlap"),
         (
             "parallel_config",
@@ -206,6 +208,23 @@ def test_an_architecture_that_nobody_tested_is_named(monkeypatch, config):
     monkeypatch.setattr(options, "TESTED_ARCHITECTURES", {"OtherForCausalLM"})
     options.warn_untested(config)
     assert logged[0][1:] == ("LlamaForCausalLM", "OtherForCausalLM")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("enable_expert_parallel", True), ("data_parallel_size", 2)]
+)
+def test_experts_that_get_rows_of_other_workers_are_refused(
+    monkeypatch, config, name, value
+):
+    import torch
+
+    from vllm_dqrelo.manager import DeltaManager
+
+    monkeypatch.setattr(config.parallel_config, name, value)
+    DeltaManager(config, torch.device("cpu"))  # without experts it is right
+    monkeypatch.setattr(type(config.model_config), "is_moe", True)
+    with pytest.raises(ValueError, match="--enable-expert-parallel or with --data-par"):
+        DeltaManager(config, torch.device("cpu"))
 
 
 def test_a_scheduler_of_another_kind_is_refused():

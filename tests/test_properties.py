@@ -16,7 +16,7 @@ from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError
-from vllm_dqrelo.format.tensors import INT4
+from vllm_dqrelo.format.tensors import INT4, matrix_problems
 
 sizes = st.integers(1, 150)
 shapes = st.tuples(sizes, sizes)
@@ -59,6 +59,30 @@ def test_what_is_stored_is_what_it_means(decode, shape, ratio, method, seed, spa
     # Sums of at most 150 terms; none is larger than a few times the largest change.
     slack = 150 * torch.finfo(torch.float32).eps * 10 * delta.abs().max()
     assert (dense - torch.tensor(decode(stored, "P"))).abs().max() <= slack
+
+
+@slow
+@given(
+    st.tuples(st.integers(1, 9), st.integers(1, 800)),
+    methods,
+    st.sampled_from([1, 64, 256]),
+    st.data(),
+)
+def test_a_part_of_a_matrix_is_the_part_of_what_it_means(shape, method, block, data):
+    """Runs of whole blocks, which are cut out, and others, which are packed again."""
+    n, k = shape
+    size = Size(1, min(4, *shape), method.dtype or torch.bfloat16, method.by_row)
+    matrix = compress(random(shape, 1), size, method)
+    rows = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=n))
+    first = block * data.draw(st.integers(0, (k - 1) // block))
+    end = first + block * data.draw(st.integers(1, 1 + (k - 1 - first) // block))
+    end = min(end, k)
+    part = matrix.part(torch.tensor(rows), torch.arange(first, end))
+    assert part.shape == (len(rows), end - first)
+    # The same products, summed in another order.
+    torch.testing.assert_close(part.dense(), matrix.dense()[rows, first:end])
+    stored = {name.removeprefix("P"): t for name, t in part.tensors("P").items()}
+    assert not matrix_problems("", set(stored), stored)
 
 
 @given(shapes, ratios, methods)

@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable
 from concurrent.futures import Future
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from vllm.lora.request import LoRARequest
 from vllm_dqrelo.arena import aligned
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.errors import DqreloError
-from vllm_dqrelo.host import Loaded
+from vllm_dqrelo.host import Loaded, agreed
 from vllm_dqrelo.manager import Memory, Usage, memory, on_manager
 from vllm_dqrelo.options import too_little_memory
 from vllm_dqrelo.report import Report
@@ -77,7 +77,8 @@ class Deltas:
     def __init__(self, executor: Any, max_loras: int) -> None:
         self._rpc = executor.collective_rpc
         self._max_loras = max_loras
-        self.memory: Memory = self._rpc(memory)[0]
+        # What each worker has at least.
+        self.memory = Memory(*map(min, zip(*self._rpc(memory), strict=True)))
         self.registered: dict[int, Registered] = {}  # by the client's id
         self.users: Counter[str] = Counter()  # unfinished requests
         self.pinned: set[str] = set()
@@ -240,10 +241,17 @@ class Deltas:
         """Take what was read, and answer those who wait for it."""
         request, future = load
         keep = ahead | self.users.keys() if future else ahead | {request.lora_name}
-        loaded, gone = self._rpc(on_manager, args=("finish_load", keep))[0]
+        loads, dropped = zip(
+            *self._rpc(on_manager, args=("finish_load", keep)), strict=True
+        )
+        gone = set(chain(*dropped))
         self.changed = True
         self.report.dropped += len(gone)
         self.ready.difference_update(gone)
+        loaded = agreed(loads)
+        if loaded.error:
+            for digest in {one.digest for one in loads} - self.sizes.keys() - {""}:
+                self._rpc(on_manager, args=("forget", digest))
         if not loaded.error:
             loaded = self._admit(load, loaded)
         if loaded.error:

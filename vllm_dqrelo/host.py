@@ -3,7 +3,7 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -111,6 +111,16 @@ class Loaded(NamedTuple):
     seconds: float = 0.0
     error: str = ""
     missing: bool = False
+
+
+def agreed(loads: Sequence[Loaded]) -> Loaded:
+    """How a load ended that each worker made: what fails in one fails in all."""
+    if failed := next((loaded for loaded in loads if loaded.error), None):
+        return failed
+    first = loads[0]
+    if any(loaded.digest != first.digest for loaded in loads):
+        return Loaded("", 0, error=f"{first.digest} was replaced while it was read")
+    return first._replace(size=max(loaded.size for loaded in loads))
 
 
 class Loader:

@@ -38,22 +38,24 @@ def _as_stored(place: Place, name: str, checkpoint: Checkpoint) -> bool:
     module: Any = place.site.module
     if len(shape) == 1:
         found = place.site.base_vector(place.leaf, place.index)
-        return _equal(found, checkpoint.get(name))
-    rows, columns = (_spread(size) for size in shape)
-    stored = torch.cat(list(checkpoint.rows(name, rows)))
+        return _equal(found, checkpoint.get(name)[place.rows])
+    # Of what this worker has; of the checkpoint these are others.
+    rows, columns = _spread(len(place.rows)), _spread(len(place.columns))
+    stored = torch.cat(list(checkpoint.rows(name, place.rows[rows].tolist())))
+    stored = stored[:, place.columns[columns]]
     start = sum(place.site.sizes[: place.index])
     if not hasattr(module, "quant_method"):
-        return _equal(module.weight[rows], stored)
+        return _equal(module.weight[rows][:, columns], stored)
     if isinstance(module.quant_method, DeltaExperts):
         expert, part = divmod(place.index, len(place.site.of_a_row))
         down = place.site.name.endswith(DOWN)
         weight = (module.w2_weight if down else module.w13_weight)[expert]
-        found = weight[part * shape[0] :][rows][:, columns]
-        return _equal(found, stored[:, columns])
-    x = torch.zeros(len(columns), shape[1], dtype=module.params_dtype)
+        found = weight[part * len(place.rows) :][rows][:, columns]
+        return _equal(found, stored)
+    x = torch.zeros(len(columns), place.site.columns, dtype=module.params_dtype)
     x[range(len(columns)), columns] = 1
     y = module.quant_method.apply(module, x.to(module.weight.device))
-    return _equal(y[:, [start + row for row in rows]].T, stored[:, columns])
+    return _equal(y[:, [start + row for row in rows]].T, stored)
 
 
 def _spread(size: int) -> list[int]:

@@ -44,7 +44,7 @@ class Memory(NamedTuple):
     """What a worker has for deltas, in bytes.
 
     Attributes:
-        base: what the model's weights take.
+        base: what the model's weights take, in all workers.
         arena: for resident deltas.
         host: for deltas in host memory.
         typical: what a delta of ratio 1/8 takes.
@@ -90,6 +90,7 @@ class DeltaManager:
         self.device = device
         self.options = Options.from_config(vllm_config)
         self.model_config = vllm_config.model_config
+        self.workers = vllm_config.parallel_config.world_size
         self.max_loras = vllm_config.lora_config.max_loras
         self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._dummies: set[str] = set()
@@ -105,7 +106,7 @@ class DeltaManager:
         self.memory = Memory(
             base=self.base.count() * self.model_config.dtype.itemsize,
             arena=arena,
-            host=self.options.host_bytes(),
+            host=self.options.host_bytes(self.workers),
             typical=self.options.typical_bytes(self.sites),
             slots=self.options.slots(self.sites, arena, self.max_loras),
         )

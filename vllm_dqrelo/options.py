@@ -28,6 +28,8 @@ MOST_SLOTS = 256
 ADDED_PART = 1 / 8
 TENSORS = 6  # of a matrix at most: signs, scale, factors, their scale, bias
 
+NGRAM = "ngram"  # drafts from a request's own tokens, for vLLM to check
+
 # Architectures whose deltas tests/test_architectures.py compares with checkpoints.
 TESTED_ARCHITECTURES = {
     "GPTNeoXForCausalLM",
@@ -56,7 +58,8 @@ class Options:
             ``--max-loras`` deltas of ratio 1/8 take.
         added_tokens: the most tokens that a delta may add to the base's vocabulary.
         host_memory_gib: host memory for deltas that are not read from disk again;
-            by default a quarter of what is free once the base is loaded.
+            by default a quarter of what is free once the base is loaded. This and the
+            memory above are of each worker, which has its part of a delta.
         version: of the plugin, put there by it.
     """
 
@@ -92,11 +95,11 @@ class Options:
             return int(self.delta_memory_gib * 2**30)
         return deltas * self.typical_bytes(sites)
 
-    def host_bytes(self) -> int:
-        """Size of the host tier on this machine, now."""
+    def host_bytes(self, workers: int) -> int:
+        """Size of a worker's host tier on this machine, now."""
         if self.host_memory_gib is not None:
             return int(self.host_memory_gib * 2**30)
-        return int(psutil.virtual_memory().available * DEFAULT_HOST_PART)
+        return int(psutil.virtual_memory().available * DEFAULT_HOST_PART / workers)
 
     def typical_bytes(self, sites: Sites) -> int:
         """What a delta of the default ratio takes in the arena."""
@@ -118,9 +121,9 @@ class Options:
         What factors of 4 bits have in two bits a weight, twice the default.
         """
         return max(
-            sum(min(n, k, math.ceil(n * k / 2 / (n + k))) for n in site.of_a_row)
+            sum(min(n, k, math.ceil(n * k / 2 / (n + k))) for n in site.whole_of_a_row)
             for site in sites.by_name.values()
-            if (k := site.columns)
+            if (k := site.whole_columns)
         )
 
 
@@ -129,6 +132,8 @@ def _delta_bytes(sites: Sites, ratio: float) -> int:
     total = 0
     for site in sites.by_name.values():
         for n in site.sizes:
+            if site.is_vocabulary:  # of which the last worker may have fewer rows
+                n = min(site.module.num_embeddings_per_partition, *site.whole_sizes)
             total += aligned(4 * n)  # a bias or a norm in float32
             if k := site.columns:
                 # What rounding a rank up and scales for each row may add.
@@ -152,16 +157,26 @@ def too_little_memory(
 def refuse_unsupported(vllm_config: VllmConfig, device: torch.device) -> None:
     """Refuse, at start, what would not be right with deltas."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    drafts = vllm_config.speculative_config
+    method = drafts.method if drafts else NGRAM
     problems = {
         f"runs on the CPU only so far, not on {device.type}": device.type != "cpu",
-        "cannot split a model over several workers yet: use --tensor-parallel-size 1 "
-        "and --pipeline-parallel-size 1": parallel.world_size > 1,
+        "splits a model by --tensor-parallel-size only, not by pipeline or context "
+        "parallelism": parallel.world_size > parallel.tensor_parallel_size
+        or parallel.decode_context_parallel_size > 1,
+        "has no mixtures of experts with --enable-expert-parallel or with "
+        "--data-parallel-size: a worker's experts would get rows of others": (
+            model.is_moe
+            and (parallel.enable_expert_parallel or parallel.data_parallel_size > 1)
+        ),
         "cannot be used with dual-batch overlap (--enable-dbo, --ubatch-size), which "
         "splits a step's rows": parallel.use_ubatching,
         "cannot be used with --enable-batch-sharded-sampling, which gives the LM head "
         "rows in another order": bool(parallel.enable_batch_sharded_sampling),
-        "cannot be used with speculative decoding": vllm_config.speculative_config
-        is not None,
+        f"has speculative decoding with method {NGRAM} only, not {method}: a draft "
+        "model may call layers of the base with rows that are not the step's": (
+            method != NGRAM
+        ),
         "has mixtures of experts on the CPU only": model.is_moe
         and device.type != "cpu",
         "has no deltas for images or sound: use --limit-mm-per-prompt with 0 for each "

@@ -95,10 +95,12 @@ def pack(delta: Delta, sites: Sites, pinned: bool = False) -> PackedDelta:
                     problems.append(
                         f"{name} is {list(rows.shape)}: no rows of {place.site.name}"
                     )
-                added[place.site.name] = rows
+                    continue
+                here = sites.added_here(place.site)
+                added[place.site.name] = rows[here.start : here.stop].clone()
             continue
         fields, shape = (
-            _matrix(delta, name, extent)
+            _matrix(delta, name, places[0], extent)
             if name in delta.matrices
             else _vector(delta, name, places[0], extent)
         )
@@ -120,10 +122,14 @@ def pack(delta: Delta, sites: Sites, pinned: bool = False) -> PackedDelta:
 
 
 def _matrix(
-    delta: Delta, name: str, extent: _Extent
+    delta: Delta, name: str, place: Place, extent: _Extent
 ) -> tuple[dict[Field, int], tuple[int, ...]]:
     matrix = delta.matrix(name)
-    fields = {}
+    shape, fields = matrix.shape, {}
+    if shape != place.shape:
+        return {}, shape
+    if place.site.is_split:
+        matrix = matrix.part(place.rows, place.columns)
     if matrix.planes:
         fields[Field.SIGNS] = extent.add(matrix.signs)
         fields[Field.PLANES] = matrix.planes
@@ -136,7 +142,7 @@ def _matrix(
         fields[Field.LORA_B] = extent.add(matrix.lora_b)
         if matrix.lora_scale is not None:
             fields[Field.LORA_SCALE] = extent.add(matrix.lora_scale)
-    return fields, matrix.shape
+    return fields, shape
 
 
 def _vector(
@@ -151,7 +157,10 @@ def _vector(
         return {field: extent.add(value + 1 if gemma else value)}, shape
     if place.leaf == "bias" and shape == place.shape:
         base = place.site.base_vector("bias", place.index)
-        return {Field.BIAS: extent.add(value - base)}, shape
+        change = value[place.rows] - base
+        if not place.site.adds_bias:
+            change.zero_()
+        return {Field.BIAS: extent.add(change)}, shape
     return {}, shape
 
 

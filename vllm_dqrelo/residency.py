@@ -68,9 +68,15 @@ class Residency:
             table = self._table[start : start + slots * slices]
             self._sites[site.name] = table.view(slots, slices, -1)
         self.added = {
-            site.name: _added_rows(site, slots, sites.added_tokens, device)
-            for site in sites.by_name.values()
-            if sites.added_tokens and site.is_vocabulary
+            name: AddedRows(
+                site.sizes[0],
+                slots,
+                (len(tokens), site.columns),
+                site.module.get_parameter("weight").dtype,
+                device,
+            )
+            for name, site in sites.by_name.items()
+            if (tokens := sites.added_here(site))
         }
 
     def table(self, site: Site) -> torch.Tensor:
@@ -149,8 +155,3 @@ class Residency:
             entries = rebase(delta.packed.entries, delta.offset)
         device = self._table.device
         self._table[self._rows[delta.slot].to(device)] = entries.to(device)
-
-
-def _added_rows(site: Site, slots: int, tokens: int, device: torch.device) -> AddedRows:
-    dtype = site.module.get_parameter("weight").dtype
-    return AddedRows(site.sizes[0], slots, (tokens, site.columns), dtype, device)

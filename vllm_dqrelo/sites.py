@@ -22,11 +22,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models import supports_multimodal
 
-from vllm_dqrelo import compat
+from vllm_dqrelo import compat, shards
 from vllm_dqrelo.experts import DOWN, GATE_UP, DeltaExperts
 
 # What the q/k/v slices of a fused attention projection are called.
 QKV = {"q": 0, "k": 1, "v": 2}
+
+Shape = tuple[tuple[int, ...], int]  # sizes of the slices, columns
 
 LAYER_NORMS = (LayerNorm, torch.nn.LayerNorm)
 
@@ -39,17 +41,20 @@ class Site:
         name: path of the module in the model.
         module: the module itself.
         first: index of its first slice among the slices of all sites.
-        sizes: output features (rows of the checkpoint matrix) of each slice; for
-            a norm the length of its weight.
-        columns: input features of its matrices; 0 for a norm.
+        sizes: output features (rows of the checkpoint matrix) of each slice that this
+            worker has; for a norm the length of its weight.
+        columns: input features of its matrices that this worker has; 0 for a norm.
+        whole_sizes, whole_columns: of all workers together.
         experts: how many the module has, one after another in ``sizes``.
     """
 
     name: str
-    module: torch.nn.Module
+    module: Any
     first: int
     sizes: tuple[int, ...]
     columns: int
+    whole_sizes: tuple[int, ...]
+    whole_columns: int
     experts: int = 1
 
     @property
@@ -63,14 +68,50 @@ class Site:
         return isinstance(self.module, VocabParallelEmbedding)
 
     @property
+    def is_split(self) -> bool:
+        """Whether other workers have other parts of its matrices."""
+        here = self.sizes, self.columns
+        return here != (self.whole_sizes, self.whole_columns)
+
+    def rows(self, index: int) -> torch.Tensor:
+        """The checkpoint's rows that a slice has, int64 [sizes[index]]."""
+        size, whole = self.sizes[index], self.whole_sizes[index]
+        if not self.is_split:
+            return torch.arange(size)
+        if isinstance(self.module, RoutedExperts):
+            if size == whole:
+                return torch.arange(size)
+            return shards.expert_rows_here(self.module, index % 2, size, whole)
+        return shards.rows_here(self.module, self.sizes, index, whole)
+
+    def kept_columns(self) -> torch.Tensor:
+        """The checkpoint's columns that the site has, int64 [columns]."""
+        if self.columns == self.whole_columns:
+            return torch.arange(self.columns)
+        experts = isinstance(self.module, RoutedExperts)
+        columns = shards.expert_columns_here if experts else shards.columns_here
+        return columns(self.module, self.columns, self.whole_columns)
+
+    @property
     def of_a_row(self) -> tuple[int, ...]:
         """Sizes of the slices that one row meets: all, or those of one expert."""
         return self.sizes[: len(self.sizes) // self.experts]
+
+    @property
+    def whole_of_a_row(self) -> tuple[int, ...]:
+        """The same of the checkpoint's matrices."""
+        return self.whole_sizes[: len(self.sizes) // self.experts]
 
     def slices(self, device: torch.device) -> torch.Tensor:
         """int32 [slices of a row + 1]: the first output feature of each, then N."""
         ends = torch.tensor((0, *self.of_a_row)).cumsum(0)
         return ends.to(dtype=torch.int32, device=device)
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether it is this worker whose part of the output has the bias."""
+        row_parallel = self.columns != self.whole_columns
+        return not row_parallel or self.module.tp_rank == 0
 
     @property
     def is_layer_norm(self) -> bool:
@@ -102,11 +143,21 @@ class Place:
         return self.site.first + self.index
 
     @property
+    def rows(self) -> torch.Tensor:
+        """Of the checkpoint's, those that this worker has: int64."""
+        return self.site.rows(self.index)
+
+    @property
+    def columns(self) -> torch.Tensor:
+        """The same of its columns."""
+        return self.site.kept_columns()
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """What the parameter must look like."""
-        size = self.site.sizes[self.index]
+        """What the parameter must look like, in the checkpoint."""
+        size = self.site.whole_sizes[self.index]
         matrix = self.leaf == "weight" and not self.site.is_norm
-        return (size, self.site.columns) if matrix else (size,)
+        return (size, self.site.whole_columns) if matrix else (size,)
 
 
 class Sites:
@@ -149,22 +200,19 @@ class Sites:
                 continue
             if isinstance(module, RoutedExperts):
                 self._add_experts(name, module)
-            elif shape := _slices_of(module, added_tokens):
-                sizes, columns = shape
-                sizes = (sum(sizes),) if name in whole else sizes
-                self._add(name, module, sizes, columns)
+            elif shapes := _slices_of(module, added_tokens):
+                here, in_all = shapes
+                if name in whole:
+                    here, in_all = (((sum(n),), k) for n, k in shapes)
+                self._add(name, module, here, in_all)
 
     def _add(
-        self,
-        name: str,
-        module: torch.nn.Module,
-        sizes: tuple[int, ...],
-        columns: int,
-        experts: int = 1,
+        self, name: str, module: Any, here: Shape, in_all: Shape, experts: int = 1
     ) -> None:
-        site = Site(name, module, self.count, sizes, columns, experts)
+        (sizes, columns), whole = here, in_all
+        site = Site(name, module, self.count, sizes, columns, *whole, experts)
         self.by_name[name] = site
-        self.count += len(sizes)
+        self.count += len(site.sizes)
 
     def _add_experts(self, name: str, module: Any) -> None:
         """Two sites: the gate and up matrices of all experts, and the down matrices."""
@@ -172,13 +220,22 @@ class Sites:
             return
         count, both, columns = module.w13_weight.shape
         parts = {"w1": (GATE_UP, 2, 0), "w3": (GATE_UP, 2, 1), "w2": (DOWN, 1, 0)}
-        self._add(f"{name}.{GATE_UP}", module, (both // 2,) * 2 * count, columns, count)
-        self._add(f"{name}.{DOWN}", module, (columns,) * count, both // 2, count)
+        here, in_all = both // 2, both // 2 * module.moe_config.tp_size
+        rows = [((width,) * 2 * count, columns) for width in (here, in_all)]
+        self._add(f"{name}.{GATE_UP}", module, rows[0], rows[1], count)
+        rows = [((columns,) * count, width) for width in (here, in_all)]
+        self._add(f"{name}.{DOWN}", module, rows[0], rows[1], count)
         runner = name.rpartition(".")[0]
         for _, weight, expert, shard in module.get_expert_mapping():
             part, slices, index = parts[shard]
             path = runner + weight.removeprefix("experts").rstrip(".")
             self._experts[path] = f"{name}.{part}", expert * slices + index
+
+    def added_here(self, site: Site) -> range:
+        """Those of the added tokens whose rows a site has in this worker."""
+        if not site.is_vocabulary:
+            return range(0)
+        return shards.added_here(site.module, self.added_tokens)
 
     def places(self, parameter: str) -> list[Place]:
         """Where the fine-tune's ``parameter`` goes; empty if nowhere."""
@@ -212,16 +269,16 @@ def _language_model(model: Any) -> torch.nn.Module:
     return model.get_language_model() if supports_multimodal(model) else model
 
 
-def _slices_of(
-    module: torch.nn.Module, added_tokens: int
-) -> tuple[tuple[int, ...], int] | None:
-    """Sizes and columns of a site; None when the module is none."""
-    if isinstance(module, LinearBase):
-        return tuple(module.output_partition_sizes), module.input_size
-    if isinstance(module, VocabParallelEmbedding):
-        return (module.org_vocab_size - added_tokens,), module.embedding_dim
+def _slices_of(module: Any, added_tokens: int) -> tuple[Shape, Shape] | None:
+    """What a site has here, and in all workers; None when the module is none."""
+    if isinstance(module, LinearBase | VocabParallelEmbedding):
+        return (
+            shards.sizes_here(module, added_tokens),
+            shards.sizes_in_all(module, added_tokens),
+        )
     if isinstance(module, torch.nn.Embedding):
-        return (module.num_embeddings,), module.embedding_dim
+        shape = (module.num_embeddings,), module.embedding_dim
+        return shape, shape
     partial = getattr(module, "variance_size_override", None)
     if isinstance(module, RMSNorm | GemmaRMSNorm | LayerNorm) and not partial:
         return _norm(module)
@@ -229,9 +286,12 @@ def _slices_of(
     return _norm(module) if type(module) is torch.nn.LayerNorm else None
 
 
-def _norm(module: torch.nn.Module) -> tuple[tuple[int, ...], int] | None:
+def _norm(module: torch.nn.Module) -> tuple[Shape, Shape] | None:
     weight = getattr(module, "weight", None)
-    return ((weight.numel(),), 0) if weight is not None and weight.dim() == 1 else None
+    if weight is None or weight.dim() != 1:
+        return None
+    shape = (weight.numel(),), 0
+    return shape, shape
 
 
 def _index(shard: Any) -> int | None:

@@ -95,6 +95,32 @@ def unpack_signs(words: torch.Tensor, columns: int, dtype: torch.dtype) -> torch
     return signs[:, :columns].to(dtype)
 
 
+def take_signs(words: torch.Tensor, columns: int, taken: torch.Tensor) -> torch.Tensor:
+    """Some columns of what :func:`pack_signs` packed, packed again.
+
+    Args:
+        words: [N, ceil(columns / 16)] int16.
+        columns: K, the number of signs in a row.
+        taken: int64 [k], columns in ascending order.
+
+    Returns:
+        [N, ceil(k / 16)] int16, a copy.
+    """
+    if run := _whole_blocks(taken, columns, BLOCK):
+        first, last = run
+        return words[:, first // WORD_BITS : words_per_row(last)].clone()
+    return pack_signs(unpack_signs(words, columns, torch.bfloat16)[:, taken] > 0)
+
+
+def _whole_blocks(
+    taken: torch.Tensor, columns: int, block: int
+) -> tuple[int, int] | None:
+    """First and end of ``taken`` when they are a run of whole blocks, else None."""
+    first, last = int(taken[0]), int(taken[-1]) + 1
+    run = last - first == len(taken) and first % block == 0
+    return (first, last) if run and (last % block == 0 or last == columns) else None
+
+
 def padding_is_clear(words: torch.Tensor, columns: int) -> bool:
     """Whether the bits of ``words`` that stand for no column are all clear."""
     last = columns % BLOCK
@@ -147,6 +173,14 @@ def unpack_int4(packed: torch.Tensor, columns: int) -> torch.Tensor:
         parts.append(both.flatten(1)[:, :width])
     values = torch.cat(parts, dim=1) if parts else packed[:, :0]
     return values.to(torch.int8) - 8
+
+
+def take_int4(packed: torch.Tensor, columns: int, taken: torch.Tensor) -> torch.Tensor:
+    """The same as :func:`take_signs` for integers of four bits."""
+    if run := _whole_blocks(taken, columns, INT4_BLOCK):
+        first, last = run
+        return packed[:, first // 2 : int4_bytes(last)].clone()
+    return pack_int4(unpack_int4(packed, columns)[:, taken])
 
 
 def int4_padding_is_clear(packed: torch.Tensor, columns: int) -> bool:

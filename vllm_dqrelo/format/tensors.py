@@ -31,6 +31,8 @@ from dqrelo_kernels.layout import (
     int4_bytes,
     int4_padding_is_clear,
     padding_is_clear,
+    take_int4,
+    take_signs,
     unpack_int4,
     unpack_signs,
     words_per_row,
@@ -101,6 +103,23 @@ class MatrixDelta:
             lora_a=tensors.get(name + LORA_A, torch.empty(0, k, dtype=torch.bfloat16)),
             lora_b=tensors.get(name + LORA_B, torch.empty(n, 0, dtype=torch.bfloat16)),
             lora_scale=tensors.get(name + LORA_SCALE),
+        )
+
+    def part(self, rows: torch.Tensor, columns: torch.Tensor) -> "MatrixDelta":
+        """The change of some rows and columns, int64 each, that keep their order."""
+        k = self.shape[1]
+        signs = [take_signs(plane[rows], k, columns) for plane in self.signs]
+        if self.lora_a.dtype == INT4:
+            lora_a = take_int4(self.lora_a, k, columns)
+        else:
+            lora_a = self.lora_a[:, columns]
+        return MatrixDelta(
+            shape=(len(rows), len(columns)),
+            signs=torch.stack(signs) if signs else self.signs[:, : len(rows)],
+            scale=self.scale if self.scale.shape[1] == 1 else self.scale[:, rows],
+            lora_a=lora_a,
+            lora_b=self.lora_b[rows],
+            lora_scale=self.lora_scale,
         )
 
     def dense(self) -> torch.Tensor:

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts are checked by the model that a request names, delta or base."""
+
+import gc
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from dqrelo_tools.convert import convert
+from dqrelo_tools.export import export
+
+vllm = pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+# fp32 sums of up to 320 terms in another order, through two layers.
+TOLERANCE = 1e-4
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 2,
+}
+
+
+@pytest.fixture
+def added(family, save_model, tmp_path):
+    """A delta whose five tokens more are likely, and its merged checkpoint."""
+    model = save_model("llama", tmp_path / "model", seed=7, added_tokens=5)
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"][-5:] *= 4
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    delta, merged = tmp_path / "delta", tmp_path / "merged"
+    base = str(family("llama").base)
+    convert(base, str(model), delta, 0.125)
+    for file in delta.glob("tokenizer*"):  # LLM has one tokenizer in a call
+        file.unlink()
+    export(base, delta, merged)
+    return delta, merged
+
+
+def test_ngram_drafts_equal_each_model_alone(
+    family, added, engine, answer_of, sampling, difference, load, prompts
+):
+    """Rows that check drafts beside rows that do not, each of its own model."""
+
+    def run(llm, prompts, requests=None):
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            sampling(max_tokens=24, prompt_logprobs=1),
+            lora_request=requests,
+            use_tqdm=False,
+        )
+        return [answer_of(output) for output in outputs]
+
+    made, expected = family("llama"), []
+    for folder in [made.base, made.merged[0], made.merged[2], added[1]]:
+        llm = engine(folder)
+        expected.append(run(llm, prompts))
+        del llm
+        gc.collect()
+    llm = engine(
+        made.base,
+        quantization="dqrelo",
+        max_loras=2,
+        speculative_config=NGRAM,
+        additional_config={"dqrelo": {"delta_memory_gib": 0.001, "added_tokens": 5}},
+        disable_log_stats=False,
+    )
+    requests = [None] + [
+        load(llm, f"delta-{i}", folder)
+        for i, folder in enumerate([made.deltas[0], made.deltas[2], added[0]])
+    ]
+    order = [(p, m) for p in range(len(prompts)) for m in range(len(requests))]
+    got = run(llm, [prompts[p] for p, _ in order], [requests[m] for _, m in order])
+    for (p, m), answer in zip(order, got, strict=True):
+        assert difference(answer, expected[m][p]) <= TOLERANCE, (p, m)
+    # The test can fail: some drafts were taken and some were not, and added tokens
+    # were written.
+    counters = {metric.name: metric for metric in llm.get_metrics()}
+    drafted, accepted = (
+        counters[f"vllm:spec_decode_num_{kind}_tokens"].value
+        for kind in ("draft", "accepted")
+    )
+    assert 0 < accepted < drafted
+    assert max(token for tokens, _, _ in expected[-1] for token in tokens) >= 320
