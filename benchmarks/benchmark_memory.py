@@ -269,6 +269,7 @@ def main() -> None:
         return
     measure = dict(zip(SYSTEMS, (deltas, lora, copies), strict=True))
     for row in measure[arguments.system]():
+        row["memory_mb"] = row["base_mb"] + row["device_mb"]
         shown = {
             k: round(v / 1e6, 2) if k.endswith("_mb") else v for k, v in row.items()
         }

@@ -101,7 +101,7 @@ def memory_figure(rows: list[Row]) -> Figure:
     for system, marker in zip(systems, "osD", strict=True):
         mine = [row for row in rows if row["system"] == system]
         models = [int(row["models"]) for row in mine]
-        held = [(float(r["base_mb"]) + float(r["device_mb"])) / 1000 for r in mine]
+        held = [float(r["memory_mb"]) / 1000 for r in mine]
         memory.plot(models, held, marker=marker, label=system)
         tokens = [1000 * int(r["models"]) / float(r["step_ms"]) for r in mine]
         speed.plot(models, tokens, marker=marker, label=system)

@@ -86,6 +86,20 @@ def method_table(rows: list[Row], fine_tunes: set[str], seconds: bool = False) -
     return table(head, body)
 
 
+def quality_table(rows: list[Row], fine_tunes: set[str]) -> str:
+    """Bytes and KL of a few methods, for the README."""
+    methods = by_method(rows, fine_tunes)
+    names = (OURS, "dqrelo 1/16", PAPER, "SVD 1/8", "BitDelta")
+    body = [
+        [name, f"{mean(methods[name], 'bits_per_weight'):.2f}"]
+        + [f"{kl(methods[name]):.2e}", f"{kl(methods[name]) / kl(methods[PAPER]):.3f}"]
+        + [f"{mean(methods[name], 'exact_match'):.0%}"]
+        for name in names
+    ]
+    head = ["method", "bits per weight", "KL", "KL / the published method's"]
+    return table([*head, "exact match"], body)
+
+
 def fine_tune_table(rows: list[Row], scales: list[Row]) -> str:
     """One line a fine-tune: the paper's method and ours."""
     body, ratios = [], []
@@ -209,14 +223,13 @@ def compare_table(rows: list[Row]) -> str:
 
 def lanes_table(rows: list[Row]) -> str:
     """Few rows of a delta by lanes, as a part of the time by tiles."""
-    return table(
-        ["method", "threads", "rows of each delta", "time of lanes / time of tiles"],
-        [
-            [row["method"], row["threads"], row["rows"].replace("+", " + ")]
-            + [f"{float(row['lanes_ms']) / float(row['tiles_ms']):.2f}"]
-            for row in rows
-        ],
-    )
+    ratios = [
+        [row["rows"].replace("+", " + ")]
+        + [f"{float(row['lanes_ms']) / float(row['tiles_ms']):.2f}"]
+        for row in rows
+        if (row["method"], row["threads"]) == ("dqrelo", "2")
+    ]
+    return table(["rows of each delta", "time of lanes / time of tiles"], ratios)
 
 
 def memory_table(rows: list[Row]) -> str:
@@ -224,11 +237,15 @@ def memory_table(rows: list[Row]) -> str:
     steps = {(row["system"], row["models"]): float(row["step_ms"]) for row in rows}
     body = []
     for row in rows:
-        held = float(row["base_mb"]) + float(row["device_mb"])
         step = steps[row["system"], row["models"]]
         whole = steps["full copies", row["models"]]
         body.append(
-            [row["system"], row["models"], f"{held:.0f}", f"{step:.0f}"]
+            [
+                row["system"],
+                row["models"],
+                f"{float(row['memory_mb']):.0f}",
+                f"{step:.0f}",
+            ]
             + [f"{step / whole:.2f}"]
         )
     head = ["way", "models", "memory, MB", "step, ms", "step / full copies'"]
@@ -282,9 +299,9 @@ def demo_table(found: dict[str, Any]) -> str:
     return (
         f"{table(head, body)}\n\n"
         f"Exact matches of {found['questions_per_task']} held-out questions for each "
-        f"task, greedy. On {machine['cores']} cores of a {machine['cpu']} this takes "
-        f"{sum(seconds.values()) / 60:.0f} minutes after the set-up; fine-tuning takes "
-        f"{tuning / 60:.0f} of them, and is kept for the second time."
+        f"task, greedy. On {machine['cores']} cores ({machine['cpu']}) this takes "
+        f"{sum(seconds.values()) / 60:.0f} minutes\nafter the set-up; fine-tuning "
+        f"takes {tuning / 60:.0f} of them, and is kept for the second time."
     )
 
 
@@ -302,6 +319,16 @@ def plan_table(found: dict[str, Any]) -> str:
         for key, (label, form) in rows.items()
     ]
     return table(["", *found["cases"]], body)
+
+
+def router_table(rows: list[Row]) -> str:
+    """Where requests found their delta, behind a router."""
+    body = [
+        [row["policy"]]
+        + [f"{float(row[key]):.1%}" if row[key] else "" for key in row if "hits" in key]
+        for row in rows
+    ]
+    return table(["`--policy`", "hits, counted", "`dqrelo plan`'s simulation"], body)
 
 
 def versions_table(rows: list[Row]) -> str:
@@ -322,16 +349,19 @@ def tables() -> dict[str, str]:
     return {
         "scale": scale_table(scales),
         "fine-tunes": fine_tune_table(rows, scales),
+        "quality": quality_table(rows, names),
         "methods": method_table(rows, names),
         "sizes": method_table(rows, detailed(rows), seconds=True),
         "convert": convert_table(read("convert.csv")),
         "cpu": cpu_table(read("cpu.csv")),
+        "lanes": lanes_table(read("lanes.csv")),
         "predictions": prediction_table(rows, read("predicted.csv")),
         "serving": serving_table(read("serving.csv")),
         "serving-compare": compare_table(read("serving_compare.csv")),
         "memory": memory_table(read("memory.csv")),
         "bytes": bytes_table(read("memory.csv")),
         "cards": cards_table(read("cards.csv")),
+        "router": router_table(read("router.csv")),
         "versions": versions_table(read("versions.csv")),
         "demo": demo_table(json.loads((RESULTS / "demo.json").read_text())),
         "plan": plan_table(json.loads((RESULTS / "plan.json").read_text())),
