@@ -1,18 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo   a real model, fine-tuned, compressed, served and asked
 # make test   all tests that need no GPU
+# make bench  short versions of the benchmarks, and all figures and tables again
+# make bench-check   are deltas slower than they were on this kind of machine?
 # Each sets up .venv first: vLLM's CPU build and this project, editable.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench bench-check lint clean
 
 demo: .venv/ready
 	$(BIN)/python benchmarks/demo.py
 
 test: .venv/ready
 	$(BIN)/pytest
+
+# Measured anew into .cache/bench; the documents have benchmarks/results.
+bench: .venv/ready
+	rm -rf .cache/bench
+	$(BIN)/python benchmarks/benchmark_quality.py --short --output-dir .cache/bench
+	$(BIN)/python benchmarks/benchmark_cpu.py --short --output .cache/bench/cpu.csv
+	$(BIN)/python benchmarks/benchmark_serving.py --output-dir .cache/bench --models 2 \
+	  --popularity uniform --arrivals closed --lengths 32:24 --num-prompts 16
+	$(BIN)/python benchmarks/figures.py
+
+bench-check: .venv/ready
+	$(BIN)/python benchmarks/bench_check.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

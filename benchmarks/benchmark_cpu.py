@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the deltas of one step cost on this CPU, on the shapes of SmolLM2-135M.
 
-    python benchmarks/benchmark_cpu.py [--output results.csv]
+    python benchmarks/benchmark_cpu.py [--output results.csv] [--short]
 
 Every op of a forward pass, through torch.ops as the server calls it, bfloat16, ratio
 1/8, by both methods: in native code and in plain torch; beside them vLLM's own LoRA at
@@ -182,18 +182,21 @@ def main() -> None:
     """Print the table, and write it with the machine and the versions."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="a CSV file to write as well")
-    output = parser.parse_args().output
+    parser.add_argument("--short", action="store_true", help="without plain torch")
+    arguments = parser.parse_args()
+    output = arguments.output
     loras = Loras(8)
     about = {"threads": torch.get_num_threads(), **machine()}
     rows = []
-    columns = ("native", "torch", "lora", "copy")
+    means = ("native",) if arguments.short else ("native", "torch")
+    columns = (*means, "lora", "copy")
     head = "".join(f"{column:>9}" for column in columns)
     for method in METHODS:
         print(f"{method:<22}{head}  ms a step")
         deltas = Deltas(8, method)
         for step in STEPS:
             label = "+".join(map(str, step))
-            found = measure(deltas, loras, step)
+            found = measure(deltas, loras, step, means)
             rows.append({"method": method, "rows": label, **found, **about})
             print(f"{label:<22}" + "".join(f"{v:>9.1f}" for v in found.values()))
             sys.stdout.flush()
@@ -204,13 +207,15 @@ def main() -> None:
             writer.writerows(rows)
 
 
-def measure(deltas: Deltas, loras: Loras, step: list[int]) -> dict[str, float]:
+def measure(
+    deltas: Deltas, loras: Loras, step: list[int], means: tuple[str, ...]
+) -> dict[str, float]:
     """Milliseconds of one step by each means."""
     found = {}
-    for name, native in (("native_ms", "1"), ("torch_ms", "0")):
-        os.environ["DQRELO_NATIVE"] = native
+    for name in means:
+        os.environ["DQRELO_NATIVE"] = "1" if name == "native" else "0"
         cpu.library.cache_clear()
-        found[name] = best_ms(deltas.step(step), 3)
+        found[f"{name}_ms"] = best_ms(deltas.step(step), 3)
     found["lora_ms"] = best_ms(loras.step(step), 3)
     source = deltas.arena[: deltas.size // deltas.slots * len(step)]
     target = torch.empty_like(source)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much of a fine-tune survives compression, by method and by bytes.
 
-    python benchmarks/benchmark_quality.py [--output-dir benchmarks/results]
+    python benchmarks/benchmark_quality.py [--output-dir benchmarks/results] [--short]
 
 Real full fine-tunes of SmolLM2-135M (finetune.py): three tasks, each trained for three
 lengths. Every method compresses every matrix of them; vectors stay exact. Then the
@@ -296,13 +296,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     here = Path(__file__).resolve().parent
     parser.add_argument("--output-dir", type=Path, default=here / "results")
-    output = parser.parse_args().output_dir
+    parser.add_argument("--short", action="store_true", help="one fine-tune only")
+    arguments = parser.parse_args()
+    output = arguments.output_dir
+    output.mkdir(parents=True, exist_ok=True)
     quality = Table(output / "quality.csv", ("fine_tune", "method"))
     scale = Table(output / "finetunes.csv", ("fine_tune",))
     predicted = Table(output / "predicted.csv", ("fine_tune", "ratio"))
     bench, middle = Bench(), LENGTHS[len(LENGTHS) // 2]
     plan = [(task, steps, MAIN) for steps in LENGTHS for task in TASKS]
     plan += [(task, middle, ALSO) for task in TASKS]
+    plan = plan[:1] if arguments.short else plan
     total = sum(len(methods) for _, _, methods in plan)
     with tqdm(total=total, desc="quality", unit=" rows") as progress:
         for task, steps, methods in plan:

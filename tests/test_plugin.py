@@ -73,7 +73,7 @@ def test_register_twice_and_the_method_is_known():
     assert get_quantization_config("dqrelo") is DqreloConfig
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0rc1"])
+@pytest.mark.parametrize("version", ["0.30.2", "0.33.0", "1.0.0rc1"])
 def test_vllm_outside_the_tested_range(monkeypatch, caplog, version):
     from vllm.model_executor.layers import quantization
 
@@ -87,8 +87,8 @@ def test_vllm_outside_the_tested_range(monkeypatch, caplog, version):
     monkeypatch.setattr(plugin.logger, "error", lambda *args: logged.append(args))
     plugin.register()
     assert quantization.QUANTIZATION_METHODS == []
-    assert f"tested with vLLM >=0.32,<0.33, this is {version}" in str(logged)
-    with pytest.raises(DqreloError, match="tested with vLLM >=0.32,<0.33"):
+    assert f"tested with vLLM >=0.31,<0.33, this is {version}" in str(logged)
+    with pytest.raises(DqreloError, match="tested with vLLM >=0.31,<0.33"):
         check_plugin()
 
 

@@ -98,10 +98,12 @@ class Frontend:
             tokenizer_mode=self._model.tokenizer_mode,
             trust_remote_code=False,  # a delta brings no code
         )
-        last = max(self._model.get_vocab_size() - 1, base.max_token_id)
-        if tokenizer.max_token_id > last:
+        # vLLM's own max_token_id is one too high in 0.31.
+        highest, of_base = (max(t.get_vocab().values()) for t in (tokenizer, base))
+        last = max(self._model.get_vocab_size() - 1, of_base)
+        if highest > last:
             raise DqreloError(
-                f"{folder} has a tokenizer with tokens up to {tokenizer.max_token_id}, "
+                f"{folder} has a tokenizer with tokens up to {highest}, "
                 f"but the model has them up to {last} only"
             )
         tokenizer.name_or_path = self._model.tokenizer = str(folder)

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of benchmarks/ that compute: loads, percentiles, results files, tables."""
+
+import importlib
+import itertools
+import math
+import re
+import subprocess
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """``bench(name)``: a module of benchmarks/."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def load(bench):
+    pytest.importorskip("vllm")
+    return bench("load")
+
+
+@pytest.fixture(scope="module")
+def poisson(load):
+    return load.Load("poisson", "64:32", 12, 2.0, 8, seed=3)
+
+
+def option(options, name):
+    (value,) = (o.split("=")[1] for o in options if o.startswith(f"--{name}="))
+    return float(value)
+
+
+def test_a_load_is_what_vllm_s_client_is_asked_for(load, poisson):
+    gamma = replace(poisson, arrivals="gamma").options()
+    assert option(gamma, "request-rate") == 2.0
+    # The intervals of that shape, drawn: their standard deviation over their mean.
+    shape = option(gamma, "burstiness")
+    drawn = np.random.default_rng(0).gamma(shape, 1 / (2 * shape), 10**6)
+    assert drawn.mean() == pytest.approx(0.5, rel=0.02)
+    assert drawn.std() / drawn.mean() == pytest.approx(load.GAMMA_CV, rel=0.02)
+    assert option(poisson.options(), "burstiness") == 1
+    closed = replace(poisson, arrivals="closed").options()
+    assert option(closed, "max-concurrency") == 8
+    assert not any("request-rate" in o for o in closed)
+    assert option(closed, "random-input-len") == 64
+    assert option(closed, "random-output-len") == 32
+
+
+def percentile(values, percent):
+    """By the definition: the value at that share of the way, between two of them."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return below + (above - below) * (place - math.floor(place))
+
+
+def test_a_summary_of_two_clients(load):
+    rng = np.random.default_rng(1)
+    results = []
+    for count in (5, 8):
+        ttfts, lens = rng.uniform(0.1, 3, count), rng.integers(1, 9, count)
+        itls = [list(rng.uniform(0.05, 0.4, n - 1)) for n in lens]
+        latencies = [t + sum(i) for t, i in zip(ttfts, itls, strict=True)]
+        results.append(
+            {
+                "ttfts": list(ttfts),
+                "output_lens": list(lens),
+                "itls": itls,
+                "latencies": latencies,
+            }
+        )
+    found = load.summary(iter(results), 7.5, load.Goal(1500, 200))
+
+    first, rest, between, good, tokens = [], [], [], 0, 0
+    for result in results:
+        for t, n, gaps in zip(
+            result["ttfts"], result["output_lens"], result["itls"], strict=True
+        ):
+            first.append(1000 * t)
+            rest.append(1000 * sum(gaps) / (n - 1) if n > 1 else 0)
+            between += [1000 * gap for gap in gaps]
+            good += first[-1] <= 1500 and rest[-1] <= 200
+            tokens += n
+    assert 0 < good < 13
+    assert found["goodput_per_s"] == pytest.approx(good / 7.5, abs=1e-3)
+    assert found["output_tokens_per_s"] == pytest.approx(tokens / 7.5, abs=1e-3)
+    for name, values in (("ttft", first), ("tpot", rest), ("itl", between)):
+        for percent in (50, 99):
+            expected = percentile(values, percent)
+            assert found[f"{name}_p{percent}_ms"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_failed_request_ends_the_benchmark(load, poisson, monkeypatch):
+    monkeypatch.setattr(load, "main", lambda args: {"errors": ["", "no such model"]})
+    with pytest.raises(SystemExit, match="1 requests to http://x failed: no such"):
+        load.drive("http://x", Path("tokenizer"), ["a", "b"], poisson)
+
+
+def test_our_server_is_asked_in_three_ways(bench, load, poisson, monkeypatch):
+    """The base; all deltas in turn; one after another, a third of the load each."""
+    pytest.importorskip("gguf")
+    rivals = bench("rivals")
+    asked = []
+
+    def drive(address, tokenizer, models, load):
+        asked.append((list(models), load.num_prompts))
+        return {"duration": float(len(models))}
+
+    class Server:
+        def __enter__(self):
+            return "http://x"
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(rivals, "drive", drive)
+    monkeypatch.setattr(rivals, "ours", lambda deltas, max_loras: Server())
+    monkeypatch.setattr(rivals, "base", lambda: Path("base"))
+    monkeypatch.setattr(rivals, "delta", lambda i: Path(f"delta-{i}"))
+    monkeypatch.setattr(rivals, "base_bytes", lambda path: 1000)
+    monkeypatch.setattr(rivals, "delta_bytes", lambda path: 10 + int(path[-1]))
+    found = list(rivals.our_server(3, poisson))
+    measured = [one for one in asked if one[1] != rivals.WARM_UP.num_prompts]
+    turns = list(itertools.islice(itertools.cycle(["m0", "m1", "m2"]), 12))
+    assert measured[:2] == [(["base"] * 12, 12), (turns, 12)]
+    assert measured[2:] == [([name] * 4, 4) for name in ("m0", "m1", "m2")]
+    assert [seconds for _, seconds, _ in found] == [12, 12, 12]
+    assert {size for *_, size in found} == {1000 + 10 + 11 + 12}
+
+
+def test_the_rows_of_a_grid_and_those_that_it_goes_on_with(bench, load, tmp_path):
+    pytest.importorskip("gguf")
+    serving = bench("benchmark_serving")
+    trace = tmp_path / "trace"
+    trace.write_text("a\nb\na\nc\n")
+    laws = ["identical", "uniform", str(trace)]
+    got = [(law.text, count) for law, count in serving.cells(laws, [1, 2, 4])]
+    assert got == [("identical", 1), ("uniform", 2), ("uniform", 4), (str(trace), 3)]
+
+
+def test_a_results_file_goes_on_where_it_stopped(bench, tmp_path):
+    table = bench("table").Table
+    path = tmp_path / "results.csv"
+    first = table(path, ("a", "b"))
+    first.add({"a": "x, y", "b": "1", "c": 5})
+    again = table(path, ("a", "b"))
+    assert ("x, y", "1") in again and ("x, y", "2") not in again
+    again.add({"a": "z", "b": "1", "d": 7})  # a column that the first has not
+    assert path.read_text().splitlines() == ["a,b,c,d", '"x, y",1,5,', "z,1,,7"]
+    assert ("z", "1") in table(path, ("a", "b"))
+
+
+HEALTHY = """
+import http.server, os, sys
+port = int(sys.argv[-1].partition("=")[2])
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(os.environ["WORD"].encode())
+print("listening", flush=True)
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def test_a_server_lives_as_long_as_it_is_needed(bench, tmp_path):
+    server, log = bench("server").server, tmp_path / "logs" / "server.log"
+    with server(["-c", HEALTHY], log, WORD="hello") as address:
+        assert urllib.request.urlopen(address).read() == b"hello"
+    assert "listening" in log.read_text()
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(address)
+
+
+def test_a_server_that_fails_is_shown_by_its_last_words(bench, tmp_path):
+    server = bench("server").server
+    code = "import sys; print('no memory left'); sys.exit(3)"
+    with (
+        pytest.raises(SystemExit, match="no memory left\n\nThe server did not start"),
+        server(["-c", code], tmp_path / "log"),
+    ):
+        pytest.fail("it did not start")
+
+
+def test_tables(bench):
+    tables = bench("tables")
+    assert tables.geometric_mean([2.0, 4.0, 27.0]) == pytest.approx(6.0)
+    lines = tables.table(["a", "b"], [["1", "2"], ["3", "4"]]).splitlines()
+    assert lines == ["| a | b |", "| --- | --- |", "| 1 | 2 |", "| 3 | 4 |"]
+    rows = [
+        {"fine_tune": f, "method": m, "kl": kl}
+        for f, m, kl in [("x", "p", "1e-2"), ("y", "p", "4e-2"), ("x", "q", "1e-3")]
+    ]
+    assert list(tables.by_method(rows, {"x", "y"})) == ["p"]  # q lacks a fine-tune
+    assert tables.kl(rows[:2]) == pytest.approx((1e-2 * 4e-2) ** 0.5)
+    versions = [
+        {"vllm": "0.9.0", "passed": "7", "failed": "0", "errors": "0"},
+        {"vllm": "0.8.0", "passed": "7", "failed": "0", "errors": "2"},
+    ]
+    about = {"torch": "2.1+cpu", "transformers": "5"}
+    shown = tables.versions_table([row | about for row in versions])
+    assert "| 0.9.0 | 2.1 | 5 | 7 tests pass |" in shown
+    assert "| 0.8.0 | 2.1 | 5 | refused |" in shown
+
+
+def test_a_figure_shows_its_rows(bench):
+    figures = bench("figures")
+    rows = [
+        {"system": s, "models": str(n), "memory_mb": str(mb), "step_ms": str(ms)}
+        for s, n, mb, ms in [
+            ("deltas", 2, 500, 40),
+            ("deltas", 4, 600, 50),
+            ("vLLM LoRA", 2, 700, 100),
+            ("full copies", 2, 900, 80),
+        ]
+    ]
+    memory, speed = figures.memory_figure(rows).axes
+    held = {line.get_label(): line.get_xydata().tolist() for line in memory.lines}
+    assert held["deltas"] == [[2, 0.5], [4, 0.6]] and held["full copies"] == [[2, 0.9]]
+    assert speed.lines[0].get_xydata().tolist() == [[2, 50.0], [4, 80.0]]
+    rows = [
+        {"arrivals": a, "popularity": p, "models": n, key: "3", "ttft_p99_ms": "5"}
+        for a, p, n in itertools.product(
+            ["closed", "poisson"], ["identical", "uniform"], ["1", "4"]
+        )
+        for key in ["output_tokens_per_s"]
+        if (p, n) in (("identical", "1"), ("uniform", "4"))
+    ]
+    left, right = figures.serving_figure(rows).axes
+    assert left.lines[0].get_xydata().tolist() == [[1, 3], [4, 3]]
+    assert right.lines[0].get_xydata().tolist() == [[1, 5], [4, 5]]
+
+
+def test_models_on_a_card_by_hand(bench):
+    """Weights of Llama-3.1-8B are 8,030,261,248; what is free, over a delta's bytes."""
+    rows = {row["stored_as"]: row for row in bench("benchmark_memory").cards()}
+    base = 2 * 8_030_261_248
+    assert rows["full copies"]["model_gb"] == round(base / 1e9, 3)
+    room = 80e9 * 0.92 - 20e9
+    assert rows["full copies"]["models"] == int(room // base)
+    for ratio in (4, 8, 16):
+        row = rows[f"deltas of ratio 1/{ratio}"]
+        # A delta spends what it may, and the norms are exact.
+        assert row["model_gb"] == pytest.approx(base / ratio / 1e9, rel=0.01)
+        expected = (room - base) / (1e9 * row["model_gb"])
+        assert row["models"] == int(expected)
+
+
+def test_slower_than_history_is_said(bench):
+    pytest.importorskip("vllm")
+    check = bench("bench_check")
+    machine = {"cpu": "A", "cores": "2", "threads": "2", "rows": "8"}
+    now = machine | {"delta_to_base": "1.20", "delta_to_lora": "0.30"}
+    old = machine | {"delta_to_base": "1.00", "delta_to_lora": "0.20", "commit": "abc"}
+    (line,) = check.slower(now, old)
+    assert re.search("delta_to_lora is 0.30, was 0.20 at abc", line)
+    other = old | {"cpu": "B"}
+    assert check.last([old | {"commit": "first"}, old, other], now) == old
+    assert check.last([other], now) is None
+
+
+def test_the_report_of_a_release_of_vllm(bench, tmp_path):
+    versions = bench("vllm_versions")
+    report = tmp_path / "report.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase classname="a" name="good"/>'
+        '<testcase classname="a" name="bad"><failure message="no"/></testcase>'
+        '<testcase classname="" name="b"><error message="gone"/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    assert list(versions.outcomes(report)) == [
+        ("a.good", "passed", ""),
+        ("a.bad", "failure", "no"),
+        (".b", "error", "gone"),
+    ]
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git repository to copy")
+    commit = versions.copy_without_range(tmp_path / "copy")
+    head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    done = subprocess.run(head, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(commit)
+    compat = (tmp_path / "copy" / "vllm_dqrelo" / "compat.py").read_text()
+    assert "OLDEST, FIRST_UNTESTED = (0, 0), (9, 0)" in compat
