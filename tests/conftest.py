@@ -290,6 +290,7 @@ def prompts_fixture():
 def engine_fixture():
     """The function ``engine``; memory is freed when the test has ended."""
     yield engine
+    gc.unfreeze()  # an engine has frozen all that there was at its start
     gc.collect()
 
 
@@ -403,6 +404,7 @@ def alone(family):
                 llm = engine(folder)
                 known[kind].append(answers(llm, PROMPTS, prompt_logprobs=1))
                 del llm
+                gc.unfreeze()
                 gc.collect()
         return known[kind]
 

@@ -99,6 +99,7 @@ def free_engines():
     from vllm.distributed import cleanup_dist_env_and_memory
 
     yield
+    gc.unfreeze()
     gc.collect()
     cleanup_dist_env_and_memory()  # of a mixture of experts there are more groups
 

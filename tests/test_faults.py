@@ -133,6 +133,7 @@ def test_a_file_that_is_cut_short_after_it_was_registered(
     for i, model in enumerate((0, 2, 3, 2)):
         assert difference(got[i][:2] + ([],), expected[model][i]) <= 1e-4
     del llm
+    gc.unfreeze()
     gc.collect()
 
 

@@ -20,6 +20,7 @@ TEXT = "w7 w8 w9 w300 w12"
 @pytest.fixture(autouse=True)
 def free_engines():
     yield
+    gc.unfreeze()
     gc.collect()
 
 

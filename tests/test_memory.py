@@ -131,10 +131,10 @@ class SlowDisk:
 
         self.slow, delta = False, manager.Delta
 
-        def opened(folder):
+        def opened(*arguments):
             if self.slow:
                 time.sleep(DELAY)
-            return delta(folder)
+            return delta(*arguments)
 
         monkeypatch.setattr(manager, "Delta", opened)
 

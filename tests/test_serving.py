@@ -208,6 +208,7 @@ def test_a_fine_tune_that_untied_the_lm_head(
     llm = engine(tmp_path / "merged")
     untied = answers(llm, prompts, prompt_logprobs=1)
     del llm
+    gc.unfreeze()
     gc.collect()
     llm = engine(made.base, quantization="dqrelo")
     requests = [None, load(llm, "tied", made.deltas[0])]
@@ -280,6 +281,7 @@ def test_an_engine_without_deltas_is_vllms_own(family, engine, manager_of):
     made = family("llama")
     llm = engine(made.base, quantization="dqrelo")  # patches this process
     del llm
+    gc.unfreeze()
     gc.collect()
     llm = engine(made.base, enable_lora=True)
     assert type(manager_of(llm)) is LRUCacheWorkerLoRAManager

@@ -57,6 +57,7 @@ def test_ngram_drafts_equal_each_model_alone(
         llm = engine(folder)
         expected.append(run(llm, prompts))
         del llm
+        gc.unfreeze()
         gc.collect()
     llm = engine(
         made.base,

@@ -159,6 +159,7 @@ def test_added_tokens_are_of_their_own_model(
         llm = engine(model)
         known.append(answers(llm, some, prompt_logprobs=1))
         del llm
+        gc.unfreeze()
         gc.collect()
     room = {"dqrelo": {"delta_memory_gib": 0.001, "added_tokens": 6}}
     llm = engine(made.base, quantization="dqrelo", additional_config=room)
