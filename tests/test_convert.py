@@ -257,7 +257,8 @@ def test_missing_model_and_missing_shard(models, tmp_path, capsys):
 def test_another_configuration(models, tmp_path, capsys, key):
     base, model = models
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {key: "other"}))
+    value = {"quant_method": "fp8"} if "quant" in key else "other"
+    (model / "config.json").write_text(json.dumps(config | {key: value}))
     message = "is quantised" if "quant" in key else f"config.json: {key} is 'other'"
     refused(tmp_path, capsys, message, base, model)
 

@@ -16,7 +16,7 @@ from vllm_dqrelo.sites import Place, Sites
 SAMPLES = 8  # rows and columns of a matrix
 
 
-def rearranged(sites: Sites, checkpoint: Checkpoint) -> set[str]:
+def rearranged(sites: Sites, checkpoint: Checkpoint, device: torch.device) -> set[str]:
     """The parameters of ``checkpoint`` that ``sites`` have in another order.
 
     Each matrix is tried where rows and columns with index ``i * (size - 1) // 7``
@@ -27,11 +27,13 @@ def rearranged(sites: Sites, checkpoint: Checkpoint) -> set[str]:
         name
         for name in checkpoint
         for place in sites.places(name)
-        if not _as_stored(place, name, checkpoint)
+        if not _as_stored(place, name, checkpoint, device)
     }
 
 
-def _as_stored(place: Place, name: str, checkpoint: Checkpoint) -> bool:
+def _as_stored(
+    place: Place, name: str, checkpoint: Checkpoint, device: torch.device
+) -> bool:
     _, shape = checkpoint.spec(name)
     if tuple(shape) != place.shape:
         return False
@@ -54,7 +56,7 @@ def _as_stored(place: Place, name: str, checkpoint: Checkpoint) -> bool:
         return _equal(found, stored)
     x = torch.zeros(len(columns), place.site.columns, dtype=module.params_dtype)
     x[range(len(columns)), columns] = 1
-    y = module.quant_method.apply(module, x.to(module.weight.device))
+    y = module.quant_method.apply(module, x.to(device))
     return _equal(y[:, [start + row for row in rows]].T, stored)
 
 

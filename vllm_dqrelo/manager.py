@@ -101,10 +101,10 @@ class DeltaManager:
         """Put deltas behind every site of the loaded ``model``; returns it."""
         ops.prepare(self.device)
         self.sites = Sites(model, self.base, self.options.added_tokens)
-        self.sites.rearranged = rearranged(self.sites, self.base)
+        self.sites.rearranged = rearranged(self.sites, self.base, self.device)
         arena = self.options.arena_bytes(self.sites, self.max_loras)
         self.memory = Memory(
-            base=self.base.count() * self.model_config.dtype.itemsize,
+            base=self.base.nbytes(self.model_config.dtype.itemsize),
             arena=arena,
             host=self.options.host_bytes(self.workers),
             typical=self.options.typical_bytes(self.sites),

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--quantization dqrelo``: a 16-bit base under deltas."""
+"""``--quantization dqrelo``: a base under deltas, in 16 bits or quantised."""
 
 from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -33,11 +34,11 @@ class DqreloConfig(QuantizationConfig):
         return []
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "DqreloConfig":
-        raise ValueError(
-            "--quantization dqrelo needs a base in 16 or 32 bits; this one is "
-            f"quantised already ({config.get('quant_method', 'unknown method')})"
-        )
+    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+        """Of a base that is quantised: its own configuration, with our layers in it."""
+        own = get_quantization_config(config["quant_method"])
+        under: Any = type(f"{own.__name__}UnderDeltas", (UnderDeltas, own), {})
+        return under.from_config(config)
 
     @classmethod
     def override_quantization_method(
@@ -49,17 +50,52 @@ class DqreloConfig(QuantizationConfig):
         self, layer: torch.nn.Module, prefix: str
     ) -> QuantizeMethodBase | None:
         """The base's own method. A worker asks for it while it builds the model."""
-        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+        own = UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        return under_deltas(layer, own)
 
-        from vllm_dqrelo.experts import DeltaExperts
-        from vllm_dqrelo.options import Options
-        from vllm_dqrelo.plugin import patch_worker
-        from vllm_dqrelo.vocabulary import EnlargedEmbedding
 
-        patch_worker()
-        if isinstance(layer, VocabParallelEmbedding):
-            options = Options.from_config(get_current_vllm_config())
-            return EnlargedEmbedding(options.added_tokens)
-        if isinstance(layer, RoutedExperts):
+class UnderDeltas:
+    """Mixed into the class of a quantised base's configuration, before it."""
+
+    def get_quant_method(
+        self, layer: torch.nn.Module, prefix: str
+    ) -> QuantizeMethodBase | None:
+        own: Any = super()
+        return under_deltas(layer, own.get_quant_method(layer, prefix))
+
+
+def under_deltas(
+    layer: torch.nn.Module, own: QuantizeMethodBase | None
+) -> QuantizeMethodBase | None:
+    """The method of a layer that deltas will be put on; ``own`` is what it would have.
+
+    Raises:
+        ValueError: deltas could not be put on it.
+    """
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+        UnquantizedFusedMoEMethod,
+    )
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        UnquantizedEmbeddingMethod,
+    )
+
+    from vllm_dqrelo.experts import DeltaExperts
+    from vllm_dqrelo.options import Options
+    from vllm_dqrelo.plugin import patch_worker
+    from vllm_dqrelo.vocabulary import EnlargedEmbedding
+
+    patch_worker()
+    if isinstance(layer, RoutedExperts):
+        if own is None or isinstance(own, UnquantizedFusedMoEMethod):
             return DeltaExperts(layer.moe_config)
-        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        raise ValueError("--quantization dqrelo has no quantised mixtures of experts")
+    if not isinstance(layer, VocabParallelEmbedding):
+        return own
+    unquantized = UnquantizedEmbeddingMethod, UnquantizedLinearMethod
+    if own is not None and type(own) not in unquantized:
+        raise ValueError(
+            "--quantization dqrelo has no quantised embeddings or LM heads"
+        )
+    options = Options.from_config(get_current_vllm_config())
+    return EnlargedEmbedding(options.added_tokens)

@@ -67,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add_models(command, "--base", "--model")
     command.add_argument(
+        "--base-quantized",
+        metavar="MODEL",
+        help="a quantised copy of the base: the delta is served with it, and repairs "
+        "its quantisation error as well",
+    )
+    command.add_argument(
         "--output", type=Path, required=True, metavar="DELTA", help="a new folder"
     )
     either = command.add_mutually_exclusive_group()
@@ -252,6 +258,7 @@ def convert(arguments: argparse.Namespace) -> int:
         arguments.device,
         arguments.method,
         arguments.budget,
+        arguments.base_quantized,
     )
     print(report.to_text())
     print(f"written to {arguments.output}")

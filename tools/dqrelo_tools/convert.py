@@ -17,6 +17,7 @@ from dqrelo_tools.allocate import allocate
 from dqrelo_tools.card import write_card
 from dqrelo_tools.compress import BITS, METHODS, Method, Size, compress
 from dqrelo_tools.differences import (
+    config_differences,
     copy_side_files,
     differences,
     split_added_tokens,
@@ -42,6 +43,7 @@ def convert(
     device: str = "cpu",
     method: str = "dqrelo",
     budget: int | None = None,
+    base_quantized: str | None = None,
 ) -> Report:
     """Write the delta from ``base`` to ``model`` into the new folder ``output``.
 
@@ -59,6 +61,8 @@ def convert(
         method: a name in ``compress.METHODS``.
         budget: in place of ``ratio``: bytes of all files with tensors, for
             ``allocate`` to divide.
+        base_quantized: a quantised copy of the base, to serve the delta with: it is
+            made from what that computes with, and so repairs its error as well.
 
     Raises:
         DqreloError: the two do not fit together, or cannot be converted.
@@ -74,6 +78,16 @@ def convert(
     if budget is not None and how != METHODS["dqrelo"]:
         raise DqreloError(f"--budget is of --method dqrelo, {method} has --ratio only")
     before, folder = Checkpoint(resolve(base)), resolve(model)
+    if base_quantized:
+        plain, before = before, Checkpoint(resolve(base_quantized))
+        if not before.quantization:
+            raise DqreloError(f"{base_quantized} is not quantised: give it as --base")
+        refuse(
+            f"{base_quantized} is no copy of {base}:",
+            config_differences(plain.config, before.config)
+            + [f"{name} is in one of them only" for name in {*plain} ^ {*before}],
+        )
+        base = base_quantized
     config = DeltaConfig(
         base_model_name_or_path=base,
         base_fingerprint=before.fingerprint(),

@@ -20,6 +20,7 @@ BOOKKEEPING = {
     "dtype",
     "eos_token_id",
     "pad_token_id",
+    "quantization_config",  # of the base, which is read as what it stands for
     "tie_word_embeddings",  # convert.py stores an LM head that only one of them has
     "torch_dtype",
     "transformers_version",
@@ -30,11 +31,9 @@ BOOKKEEPING = {
 
 def differences(base: Checkpoint, model: Checkpoint) -> list[str]:
     """Everything that keeps ``model`` from being a fine-tune of ``base``."""
-    found = [
-        f"{checkpoint.folder} is quantised; convert from the 16-bit checkpoint"
-        for checkpoint in (base, model)
-        if "quantization_config" in checkpoint.config
-    ]
+    found = []
+    if model.quantization:
+        found += [f"{model.folder} is quantised; convert from the 16-bit checkpoint"]
     found += config_differences(base.config, model.config)
     names, others = set(model), set(base)
     found += [f"{n} is only in the base" for n in sorted(others - names)]

@@ -70,7 +70,7 @@ def export(base: str, delta: Path, output: Path) -> int:
 
 
 def update_config(path: Path, tied: bool, delta: Delta) -> None:
-    """Say in a base's config.json if the LM head is untied now, and added tokens.
+    """Say in a base's config.json what is otherwise: LM head, vocabulary, 16 bits.
 
     Args:
         path: of the file.
@@ -78,6 +78,7 @@ def update_config(path: Path, tied: bool, delta: Delta) -> None:
         delta: what was added to it.
     """
     config = json.loads(path.read_text())
+    config.pop("quantization_config", None)
     text = config.get("text_config", config)
     if tied and HEAD in delta.matrices:
         text["tie_word_embeddings"] = False

@@ -2,7 +2,7 @@
 """How much of a fine-tune's behaviour its delta keeps, on a user's own text."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,10 +149,18 @@ def chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
 
 
 def load(folder: Path) -> Any:
-    """A model in float32."""
-    from transformers import AutoModelForCausalLM
+    """A model in float32; a quantised one as what its weights stand for."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    checkpoint = Checkpoint(folder)
+    if not checkpoint.quantization:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in parameters_of(model, checkpoint, checkpoint).items():
+        parameter.data = checkpoint.get(name).float()
+    return model
 
 
 def with_delta(model: Any, base: Checkpoint, delta: Delta) -> Any:
@@ -160,16 +168,23 @@ def with_delta(model: Any, base: Checkpoint, delta: Delta) -> Any:
     if delta.added_tokens:
         tokens = model.get_input_embeddings().num_embeddings + delta.added_tokens
         model.resize_token_embeddings(tokens, mean_resizing=False)
-    parameters = dict(model.named_parameters())
     changed = {n.removesuffix(ADDED) for n in (*delta.matrices, *delta.exact)}
-    if unknown := sorted(changed - parameters.keys()):
+    for name, parameter in parameters_of(model, base, changed).items():
+        parameter.data = delta.merged(name, base.get(name).float())
+    return model
+
+
+def parameters_of(
+    model: Any, base: Checkpoint, names: Iterable[str]
+) -> dict[str, torch.nn.Parameter]:
+    """Those parameters of a model that ``base`` calls by these names."""
+    parameters = dict(model.named_parameters())
+    if unknown := sorted(set(names) - parameters.keys()):
         raise DqreloError(
             f"transformers has other names for the parameters of {base.folder}, "
             f"{unknown[0]} for one; the prompts cannot be run"
         )
-    for name in changed:
-        parameters[name].data = delta.merged(name, base.get(name).float())
-    return model
+    return {name: parameters[name] for name in names}
 
 
 @torch.no_grad()

@@ -41,8 +41,8 @@ def base_bytes(name_or_path: str) -> int:
         DqreloError: a folder without a model. FileNotFoundError: neither.
     """
     if Path(name_or_path).is_dir():
-        model = Checkpoint(Path(name_or_path))
-        return sum(weight_bytes(*model.spec(name)) for name in model)
+        stored = Checkpoint(Path(name_or_path)).stored
+        return sum(weight_bytes(*stored.spec(name)) for name in stored)
     try:
         found = HfApi().get_safetensors_metadata(name_or_path)
     except Exception as error:  # which ones depends on the Hub's client

@@ -15,11 +15,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.json_file import read_json
+from vllm_dqrelo.format.quantized import OTHERS, Quantized, find
 from vllm_dqrelo.format.tensor_file import TensorFile
 from vllm_dqrelo.format.tensors import ADDED
 
 MODEL = "model"  # HF names: model.safetensors, model-00001-of-00002.safetensors
-FLOAT_DTYPES = {"BF16", "F16", "F32"}
+NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+FLOAT_DTYPES = set(NAMES.values())
+INT_SIZES = {"I64": 8, "I32": 4}
 SAMPLED_ROWS = 8
 MOST_OPEN = 64  # files of one model
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
@@ -119,7 +122,11 @@ class Checkpoint(SafetensorsFiles):
     """The parameters of a model folder, under their names in the files.
 
     With tied embeddings a second copy of the shared matrix (``lm_head.weight``)
-    is not a parameter of its own and is left out, unless ``untie`` was called.
+    is not a parameter of its own and is left out, unless ``untie`` was called. A
+    quantised matrix is a parameter in the dtype of the model (quantized.py).
+
+    Attributes:
+        stored: the tensors as they are in the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -133,6 +140,26 @@ class Checkpoint(SafetensorsFiles):
             raise DqreloError(str(error)) from error
         if self.tied:
             self.files.pop("lm_head.weight", None)
+        self.stored = SafetensorsFiles(dict(self.files))
+        self._quantized: dict[str, Quantized] = {}
+        if self.quantization:
+            self._quantized = find(self.quantization, self.files)
+            for name, matrix in self._quantized.items():
+                files = [self.files.pop(part) for part in matrix.names]
+                self.files[name] = files[0]
+            for name in [name for name in self.files if name.endswith(OTHERS)]:
+                del self.files[name]
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """How the matrices are quantised, by config.json; None if they are not."""
+        return self.config.get("quantization_config")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which a quantised matrix is read: that of the model."""
+        name = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
+        return getattr(torch, name)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -173,32 +200,55 @@ class Checkpoint(SafetensorsFiles):
 
     def spec(self, name: str) -> tuple[str, list[int]]:
         stored, rows = self._views.get(name, (name, slice(None)))
-        dtype, shape = super().spec(stored)
+        if matrix := self._quantized.get(stored):
+            shape = matrix.shape(self.stored.spec, self.stored.get)
+            dtype = NAMES[self.dtype]
+        else:
+            dtype, shape = super().spec(stored)
         return dtype, [len(range(shape[0])[rows]), *shape[1:]] if shape else shape
 
     def get(self, name: str) -> torch.Tensor:
         stored, rows = self._views.get(name, (name, None))
-        tensor = super().get(stored)
+        if matrix := self._quantized.get(stored):
+            tensor = matrix.dense(self.stored.get).to(self.dtype)
+        else:
+            tensor = super().get(stored)
         return tensor if rows is None else tensor[rows].clone()
 
-    def count(self) -> int:
-        """How many numbers the parameters have; reads no data."""
-        return sum(math.prod(self.spec(name)[1]) for name in self)
+    def rows(self, name: str, indices: Iterable[int]) -> Iterator[torch.Tensor]:
+        if name not in self._quantized:
+            return super().rows(name, indices)
+        tensor = self.get(name)
+        return (tensor[index : index + 1] for index in indices)
+
+    def nbytes(self, itemsize: int) -> int:
+        """Bytes of the parameters when a float takes ``itemsize``; reads no data."""
+        total = 0
+        for name in self.stored:
+            dtype, shape = self.stored.spec(name)
+            size = itemsize if dtype in FLOAT_DTYPES else INT_SIZES.get(dtype, 1)
+            total += size * math.prod(shape)
+        return total
 
     def fingerprint(self) -> str:
         """Identify the weights without reading all of them.
 
         Semantics: SHA-256 over, for each parameter in order of its name, the JSON
         line ``[name, dtype, shape]`` and the bytes of up to 8 of its rows, those
-        with index ``i * (rows - 1) // 7`` for i = 0..7, each once.
+        with index ``i * (rows - 1) // 7`` for i = 0..7, each once. Of a quantised
+        checkpoint it is the stored tensors, and before them one line of JSON with
+        sorted keys, its quantization_config.
         """
-        hasher = hashlib.sha256()
-        for name in self:
-            dtype, shape = self.spec(name)
+        hasher, stored = hashlib.sha256(), self.stored
+        if self.quantization:
+            line = json.dumps(self.quantization, sort_keys=True)
+            hasher.update(line.encode() + b"\n")
+        for name in stored:
+            dtype, shape = stored.spec(name)
             hasher.update(json.dumps([name, dtype, shape]).encode() + b"\n")
             rows, last = (shape[0] if shape else 0), SAMPLED_ROWS - 1
             indices = {i * (rows - 1) // last for i in range(SAMPLED_ROWS) if rows}
-            for row in self.rows(name, sorted(indices)):
+            for row in stored.rows(name, sorted(indices)):
                 hasher.update(tensor_bytes(row))
         return f"sha256:{hasher.hexdigest()}"
 
