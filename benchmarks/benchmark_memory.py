@@ -170,7 +170,6 @@ def lora() -> list[Row]:
     ]
     rows = []
     for count in MODELS:
-        step_ms(llm, requests[:count])
         rows.append(
             {
                 "models": count,
