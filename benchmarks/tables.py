@@ -221,15 +221,16 @@ def compare_table(rows: list[Row]) -> str:
     return table(["system", "weights, MB", "tokens/s", *TIME_HEADS, "goodput/s"], body)
 
 
-def lanes_table(rows: list[Row]) -> str:
-    """Few rows of a delta by lanes, as a part of the time by tiles."""
+def turns_table(rows: list[Row], way: str) -> str:
+    """One way of computing as a part of the time by tiles, the two by turns."""
+    threads = max(row["threads"] for row in rows)
     ratios = [
         [row["rows"].replace("+", " + ")]
-        + [f"{float(row['lanes_ms']) / float(row['tiles_ms']):.2f}"]
+        + [f"{float(row[f'{way}_ms']) / float(row['tiles_ms']):.2f}"]
         for row in rows
-        if (row["method"], row["threads"]) == ("dqrelo", "2")
+        if (row["method"], row["threads"]) == ("dqrelo", threads)
     ]
-    return table(["rows of each delta", "time of lanes / time of tiles"], ratios)
+    return table(["rows of each delta", f"time by {way} / by tiles"], ratios)
 
 
 def memory_table(rows: list[Row]) -> str:
@@ -354,7 +355,8 @@ def tables() -> dict[str, str]:
         "sizes": method_table(rows, detailed(rows), seconds=True),
         "convert": convert_table(read("convert.csv")),
         "cpu": cpu_table(read("cpu.csv")),
-        "lanes": lanes_table(read("lanes.csv")),
+        "amx": turns_table(read("amx.csv"), "amx"),
+        "lanes": turns_table(read("lanes.csv"), "lanes"),
         "predictions": prediction_table(rows, read("predicted.csv")),
         "serving": serving_table(read("serving.csv")),
         "serving-compare": compare_table(read("serving_compare.csv")),
