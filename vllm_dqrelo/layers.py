@@ -67,6 +67,8 @@ class DeltaMethod(QuantizeMethodBase):
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         y = self.inner.apply(layer, x, bias)
+        if self.step.skips() and self.added is None:
+            return y
         groups = self.step.head_rows(x) if self.is_head else self.step.tokens
         torch.ops.dqrelo.delta_linear_(
             _rows(y),
@@ -86,6 +88,8 @@ class DeltaMethod(QuantizeMethodBase):
 
     def embedding(self, layer: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
         y = self.inner.embedding(layer, ids)
+        if self.step.skips() and self.added is None:
+            return y
         known = ids if self.added is None else ids.clamp_max(self.added.start - 1)
         groups = self.step.tokens
         _embed(y, known, self.arena, self.table, self.slices, groups)
@@ -105,11 +109,13 @@ class DeltaEmbedding(torch.nn.Embedding):
     arena: torch.Tensor
     table: torch.Tensor
     slices: torch.Tensor
-    groups: RowGroups
+    step: Step
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         y = super().forward(ids)
-        _embed(y, ids, self.arena, self.table, self.slices, self.groups)
+        if not self.step.skips():
+            groups = self.step.tokens
+            _embed(y, ids, self.arena, self.table, self.slices, groups)
         return y
 
 
@@ -134,7 +140,7 @@ class DeltaNorm(torch.nn.Module):
         self.base_layer = site.module
         self.arena = arena
         self.table = table
-        self.groups: RowGroups = step.tokens
+        self.step = step
         self.batched = batched
         self.centred = site.is_layer_norm
         eps = "eps" if self.centred else "variance_epsilon"
@@ -156,14 +162,17 @@ class DeltaNorm(torch.nn.Module):
         return self._redo(y, residual), residual
 
     def _redo(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if self.step.skips():
+            return y
+        groups = self.step.tokens
         torch.ops.dqrelo.delta_norm_(
             y[0] if self.batched else y,
             x[0] if self.batched else x,
             self.arena,
             self.table,
-            self.groups.rows,
-            self.groups.slots,
-            self.groups.num_active,
+            groups.rows,
+            groups.slots,
+            groups.num_active,
             self.eps,
             self.centred,
         )
@@ -220,7 +229,7 @@ def install(
     if not hasattr(module, "quant_method"):
         own = () if type(module) is torch.nn.Embedding else (type(module),)
         module.__class__ = type(type(module).__name__, (*own, DeltaEmbedding), {})
-        module.arena, module.table, module.groups = arena, table, step.tokens
+        module.arena, module.table, module.step = arena, table, step
         module.slices = site.slices(arena.device)
         return
     if isinstance(module.quant_method, DeltaExperts):
