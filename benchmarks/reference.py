@@ -74,10 +74,11 @@ def merge(model: Any, delta: Delta) -> None:
 
 def reference(model: Any, prompt: list[int]) -> Reference:
     """The greedy answer of a model."""
+    model.generation_config.eos_token_id = None  # to the last of the tokens
     output = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        generation_config=model.generation_config.__class__(pad_token_id=0),
+        pad_token_id=0,
         max_new_tokens=TOKENS,
         do_sample=False,
         output_logits=True,

@@ -101,12 +101,13 @@ class Soak:
         """Everything at once, for so long."""
         jobs = [self.ask] * CLIENTS
         jobs += [self.control, self.replace, self.kill, self.watch]
-        end = time.monotonic() + seconds
+        start = time.monotonic()
+        end = start + seconds
         with tqdm(total=round(seconds), desc="soak", unit="s") as bar:
             tasks = [asyncio.create_task(self.until(end, job)) for job in jobs]
             while not all(task.done() for task in tasks):
                 await asyncio.sleep(1)
-                bar.update(1)
+                bar.update(round(time.monotonic() - start) - bar.n)
                 bar.set_postfix(done=self.counts["completed"], bad=len(self.problems))
         await self.settle()
 

@@ -18,7 +18,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,8 +189,11 @@ SERVER_OPTIONS += ["--max-num-seqs", "16", "--host", "127.0.0.1"]
 
 
 @contextmanager
-def server(command, log: Path):
-    """Start a server, wait until it is ready, yield its address, end it."""
+def server(command, log: Path, dies: bool = False):
+    """Start a server, wait until it is ready, yield its address, end it.
+
+    One that ``dies`` has to end by itself.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -214,9 +217,12 @@ def server(command, log: Path):
             assert time.monotonic() < deadline, log.read_text()[-4000:]
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}"
-        assert process.poll() is None, log.read_text()[-4000:]
+        if dies:
+            process.wait(60)
+        assert dies or process.poll() is None, log.read_text()[-4000:]
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
 
 

@@ -103,6 +103,7 @@ def test_another_fine_tune_has_other_tokens(pair, tmp_path, capsys):
     [
         ([(5, 96), (4, 96)], "different numbers of added tokens"),
         ([(96,)], "expected rows of a matrix"),
+        ([()], "expected rows of a matrix"),
         ([(0, 96)], "expected rows of a matrix"),
     ],
 )
@@ -172,6 +173,16 @@ def test_added_tokens_are_of_their_own_model(
         assert difference(answer, reference) <= TOLERANCE
     written = {token for tokens, _, _ in known[0] for token in tokens}
     assert max(written) >= 320  # or nothing above would be seen
+    for name, columns in (
+        ("model.embed_tokens", 95),
+        ("model.layers.0.mlp.up_proj", 96),
+    ):
+        tensors = load_file(tmp_path / "delta-5" / "delta_model.safetensors")
+        tensors[f"{name}.weight_added"] = torch.ones(5, columns)
+        (tmp_path / name).mkdir()
+        write_delta(tmp_path / name, Delta(tmp_path / "delta-5").config, tensors)
+        with pytest.raises(Exception, match=f"{name}.weight_added is .* no rows of"):
+            load(llm, name, tmp_path / name)
 
 
 def edit_rows(model, tokens) -> None:
