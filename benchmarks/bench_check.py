@@ -6,8 +6,9 @@
 The steps of ``benchmark_cpu.py``, by the default method. Deltas, the base's own matrix
 products and vLLM's LoRA at equal bytes are timed by turns in one process, and only the
 ratios of the shortest times are compared, with the last ones that this kind of CPU has
-in results/history.csv. A ratio may be ``BAND`` times what it was: on two cores of a
-shared machine, repeated runs differed by up to a fifth. ``--record`` adds a line.
+in results/history.csv. A ratio may be ``BAND`` times what it was, a choice: record
+twice on a quiet machine to see what it is worth there. ``--record`` adds a line; a kind
+of CPU without one passes.
 """
 
 import argparse

@@ -99,6 +99,9 @@ def test(version: str, scratch: Path) -> dict[str, object] | None:
         command = [python, "-m", "pytest", "-q", f"--maxfail={MOST_FAILURES}"]
         command += [f"--junitxml={report}", *TESTS]
         run(command, timeout=LIMIT_S)
+        if not report.exists():
+            print(f"{version}: the tests were killed: {output.name}", file=sys.stderr)
+            return None
     found = list(outcomes(report))
     counts = {
         name: sum(outcome == kind for _, outcome, _ in found)

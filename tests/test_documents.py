@@ -116,4 +116,4 @@ def test_links_lead_somewhere(name):
 
 def test_the_first_command_is_near_the_top():
     lines = (ROOT / "README.md").read_text().splitlines()
-    assert any(line.startswith("```") for line in lines[:15])
+    assert "```bash" in lines[:15]
