@@ -185,7 +185,7 @@ class Executor:
         from vllm_dqrelo.host import Loaded
 
         if worker and self.read == "bad":
-            return Loaded("", 0, "a bad disk"), []
+            return Loaded("", 0, error="a bad disk"), []
         self.held[worker].add(f"sha256:{self.read}")
         return Loaded(f"sha256:{self.read}", 1024 * (worker + 1)), []
 
