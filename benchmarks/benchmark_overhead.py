@@ -75,7 +75,7 @@ def main() -> None:
     pairs = [(seconds(alone), seconds(plugin)) for _ in tqdm(range(STEPS))]
     size = STEPS // PARTS
     parts = [ratio(pairs[i : i + size]) for i in range(0, STEPS, size)]
-    first, second = (
+    alone_ms, plugin_ms = (
         1000 * statistics.median(times) for times in zip(*pairs, strict=True)
     )
     row = {

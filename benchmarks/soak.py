@@ -309,8 +309,8 @@ class Soak:
             "dropped from memory": self.sample(
                 "dqrelo:delta_evictions_total", 'tier="host"'
             ),
-            "memory, second quarter, MiB": mebibytes(early),
-            "memory, last quarter, MiB": mebibytes(late),
+            "memory_second_quarter_mib": mebibytes(early),
+            "memory_last_quarter_mib": mebibytes(late),
             "problems": len(self.problems),
         }
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
 import pytest
+import torch
 
 from dqrelo_kernels.rows import RowGroups
 
@@ -42,3 +43,18 @@ def test_against_a_plain_loop_and_reused_buffers(seed):
 def test_too_many_rows():
     with pytest.raises(ValueError, match="3 rows, room for 2"):
         RowGroups(2, 1, "cpu").set(np.zeros(3, dtype=np.int32))
+
+
+def test_only_a_step_without_deltas_is_skipped_and_never_in_a_graph(monkeypatch):
+    from vllm_dqrelo.step import Step
+
+    step, base = Step(4, 2, 8, "cpu"), np.array([-1, -1], dtype=np.int32)
+    step.set(base, base)
+    assert not step.skips()  # the probe of coverage counts the calls
+    step.may_skip = True
+    assert step.skips()
+    step.set(np.array([-1, 1], dtype=np.int32), base)
+    assert not step.skips()
+    step.set(base, base)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not step.skips()
