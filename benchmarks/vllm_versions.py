@@ -113,7 +113,7 @@ def test(version: str, scratch: Path) -> dict[str, object] | None:
         )
     }
     bad = [message for _, kind, message in found if kind in ("failure", "error")]
-    why = bad[0].splitlines()[0][:160] if bad else ""
+    why = bad[0].splitlines()[0].partition(" (/")[0] if bad else ""
     row = {**counts, "first_failure": why, **installed(python), "commit": commit}
     return row | {"seconds": round(time.perf_counter() - start)}
 
