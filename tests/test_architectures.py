@@ -240,8 +240,9 @@ def test_parameters_in_another_order_are_refused_by_name(family, tmp_path, dtype
         tensors[name] = change(tensors[name]).reshape(tensors[name].shape).contiguous()
     save_file(tensors, tmp_path / "model.safetensors")
     shutil.copy(made.base / "config.json", tmp_path)
-    assert rearranged(manager.sites, Checkpoint(made.base)) == set()
-    found = rearranged(manager.sites, Checkpoint(tmp_path))
+    cpu = torch.device("cpu")
+    assert rearranged(manager.sites, Checkpoint(made.base), cpu) == set()
+    found = rearranged(manager.sites, Checkpoint(tmp_path), cpu)
     assert found == set(changes)
     manager.sites.rearranged = found
     name = layer.format("self_attn.q_proj")
