@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
 import pytest
-import torch
 
 from dqrelo_kernels.rows import RowGroups
 
@@ -45,16 +44,14 @@ def test_too_many_rows():
         RowGroups(2, 1, "cpu").set(np.zeros(3, dtype=np.int32))
 
 
-def test_only_a_step_without_deltas_is_skipped_and_never_in_a_graph(monkeypatch):
+def test_only_a_step_without_deltas_is_skipped():
     from vllm_dqrelo.step import Step
 
     step, base = Step(4, 2, 8, "cpu"), np.array([-1, -1], dtype=np.int32)
     step.set(base, base)
-    assert not step.skips()  # the probe of coverage counts the calls
+    assert not step.skips  # a graph may be captured, the probe of coverage run
     step.may_skip = True
-    assert step.skips()
-    step.set(np.array([-1, 1], dtype=np.int32), base)
-    assert not step.skips()
     step.set(base, base)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not step.skips()
+    assert step.skips
+    step.set(np.array([-1, 1], dtype=np.int32), base)
+    assert not step.skips

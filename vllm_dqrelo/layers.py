@@ -67,7 +67,7 @@ class DeltaMethod(QuantizeMethodBase):
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         y = self.inner.apply(layer, x, bias)
-        if self.step.skips() and self.added is None:
+        if self.step.skips and self.added is None:
             return y
         groups = self.step.head_rows(x) if self.is_head else self.step.tokens
         torch.ops.dqrelo.delta_linear_(
@@ -88,7 +88,7 @@ class DeltaMethod(QuantizeMethodBase):
 
     def embedding(self, layer: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
         y = self.inner.embedding(layer, ids)
-        if self.step.skips() and self.added is None:
+        if self.step.skips and self.added is None:
             return y
         known = ids if self.added is None else ids.clamp_max(self.added.start - 1)
         groups = self.step.tokens
@@ -113,7 +113,7 @@ class DeltaEmbedding(torch.nn.Embedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         y = super().forward(ids)
-        if not self.step.skips():
+        if not self.step.skips:
             groups = self.step.tokens
             _embed(y, ids, self.arena, self.table, self.slices, groups)
         return y
@@ -162,7 +162,7 @@ class DeltaNorm(torch.nn.Module):
         return self._redo(y, residual), residual
 
     def _redo(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        if self.step.skips():
+        if self.step.skips:
             return y
         groups = self.step.tokens
         torch.ops.dqrelo.delta_norm_(

@@ -293,7 +293,7 @@ def memory(worker: Any) -> Memory:
     runner = worker.model_runner
     manager = runner.lora_manager
     check_coverage(runner, manager.sites, manager.residency)
-    manager.step.may_skip = manager.device.type == "cpu"  # no graphs there
+    manager.step.may_skip = runner.model_config.enforce_eager
     return manager.memory
 
 

@@ -19,6 +19,9 @@ class Step:
         scratch: float32 [max_tokens, ranks], for dqrelo::delta_linear_.
         may_skip: whether layers may leave the operators out of a step without deltas;
             not where a graph is captured, which is to serve later steps.
+        skips: whether they do so in this one. The operators would do nothing, but to
+            call them takes time: that of 180 calls is several percent of a step of a
+            small model.
     """
 
     def __init__(
@@ -31,24 +34,14 @@ class Step:
         self._token_slots = np.empty(0, dtype=np.int32)
         self._prompt_hidden: torch.Tensor | None = None
         self.may_skip = False
-        self._is_idle = False
+        self.skips = False
 
     def set(self, token_slots: np.ndarray, sample_slots: np.ndarray) -> None:
         """Start a step: the slot of each token and of each sampled row."""
         self._token_slots = token_slots
         self.tokens.set(token_slots)
         self.samples.set(sample_slots)
-        self._is_idle = not int(self.tokens.num_active)
-
-    def skips(self) -> bool:
-        """Whether a layer may return what the base made of its input.
-
-        The operators do nothing then, but to call them takes time: that of 180 calls
-        is several percent of a step of a small model.
-        """
-        if torch.compiler.is_compiling():
-            return False
-        return self.may_skip and self._is_idle
+        self.skips = self.may_skip and not int(self.tokens.num_active)
 
     @contextmanager
     def prompt_rows(self, hidden_states: torch.Tensor) -> Iterator[None]:
