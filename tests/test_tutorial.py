@@ -61,6 +61,6 @@ def test_every_command(family, tmp_path):
     math, base, code, updated, back = answers
     assert len({math, base, code, updated}) == 4
     assert back == math
-    assert "dqrelo: base" in out and "vllm:request_success_total" in out
+    assert "dqrelo: base" in out and "dqrelo:requests_total" in out
     listed = out[out.index("NAME") :].splitlines()[1:3]
     assert {line.split()[0] for line in listed} == {"math", "code"}
