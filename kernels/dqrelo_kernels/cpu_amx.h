@@ -129,8 +129,8 @@ inline void lay_out(Bf16* out, const Matrix& matrix, int row, int rows, int k,
 
 // The sum of `parts` matrices of `height` rows, as left operands
 struct Left {
-    const Bf16* x;
-    int height, padded;  // columns
+    Bf16* x;
+    int height, padded;  // rows and columns, as they are staged
     int parts = 1;
 
     int rows() const { return std::min(height, TILE); }

@@ -118,7 +118,7 @@ class Linear {
                 int size = ends[slice + 1] - ends[slice];
                 jobs.push_back({&group, entry, rank, ends[slice], size, bytes});
                 bytes += size_t(height) * padded_rank(jobs.back()) * sizeof(float);
-                int tile = way == AMX ? PAIR : TILE;
+                int tile = height_of_tile(way);
                 for (int r = 0; r < rank; r += tile)
                     shrinks.push_back({&group, &jobs.back(), r});
                 for (int n = 0; n < size; n += tile)
@@ -156,8 +156,10 @@ class Linear {
         return {deltas.at(job.entry, which), which == LORA_A ? columns : job.rank,
                 dtype};
     }
-    int rows_of(const Unit& unit, int size) const {
-        return std::min(TILE, size - unit.first);
+    static int height_of_tile(Way way) { return way == AMX ? PAIR : TILE; }
+    // Of the matrix's `size` rows, those in the unit
+    static int rows_of(const Unit& unit, int size) {
+        return std::min(height_of_tile(unit.group->way), size - unit.first);
     }
 
     __attribute__((always_inline)) void prefetch(const Unit& unit) const {
@@ -327,7 +329,7 @@ class Linear {
 
     // Ranks r to r + n of both parts of row m of t = values. They are in one operand.
     static void put(const Left& t, int m, int r, Floats values, int n) {
-        Bf16* out = const_cast<Bf16*>(t.x) + m / TILE * t.stride() + m % TILE * SPAN +
+        Bf16* out = t.x + m / TILE * t.stride() + m % TILE * SPAN +
                     r / SPAN * SPAN * t.rows() + r % SPAN;
         store(out, BF16, values, n);
         store(out + t.part(), BF16, values - load(out, BF16, n), n);
@@ -335,7 +337,7 @@ class Linear {
 
     void shrink_amx(const Unit& unit) const {
         const Job& job = *unit.job;
-        int rows = std::min(PAIR, job.rank - unit.first);
+        int rows = rows_of(unit, job.rank);
         Left x = x_of(*unit.group), t = t_of(job);
         Floats c[WINDOW][2], scale[] = {Floats{} + 1, Floats{} + 1};
         std::memset(c, 0, x.height * sizeof *c);
@@ -362,7 +364,7 @@ class Linear {
     void expand_amx(const Unit& unit) const {
         const Job& job = *unit.job;
         const Group& group = *unit.group;
-        int rows = std::min(PAIR, job.size - unit.first);
+        int rows = rows_of(unit, job.size);
         int column = job.column + unit.first;
         for (int m = 0; m < group.count; m++)
             __builtin_prefetch(y.at(group.rows[m], column), 1);
@@ -485,7 +487,7 @@ class Linear {
     const int columns;
     const Deltas& deltas;
     const int32_t* const ends;
-    const int padded;
+    const int padded;  // columns, as they are staged
     char* memory = nullptr;
     size_t few_bytes = 0;
     std::vector<Group> groups;
