@@ -24,7 +24,7 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
-from dqrelo_kernels import low_rank, rowwise, sign_matmul
+from dqrelo_kernels import low_rank, merge, rowwise, sign_matmul
 from dqrelo_kernels.layout import BLOCK
 from dqrelo_kernels.table import empty_table
 
@@ -65,6 +65,7 @@ def launches(rows: int, dtype: torch.dtype, k: int) -> dict[Any, dict[str, Any]]
             (sign_matmul, "_sign_matmul_kernel"),
             (rowwise, "_embedding_kernel"),
             (rowwise, "_norm_kernel"),
+            (merge, "_merge_kernel"),
         )
     }
     with FakeTensorMode(), ExitStack() as stack:
@@ -85,6 +86,8 @@ def launches(rows: int, dtype: torch.dtype, k: int) -> dict[Any, dict[str, Any]]
         sign_matmul.sign_matmul(y, scratch, x, arena, table, slices, groups, starts)
         rowwise.embedding(x, groups, arena, table, slices, groups, groups)
         rowwise.norm(x, x, arena, table, groups, groups, 1e-5)
+        weight = torch.empty(6144, k, dtype=dtype, device="cuda")
+        merge.merge(weight, None, arena, table, slices, 0)
     return {getattr(*kernel): r.arguments for kernel, r in recorders.items()}
 
 
@@ -93,7 +96,11 @@ def compile_for(kernel: Any, arguments: dict[str, Any], target: int) -> Any:
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or (type(value) is int and value == 1):
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (type(value) is int and value == 1)
+        ):
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):

@@ -104,6 +104,8 @@ def groups_of(slot_of_row, slots=3):
     return groups
 
 
+SIZES = [7, 48, 1]
+SLICES = torch.tensor([0, 7, 55, 56], dtype=torch.int32)
 # For each slot: ranks of the three slices, sign planes, factors.
 DELTAS = {
     "floats": [
@@ -120,28 +122,34 @@ DELTAS = {
 }
 
 
+def random_deltas(arena, deltas, k):
+    """Put these deltas there; dense change and bias of every slot, in float64."""
+    n = sum(SIZES)
+    change = {slot: torch.zeros(n, k).double() for slot in (-1, 0, 1, 2)}
+    bias = {slot: torch.zeros(n).double() for slot in (-1, 0, 1, 2)}
+    for slot, (ranks, planes, factors) in enumerate(deltas):
+        start = 0
+        for index, size in enumerate(SIZES):
+            if ranks[index] or planes:
+                change[slot][start : start + size] = arena.matrix(
+                    slot, index, k, ranks[index], factors, planes
+                )
+            start += size
+    bias[2][:7] = arena.vector(2, 0, Field.BIAS, 7)  # a bias without a matrix
+    return change, bias
+
+
 @pytest.mark.parametrize("deltas", DELTAS.values(), ids=DELTAS)
 @pytest.mark.parametrize("popularity", POPULARITY)
 @pytest.mark.parametrize("k", [5, 63, 96, 272, 300, 700])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_linear(popularity, k, dtype, deltas):
-    slot_of_row, sizes = POPULARITY[popularity], [7, 48, 1]
-    arena = Arena(3, sizes, seed=k)
-    change = {slot: torch.zeros(sum(sizes), k).double() for slot in (-1, 0, 1, 2)}
-    bias = {slot: torch.zeros(sum(sizes)).double() for slot in (-1, 0, 1, 2)}
-    for slot, (ranks, planes, factors) in enumerate(deltas):
-        start = 0
-        for index, n in enumerate(sizes):
-            if ranks[index] or planes:
-                change[slot][start : start + n] = arena.matrix(
-                    slot, index, k, ranks[index], factors, planes
-                )
-            start += n
-    bias[2][:7] = arena.vector(2, 0, Field.BIAS, 7)  # a bias without a matrix
+def test_delta_linear(popularity, k, dtype, deltas):
+    slot_of_row, arena = POPULARITY[popularity], Arena(3, SIZES, seed=k)
+    change, bias = random_deltas(arena, deltas, k)
 
     m = len(slot_of_row)
     x = torch.randn(m, k, generator=arena.generator).to(dtype)
-    y = torch.randn(m, sum(sizes), generator=arena.generator).to(dtype)
+    y = torch.randn(m, sum(SIZES), generator=arena.generator).to(dtype)
     expected, magnitude = y.double(), y.double().abs()
     for i, slot in enumerate(slot_of_row):
         expected[i] += change[slot] @ x[i].double() + bias[slot]
@@ -153,7 +161,7 @@ def test_linear(popularity, k, dtype, deltas):
         x,
         arena.data,
         arena.table,
-        torch.tensor([0, 7, 55, 56], dtype=torch.int32),
+        SLICES,
         groups.rows,
         groups.slots,
         groups.starts,
@@ -165,6 +173,48 @@ def test_linear(popularity, k, dtype, deltas):
     assert ((y.double() - expected).abs() <= bound).all()
     for i, slot in enumerate(slot_of_row):
         assert slot != -1 or torch.equal(y[i], before[i]), "a base row was touched"
+
+
+@pytest.mark.parametrize("deltas", DELTAS.values(), ids=DELTAS)
+@pytest.mark.parametrize("k", [5, 96, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("merge_rows", [1, 20, 21, None])
+def test_linear(merge_rows, has_bias, dtype, k, deltas):
+    """The base's product and the deltas; behind the step's rows there is padding."""
+    slot_of_row, arena = POPULARITY["many"] + [-1, -1], Arena(3, SIZES, seed=k)
+    change, bias = random_deltas(arena, deltas, k)
+    weight = torch.randn(56, k, generator=arena.generator).to(dtype)
+    base_bias = torch.randn(56, generator=arena.generator).to(dtype)
+    x = torch.randn(len(slot_of_row), k, generator=arena.generator).to(dtype)
+    groups = RowGroups(128, 3, "cpu", merge_rows)
+    groups.set(np.array(slot_of_row[:-2], dtype=np.int32))
+    got = torch.ops.dqrelo.linear(
+        x,
+        weight,
+        base_bias if has_bias else None,
+        torch.full((128, 512), torch.nan),
+        arena.data,
+        arena.table,
+        SLICES,
+        groups.rows,
+        groups.slots,
+        groups.starts,
+        groups.num_active,
+        groups.unmerged,
+        groups.merged,
+    )
+    for i, slot in enumerate(slot_of_row):
+        whole = weight.double() + change[slot]
+        add = bias[slot] + base_bias.double() * has_bias
+        expected = whole @ x[i].double() + add
+        magnitude = (weight.double().abs() + change[slot].abs()) @ x[i].double().abs()
+        magnitude += bias[slot].abs() + base_bias.double().abs()
+        # float32 sums as above; a merged weight and bias are rounded to the dtype, and
+        # y is, with a base row's before its delta is added.
+        eps = torch.finfo(dtype).eps
+        bound = (8 * (k + 130) * EPS + eps) * magnitude + eps * expected.abs()
+        assert ((got[i].double() - expected).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("dtype", FACTOR_DTYPES, ids=str)

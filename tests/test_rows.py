@@ -15,6 +15,39 @@ def test_the_example_of_the_docstring():
     assert groups.num_active.tolist() == [2]
 
 
+def test_the_merged_slots_of_the_docstring():
+    groups = RowGroups(capacity=6, slots=3, device="cpu", merge_rows=2)
+    groups.set(np.array([2, -1, 0, 2], dtype=np.int32))
+    assert groups.rows.tolist() == [2, 0, 3, -1, -1, -1]
+    assert groups.starts.tolist() == [0, 1, 1, 1]
+    assert groups.merged.tolist() == [[2, 1, 3], [-1, -1, -1], [-1, -1, -1]]
+    assert groups.unmerged.tolist() == [1, 2, 4, 5, -1, -1]
+    assert groups.num_active.tolist() == [2]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_merged_slots_against_a_plain_loop(seed):
+    random = np.random.default_rng(seed)
+    groups = RowGroups(capacity=40, slots=5, device="cpu", merge_rows=6)
+    for _ in range(5):
+        slot_of_row = random.integers(-1, 5, random.integers(0, 41)).astype(np.int32)
+        groups.set(slot_of_row)
+        of = {s: [i for i, t in enumerate(slot_of_row) if t == s] for s in range(5)}
+        merged = [s for s in range(5) if len(of[s]) >= 6]
+        separate = [s for s in range(5) if s not in merged]
+        rows = [i for s in separate + merged for i in of[s]]
+        assert groups.rows.tolist()[: len(rows)] == rows
+        assert groups.slots.tolist()[: len(rows)] == [slot_of_row[i] for i in rows]
+        starts = groups.starts.tolist()
+        for slot in range(5):
+            want = of[slot] if slot in separate else []
+            assert rows[starts[slot] : starts[slot + 1]] == want
+        found = {s: rows[a:b] for s, a, b in groups.merged.tolist() if s >= 0}
+        assert found == {s: of[s] for s in merged}
+        others = sorted(set(range(40)) - {i for s in merged for i in of[s]})
+        assert groups.unmerged.tolist() == others + [-1] * (40 - len(others))
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_against_a_plain_loop_and_reused_buffers(seed):
     random = np.random.default_rng(seed)

@@ -49,6 +49,58 @@ def test_mixed_batch_equals_each_model_alone(
             assert bool(answer[2]) == (prompt_logprobs is not None)
 
 
+@pytest.fixture
+def merges(monkeypatch):
+    """What a GPU does with prompts, here: weights stay readable, 4 rows are merged.
+
+    Returns:
+        a list with an element for every matrix that was made.
+    """
+    from vllm.model_executor.layers import utils
+
+    import dqrelo_kernels.ops
+    import vllm_dqrelo.layers
+    import vllm_dqrelo.manager
+
+    def keep(layer, remove_weight):
+        layer.cpu_linear = torch.nn.functional.linear
+
+    def counted(*arguments):
+        made.append(arguments)
+        return merge(*arguments)
+
+    made, merge = [], dqrelo_kernels.ops._merge
+    gemm = utils.cpu_unquantized_gemm
+    monkeypatch.setattr(dqrelo_kernels.ops, "_merge", counted)
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep)
+    monkeypatch.setattr(vllm_dqrelo.layers, "default_unquantized_gemm", gemm)
+    monkeypatch.setattr(vllm_dqrelo.manager, "merge_rows", lambda *_: 4)
+    return made
+
+
+def test_prompts_through_merged_matrices(
+    merges, family, alone, engine, answers, difference, load, prompts
+):
+    """Steps with prompts of several deltas beside single tokens of others."""
+    made, expected = family("qwen2"), alone("qwen2")
+    llm = engine(made.base, quantization="dqrelo", max_loras=3)
+    requests = [None] + [
+        load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)
+    ]
+    assert not merges
+    order = [(p, m) for p in range(len(prompts)) for m in range(len(requests))]
+    for prompt_logprobs in (None, 1):
+        got = answers(
+            llm,
+            [prompts[p] for p, _ in order],
+            [requests[m] for _, m in order],
+            prompt_logprobs,
+        )
+        for (p, m), answer in zip(order, got, strict=True):
+            assert difference(answer, expected[m][p]) <= TOLERANCE, (p, m)
+    assert len({slot for *_, slot in merges}) == 3
+
+
 def test_requests_that_arrive_one_after_another(family, alone, engine, load, prompts):
     """Continuous batching: each step has other rows, prefill beside decode."""
     made = family("llama")

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.utils import default_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
@@ -50,6 +51,8 @@ class DeltaMethod(QuantizeMethodBase):
         self.step = step
         self.added = added
         self.is_head = isinstance(site.module, ParallelLMHead)
+        plain = getattr(inner, "_gemm_impl", None) is default_unquantized_gemm
+        self.merges = step.merges and plain and not self.is_head
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["inner"], name)
@@ -62,10 +65,12 @@ class DeltaMethod(QuantizeMethodBase):
 
     def apply(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if self.merges and not self.step.skips:
+            return self._linear(layer.weight, x, bias)
         y = self.inner.apply(layer, x, bias)
         if self.step.skips and self.added is None:
             return y
@@ -85,6 +90,28 @@ class DeltaMethod(QuantizeMethodBase):
         if self.added is not None:
             self.added.logits_(y, x, groups.by_row[: len(x)])
         return y
+
+    def _linear(
+        self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The base's product and the deltas in one op, which may merge the two."""
+        groups = self.step.tokens
+        y = torch.ops.dqrelo.linear(
+            _rows(x),
+            weight,
+            bias,
+            self.step.scratch,
+            self.arena,
+            self.table,
+            self.slices,
+            groups.rows,
+            groups.slots,
+            groups.starts,
+            groups.num_active,
+            groups.unmerged,
+            groups.merged,
+        )
+        return y.view(*x.shape[:-1], len(weight))
 
     def embedding(self, layer: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
         y = self.inner.embedding(layer, ids)

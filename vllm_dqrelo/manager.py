@@ -29,7 +29,12 @@ from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.host import HostTier, Loaded, Loader
 from vllm_dqrelo.layers import install
 from vllm_dqrelo.loaded import rearranged
-from vllm_dqrelo.options import Options, refuse_unsupported, warn_untested
+from vllm_dqrelo.options import (
+    Options,
+    merge_rows,
+    refuse_unsupported,
+    warn_untested,
+)
 from vllm_dqrelo.packed import PackedDelta, pack
 from vllm_dqrelo.residency import Residency
 from vllm_dqrelo.sites import Sites
@@ -117,7 +122,13 @@ class DeltaManager:
         self.pinned: set[str] = set()
         self.loader = Loader(self.read)
         self.ranks = self.options.scratch_ranks(self.sites)
-        self.step = Step(self.max_tokens, self.memory.slots, self.ranks, self.device)
+        self.step = Step(
+            self.max_tokens,
+            self.memory.slots,
+            self.ranks,
+            self.device,
+            merge_rows(vllm_config, self.device),
+        )
         data, added = self.residency.arena.data, self.residency.added
         for name, site in self.sites.by_name.items():
             table = self.residency.table(site)

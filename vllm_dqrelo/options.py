@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 import psutil
 import torch
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
@@ -27,6 +28,10 @@ SMALLEST_RATIO = 1 / 64
 MOST_SLOTS = 256
 ADDED_PART = 1 / 8
 TENSORS = 6  # of a matrix at most: signs, scale, factors, their scale, bias
+
+# Where merging a delta into the base costs less than a product of its own: predicted
+# from bytes and operations of an 8B model on an H100 (docs/kernels.md), not measured.
+MERGE_ROWS = 1024
 
 NGRAM = "ngram"  # drafts from a request's own tokens, for vLLM to check
 
@@ -152,6 +157,18 @@ def too_little_memory(
         f"together, and there is room for {arena:,}. Serve with a lower --max-loras, "
         f"or with --additional-config '{json.dumps(option)}'"
     )
+
+
+def merge_rows(vllm_config: VllmConfig, device: torch.device) -> int | None:
+    """From how many rows in a step on a delta's matrices are made whole; None: never.
+
+    Not on the CPU, where vLLM keeps weights in a form that nobody else can read, and
+    not in a step that may replay a graph, which cannot tell the one from the other.
+    """
+    if device.type == "cpu" or envs.VLLM_BATCH_INVARIANT:
+        return None
+    graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(MERGE_ROWS, graphs + 1)
 
 
 def refuse_unsupported(vllm_config: VllmConfig, device: torch.device) -> None:

@@ -17,6 +17,7 @@ class Step:
         tokens: all scheduled tokens, for every layer but the LM head.
         samples: the rows that are sampled from, for the LM head.
         scratch: float32 [max_tokens, ranks], for dqrelo::delta_linear_.
+        merges: whether a delta with many rows has its matrices made whole.
         may_skip: whether layers may leave the operators out of a step without deltas;
             not where a graph is captured, which is to serve later steps.
         skips: whether they do so in this one. The operators would do nothing, but to
@@ -25,10 +26,16 @@ class Step:
     """
 
     def __init__(
-        self, max_tokens: int, slots: int, ranks: int, device: torch.device | str
+        self,
+        max_tokens: int,
+        slots: int,
+        ranks: int,
+        device: torch.device | str,
+        merge_rows: int | None = None,
     ) -> None:
         self.scratch = torch.empty(max_tokens, ranks, device=device)
-        self.tokens = RowGroups(max_tokens, slots, device)
+        self.merges = merge_rows is not None
+        self.tokens = RowGroups(max_tokens, slots, device, merge_rows)
         self.samples = RowGroups(max_tokens, slots, device)
         self._prompt = RowGroups(max_tokens, slots, device)
         self._token_slots = np.empty(0, dtype=np.int32)

@@ -9,6 +9,8 @@ Arguments shared by all ops:
     slots       int32 [capacity]: the slot of each of them, -1 behind
     starts      int32 [slots + 1]: where the group of each slot starts in ``rows``
     num_active  int32 [1] on the CPU: distinct slots in this step
+    unmerged    int32 [capacity]: the rows of no merged slot, -1 behind
+    merged      int32 [at most, 3] on the CPU: slot, start and end in ``rows``; or -1
 
 Everything else is on the device of the activations. No op waits for the device,
 takes anything but tensors that differs between layers, or touches a row that
@@ -16,10 +18,12 @@ belongs to no delta; with ``num_active`` 0 an op does nothing at all.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from dqrelo_kernels import cpu, reference
+from dqrelo_kernels.rows import BASE
 
 _library = torch.library.Library("dqrelo", "DEF")
 
@@ -61,7 +65,61 @@ def delta_linear_(
     elif cpu.library():
         cpu.delta_linear_(y, x, arena, table, slices, rows, starts)
     else:
-        reference.delta_linear_(y, x, arena, table, slices, rows, slots)
+        some = slice(int(starts[-1]))  # what is behind belongs to merged slots
+        reference.delta_linear_(y, x, arena, table, slices, rows[some], slots[some])
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scratch: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    slices: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    starts: torch.Tensor,
+    num_active: torch.Tensor,
+    unmerged: torch.Tensor,
+    merged: torch.Tensor,
+) -> torch.Tensor:
+    """A linear layer of which the op may read the weight, with every row's delta.
+
+    Semantics: ``x W^T + bias``, then ``delta_linear_``; for the rows of a merged slot
+    ``x (W + delta)^T + bias`` with a matrix that is made in this call and rounded to
+    the dtype of W, as an exported fine-tune's is.
+
+    Args:
+        x: [M, K] float.
+        weight: [N, K] of the same dtype.
+        bias: [N], or None.
+        scratch: see ``delta_linear_``. Mutated.
+
+    Returns:
+        [M, N] of the dtype of ``x``.
+    """
+    groups = [group for group in merged.tolist() if group[0] != BASE]
+    if not groups:
+        y = torch.nn.functional.linear(x, weight, bias)
+    else:
+        y = x.new_empty(len(x), len(weight))
+        others = unmerged[: len(x) - sum(end - start for _, start, end in groups)]
+        y[others] = torch.nn.functional.linear(x[others], weight, bias)
+        for slot, start, end in groups:
+            mine = rows[start:end]
+            whole = _merge(weight, bias, arena, table, slices, slot)
+            y[mine] = torch.nn.functional.linear(x[mine], *whole)
+    delta_linear_(y, scratch, x, arena, table, slices, rows, slots, starts, num_active)
+    return y
+
+
+def _merge(weight: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if weight.is_cuda:
+        from dqrelo_kernels.merge import merge  # imports Triton
+
+        return merge(weight, *arguments)
+    return reference.merge(weight, *arguments)
 
 
 def delta_embedding_(
@@ -137,15 +195,22 @@ def prepare(device: torch.device) -> None:
         cpu.library()
 
 
-def _register(op: Callable[..., None], *mutated: str) -> None:
+def _register(op: Callable[..., Any], *mutated: str, fake: Callable[..., Any]) -> None:
     schema = torch.library.infer_schema(op, mutates_args=mutated)
     _library.define(f"{op.__name__}{schema}")
     _library.impl(op.__name__, op, "CompositeExplicitAutograd")
-    torch.library.register_fake(
-        f"dqrelo::{op.__name__}", lambda *args, **kwargs: None, lib=_library
-    )
+    torch.library.register_fake(f"dqrelo::{op.__name__}", fake, lib=_library)
 
 
-_register(delta_linear_, "y", "scratch")
-_register(delta_embedding_, "y")
-_register(delta_norm_, "y")
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """The fake of an op that only changes its arguments."""
+
+
+def _linear_fake(x: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
+    return x.new_empty(len(x), len(weight))
+
+
+_register(delta_linear_, "y", "scratch", fake=_nothing)
+_register(linear, "scratch", fake=_linear_fake)
+_register(delta_embedding_, "y", fake=_nothing)
+_register(delta_norm_, "y", fake=_nothing)

@@ -90,6 +90,31 @@ def delta_linear_(
             y[group, columns] = (y[group, columns].float() + change).to(y.dtype)
 
 
+def merge(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    slices: torch.Tensor,
+    slot: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``weight + sum of scale * S + B A`` and ``bias + change of bias``, per slice."""
+    (n, k), ends = weight.shape, slices.tolist()
+    merged = weight.to(torch.float32, copy=True)
+    bias = weight.new_zeros(n) if bias is None else bias
+    merged_bias = bias.to(torch.float32, copy=True)
+    for j, entry in enumerate(table[slot].tolist()):
+        mine, size = slice(ends[j], ends[j + 1]), ends[j + 1] - ends[j]
+        for scale, words in planes(arena, entry, size, k):
+            merged[mine] += scale * unpack_signs(words, k, torch.float32)
+        if entry[Field.RANK] != ABSENT:
+            b, a = factors(arena, entry, size, k)
+            merged[mine] += b.float() @ a.float()
+        if entry[Field.BIAS] != ABSENT:
+            merged_bias[mine] += read(arena, entry[Field.BIAS], torch.float32, size)
+    return merged.to(weight.dtype), merged_bias.to(weight.dtype)
+
+
 def delta_embedding_(
     y: torch.Tensor,
     ids: torch.Tensor,

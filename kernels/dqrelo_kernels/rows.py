@@ -18,26 +18,47 @@ class RowGroups:
         slots       [0, 2, 2, -1, -1, -1]   the slot of each of them
         starts      [0, 1, 1, 3]            group of slot s: rows[starts[s]:starts[s+1]]
         by_row      [2, -1, 0, 2, -1, -1]   the slots as they were given
+        unmerged    [0, 1, 2, 3, 4, 5]      all rows but those of merged slots
         num_active  [2]                     distinct slots, on the CPU: a launcher
                                             reads it without waiting for the device
+        merged      [[-1, -1, -1]]          on the CPU, too: see below
+
+    A slot of ``merge_rows`` rows or more is *merged*: for its rows ops.linear makes one
+    matrix of the base's and the delta's. Its group is behind those of the other slots,
+    which alone ``starts`` is of; ``merged`` has a row (slot, start, end) for it. With
+    merge_rows 2:
+
+        rows        [2, 0, 3, -1, -1, -1]   starts     [0, 1, 1, 1]
+        merged      [[2, 1, 3], ...]        unmerged   [1, 2, 4, 5, -1, -1]
 
     Args:
         capacity: the most rows a step can have.
         slots: number of delta slots.
-        device: where all but num_active live.
+        device: where all but num_active and merged live.
+        merge_rows: None: no slot is merged.
     """
 
-    def __init__(self, capacity: int, slots: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        slots: int,
+        device: torch.device | str,
+        merge_rows: int | None = None,
+    ) -> None:
         self.capacity = capacity
-        size = 3 * capacity + slots + 1
+        self.merge_rows = merge_rows or capacity + 1
+        size = 4 * capacity + slots + 1
         pinned = torch.device(device).type == "cuda"
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=pinned)
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
         self.rows = self._device[:capacity]
         self.slots = self._device[capacity : 2 * capacity]
         self.by_row = self._device[2 * capacity : 3 * capacity]
-        self.starts = self._device[3 * capacity :]
+        self.unmerged = self._device[3 * capacity : 4 * capacity]
+        self.starts = self._device[4 * capacity :]
         self.num_active = torch.zeros(1, dtype=torch.int32)
+        most = min(slots, max(1, capacity // self.merge_rows))
+        self.merged = torch.empty(most, 3, dtype=torch.int32)
         self.set(np.empty(0, dtype=np.int32))
 
     def set(self, slot_of_row: np.ndarray) -> None:
@@ -50,16 +71,26 @@ class RowGroups:
             raise ValueError(
                 f"a step of {len(slot_of_row)} rows, room for {self.capacity}"
             )
-        host = self._host.numpy()
-        starts = host[3 * self.capacity :]
-        rows = np.argsort(slot_of_row, kind="stable").astype(np.int32)
-        grouped = slot_of_row[rows]
-        first = np.searchsorted(grouped, 0)  # base rows sort first
-        rows, grouped = rows[first:], grouped[first:]
-        host[: 3 * self.capacity] = BASE
+        host, capacity = self._host.numpy(), self.capacity
+        starts = host[4 * capacity :]
+        slots = len(starts) - 1
+        count = np.bincount(slot_of_row + 1, minlength=slots + 1)[1:]
+        merges = np.append(count >= self.merge_rows, False)  # the last one is BASE's
+        order = slot_of_row + slots * merges[slot_of_row]
+        rows = np.argsort(order, kind="stable").astype(np.int32)
+        order = order[rows]
+        first = np.searchsorted(order, 0)  # base rows sort first
+        rows, order = rows[first:], order[first:]
+        host[: 4 * capacity] = BASE
         host[: len(rows)] = rows
-        host[self.capacity : self.capacity + len(rows)] = grouped
-        host[2 * self.capacity :][: len(slot_of_row)] = slot_of_row
-        starts[:] = np.searchsorted(grouped, np.arange(len(starts)))
-        self.num_active[0] = int(np.count_nonzero(np.diff(starts)))
+        host[capacity : capacity + len(rows)] = order % slots
+        host[2 * capacity :][: len(slot_of_row)] = slot_of_row
+        starts[:] = np.searchsorted(order, np.arange(len(starts)))
+        unmerged = np.delete(np.arange(capacity), rows[starts[-1] :])
+        host[3 * capacity :][: len(unmerged)] = unmerged
+        self.num_active[0] = int(np.count_nonzero(count))
+        self.merged.fill_(BASE)
+        for i, slot in enumerate(np.flatnonzero(merges)):
+            ends = np.searchsorted(order, (slots + slot, slots + slot + 1))
+            self.merged[i] = torch.tensor([slot, *ends])
         self._device.copy_(self._host, non_blocking=True)

@@ -35,7 +35,7 @@ BLOCK = tl.constexpr(layout.BLOCK)
 
 
 @triton.jit
-def _load_elements(pointer, row, column, columns, mask, code):
+def load_elements(pointer, row, column, columns, mask, code):
     """Elements of a factor of any dtype with ``columns`` columns, as float32."""
     if code == INT4:
         block = column // INT4_BLOCK
@@ -97,10 +97,10 @@ def _embedding_kernel(
             scale_ptr = arena_pointer(arena_ptr, entry_ptr, LORA_SCALE, tl.float32)
             for first_r in range(0, rank, BLOCK_R):
                 r = first_r + tl.arange(0, BLOCK_R)
-                b = _load_elements(b_ptr, token, r, rank, r < rank, code)
+                b = load_elements(b_ptr, token, r, rank, r < rank, code)
                 if scaled:
                     b *= tl.load(scale_ptr + r, mask=r < rank, other=0.0)
-                a = _load_elements(
+                a = load_elements(
                     a_ptr,
                     r[:, None].to(tl.int64),
                     k[None, :],
