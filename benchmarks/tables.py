@@ -233,6 +233,18 @@ def turns_table(rows: list[Row], way: str) -> str:
     return table(["rows of each delta", f"time by {way} / by tiles"], ratios)
 
 
+def roofline_table(rows: list[Row]) -> str:
+    """What roofline.py predicts of the linear layers of a step."""
+    keys = ("base_ms", "delta_ms", "merged_ms")
+    body = [
+        [row["device"], row["deltas"], row["rows_per_delta"], *(row[k] for k in keys)]
+        for row in rows
+        if (int(row["rows_per_delta"]) == 1) or row["device"] == "H100"
+    ]
+    head = ["device", "deltas", "rows of each", "base, ms", "deltas, ms"]
+    return table([*head, "merged in their stead, ms"], body)
+
+
 def memory_table(rows: list[Row]) -> str:
     """The paper's Table 4: memory and a step, by the number of models."""
     steps = {(row["system"], row["models"]): float(row["step_ms"]) for row in rows}
@@ -357,6 +369,7 @@ def tables() -> dict[str, str]:
         "cpu": cpu_table(read("cpu.csv")),
         "amx": turns_table(read("amx.csv"), "amx"),
         "lanes": turns_table(read("lanes.csv"), "lanes"),
+        "roofline": roofline_table(read("kernels_predicted.csv")),
         "predictions": prediction_table(rows, read("predicted.csv")),
         "serving": serving_table(read("serving.csv")),
         "serving-compare": compare_table(read("serving_compare.csv")),

@@ -29,9 +29,9 @@ MOST_SLOTS = 256
 ADDED_PART = 1 / 8
 TENSORS = 6  # of a matrix at most: signs, scale, factors, their scale, bias
 
-# Where merging a delta into the base costs less than a product of its own: predicted
-# from bytes and operations of an 8B model on an H100 (docs/kernels.md), not measured.
-MERGE_ROWS = 1024
+# Rows from which merging a delta into the base should cost less than a product of its
+# own: predicted for an 8B model on an H100 (docs/kernels.md), not measured.
+MERGE_ROWS = 768
 
 NGRAM = "ngram"  # drafts from a request's own tokens, for vLLM to check
 

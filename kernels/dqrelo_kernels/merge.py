@@ -47,6 +47,7 @@ def _merge_kernel(
     stride_ts,
     SLICES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    NARROW: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -104,6 +105,8 @@ def _merge_kernel(
             a = load_elements(a_ptr, a_row, k[None, :], K, a_mask, code)
             if scaled:
                 a *= tl.load(scale_ptr + r, mask=wanted, other=0.0)[:, None]
+            if NARROW:
+                a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
             change = tl.dot(b, a, change, input_precision=PRECISION)
 
     row = first + n
@@ -134,8 +137,9 @@ def merge(
     """The matrix and the bias of a linear layer with one delta in them.
 
     Semantics: ``weight_j + sum_p scale_jp * S_jp + B_j (lora_scale_j * A_j)`` and
-    ``bias_j + change of bias_j`` in slice j, computed in float32 (products of factors
-    as TF32 for 16-bit weights) and rounded once.
+    ``bias_j + change of bias_j`` in slice j, summed in float32 and rounded once. B and
+    lora_scale * A are rounded to bfloat16 first for bfloat16 weights, to TF32 for
+    float16 ones.
 
     Args:
         weight: [N, K] float, the elements of a row side by side.
@@ -165,6 +169,7 @@ def merge(
         stride_ts=table.stride(0),
         SLICES=n_slices,
         HAS_BIAS=bias is not None,
+        NARROW=weight.dtype == torch.bfloat16,
         PRECISION="ieee" if weight.dtype == torch.float32 else "tf32",
         BLOCK_N=block_n,
         BLOCK_K=block_k,
