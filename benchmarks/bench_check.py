@@ -17,8 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from benchmark_cpu import HIDDEN, LAYERS, LINEARS, VOCAB, Deltas, Loras, best_ms
+from benchmark_cpu import Base, Deltas, Loras, best_ms
 from machine import machine
 from table import Table
 
@@ -27,25 +26,6 @@ STEPS = [[8], [2] * 4, [1] * 8, [32]]  # rows of each delta
 TURNS, SECONDS = 5, 0.5  # of each, and for how long
 BAND = 1.25
 RATIOS = ("delta_to_base", "delta_to_lora")
-
-
-class Base:
-    """The matrix products of the base, with random weights."""
-
-    def __init__(self) -> None:
-        shapes = [(k, sum(sizes)) for k, sizes in LINEARS] * LAYERS + [(HIDDEN, VOCAB)]
-        self.weights = [torch.randn(n, k).bfloat16() for k, n in shapes]
-
-    def step(self, rows: list[int]) -> Callable[[], None]:
-        """One forward pass over all rows."""
-        xs = {w.shape[1]: torch.randn(sum(rows), w.shape[1]) for w in self.weights}
-        inputs = [xs[w.shape[1]].bfloat16() for w in self.weights]
-
-        def run() -> None:
-            for x, weight in zip(inputs, self.weights, strict=True):
-                F.linear(x, weight)
-
-        return run
 
 
 def shortest(runs: list[Callable[[], None]]) -> list[float]:

@@ -4,9 +4,10 @@
     python benchmarks/benchmark_cpu.py [--output results.csv] [--short]
 
 Every op of a forward pass, through torch.ops as the server calls it, bfloat16, ratio
-1/8, by both methods: in native code and in plain torch; beside them vLLM's own LoRA at
-equal bytes, and the time of copying the bytes that the step reads. The best of several
-runs; the ratios of one run are what counts.
+1/8, by both methods: in native code and in plain torch; beside them the base's own
+matrix products as vLLM does them, vLLM's LoRA at equal bytes, and the time of copying
+the bytes that the step reads. The best of several runs; the ratios of one run are what
+counts.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 from machine import machine
 from vllm.lora.layers.utils import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from dqrelo_kernels import cpu, ops  # noqa: F401
 from dqrelo_kernels.layout import int4_bytes, words_per_row
@@ -118,6 +120,31 @@ class Deltas:
         return run
 
 
+class Base:
+    """The matrix products of the base, with random weights, as vLLM does them."""
+
+    def __init__(self) -> None:
+        shapes = [(k, sum(sizes)) for k, sizes in LINEARS] * LAYERS + [(HIDDEN, VOCAB)]
+        self.layers = [(k, self._layer(n, k)) for k, n in shapes]
+
+    def _layer(self, n: int, k: int) -> Callable[..., torch.Tensor]:
+        layer = torch.nn.Module()
+        layer.weight = torch.nn.Parameter(torch.randn(n, k).bfloat16(), False)
+        dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+        return layer.cpu_linear
+
+    def step(self, rows: list[int]) -> Callable[[], None]:
+        """One forward pass over all rows."""
+        xs = {k: torch.randn(sum(rows), k).bfloat16() for k, _ in self.layers}
+        calls = [(linear, xs[k]) for k, linear in self.layers]
+
+        def run() -> None:
+            for linear, x in calls:
+                linear(x, None, None)
+
+        return run
+
+
 class Loras:
     """vLLM's own LoRA on the CPU: as many bytes on every linear layer and the LM head.
 
@@ -185,18 +212,18 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="without plain torch")
     arguments = parser.parse_args()
     output = arguments.output
-    loras = Loras(8)
+    base, loras = Base(), Loras(8)
     about = {"threads": torch.get_num_threads(), **machine()}
     rows = []
     means = ("native",) if arguments.short else ("native", "torch")
-    columns = (*means, "lora", "copy")
+    columns = (*means, "base", "lora", "copy")
     head = "".join(f"{column:>9}" for column in columns)
     for method in METHODS:
         print(f"{method:<22}{head}  ms a step")
         deltas = Deltas(8, method)
         for step in STEPS:
             label = "+".join(map(str, step))
-            found = measure(deltas, loras, step, means)
+            found = measure(deltas, base, loras, step, means)
             rows.append({"method": method, "rows": label, **found, **about})
             print(f"{label:<22}" + "".join(f"{v:>9.1f}" for v in found.values()))
             sys.stdout.flush()
@@ -208,7 +235,7 @@ def main() -> None:
 
 
 def measure(
-    deltas: Deltas, loras: Loras, step: list[int], means: tuple[str, ...]
+    deltas: Deltas, base: Base, loras: Loras, step: list[int], means: tuple[str, ...]
 ) -> dict[str, float]:
     """Milliseconds of one step by each means."""
     found = {}
@@ -216,6 +243,7 @@ def measure(
         os.environ["DQRELO_NATIVE"] = "1" if name == "native" else "0"
         cpu.library.cache_clear()
         found[f"{name}_ms"] = best_ms(deltas.step(step), 3)
+    found["base_ms"] = best_ms(base.step(step), 3)
     found["lora_ms"] = best_ms(loras.step(step), 3)
     source = deltas.arena[: deltas.size // deltas.slots * len(step)]
     target = torch.empty_like(source)

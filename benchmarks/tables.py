@@ -180,18 +180,20 @@ def convert_table(rows: list[Row]) -> str:
 
 def cpu_table(rows: list[Row]) -> str:
     """Milliseconds of a step, and how they compare."""
+    times = ("native", "torch", "base", "lora", "copy")
     body = [
         [
             row["method"],
             row["rows"].replace("+", " + "),
-            *(row[key] for key in ("native_ms", "torch_ms", "lora_ms", "copy_ms")),
+            *(row[f"{key}_ms"] for key in times),
+            f"{float(row['native_ms']) / float(row['base_ms']):.2f}",
             f"{float(row['native_ms']) / float(row['lora_ms']):.2f}",
             f"{float(row['native_ms']) / float(row['copy_ms']):.1f}",
         ]
         for row in rows
     ]
-    head = ["method", "rows of each delta", "native", "torch", "LoRA", "copy"]
-    return table([*head, "native / LoRA", "native / copy"], body)
+    head = ["method", "rows of each delta", "native", "torch", "base", "LoRA", "copy"]
+    return table([*head, "native / base", "native / LoRA", "native / copy"], body)
 
 
 TIMES = ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "itl_p99_ms")
