@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What requests of the base pay for the plugin.
 
-    python benchmarks/benchmark_overhead.py BASE DELTA [--output results.csv]
+    python benchmarks/benchmark_overhead.py BASE DELTA [--compiled] [--output FILE]
 
 Two engines in one process, vLLM alone and vLLM with the plugin and a resident delta,
 decode the same eight prompts of the base, a step of one and a step of the other by
@@ -35,7 +35,6 @@ def engine(base: str, **options: Any) -> Any:
         base,
         dtype="bfloat16",
         max_model_len=1024,
-        enforce_eager=True,
         enable_prefix_caching=False,
         **options,
     )
@@ -63,10 +62,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base")
     parser.add_argument("delta")
+    parser.add_argument("--compiled", action="store_true", help="no --enforce-eager")
     parser.add_argument("--output", type=Path, help="a CSV file to add the row to")
     arguments = parser.parse_args()
-    alone = engine(arguments.base)
-    plugin = engine(arguments.base, quantization="dqrelo")
+    options = {"enforce_eager": not arguments.compiled}
+    alone = engine(arguments.base, **options)
+    plugin = engine(arguments.base, quantization="dqrelo", **options)
     delta = load_delta(plugin, "delta", arguments.delta)
     one = SamplingParams(max_tokens=1)
     plugin.generate({"prompt_token_ids": [1]}, one, lora_request=delta, use_tqdm=False)
@@ -79,6 +80,7 @@ def main() -> None:
         1000 * statistics.median(times) for times in zip(*pairs, strict=True)
     )
     row = {
+        "mode": "compiled" if arguments.compiled else "eager",
         "base_ms": f"{alone_ms:.2f}",
         "plugin_ms": f"{plugin_ms:.2f}",
         "ratio": f"{ratio(pairs):.4f}",
@@ -88,7 +90,7 @@ def main() -> None:
     }
     print(*(f"{key} {value}" for key, value in row.items()), sep="\n")
     if arguments.output:
-        Table(arguments.output, ("commit",)).add(row)
+        Table(arguments.output, ("mode", "commit")).add(row)
 
 
 def ratio(pairs: list[tuple[float, float]]) -> float:
