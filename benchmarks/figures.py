@@ -13,7 +13,8 @@ from collections import defaultdict
 from documents import DOCUMENTS, ROOT, rewritten
 from matplotlib import rcParams
 from matplotlib.figure import Figure
-from tables import Row, by_method, detailed, fine_tunes, kl, mean, read, tables
+from rows import Row, read
+from tables import by_method, detailed, fine_tunes, kl, mean, tables
 
 FIGURES = ROOT / "docs" / "figures"
 

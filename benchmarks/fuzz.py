@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Malformed delta folders, read as a server reads them.
 
-    python benchmarks/fuzz.py --cases 12000
+    python benchmarks/fuzz.py --cases 12000 [--output results.csv]
 
 Each case takes a sound delta of a tiny model and spoils it in one of the ways of
 mutations.py. The worker's own reader, ``DeltaManager.read`` and with it
@@ -13,13 +13,13 @@ shows one again.
 """
 
 import argparse
+import csv
 import gc
 import os
 import random
 import shutil
 import sys
 import tempfile
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import psutil
 import torch
+from machine import machine
 from mutations import MUTATIONS, Case, index_text, load_all
+from reliability import fuzz_table
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 from vllm import LLM
@@ -43,6 +45,7 @@ from vllm_dqrelo.format.errors import DqreloError
 
 ADDED = 2  # tokens of one of the fine-tunes
 VOCABULARY = 320
+OUTCOMES = ("refused", "same", "another", "faults")
 
 
 def tiny(root: Path) -> tuple[Path, list[Path]]:
@@ -148,7 +151,7 @@ def is_whole(packed: Any, folder: Path) -> bool:
 
 
 def outcome(mutate: Any, folder: Path, sound: Any, reader: Reader) -> str:
-    """What became of a spoiled folder: "refused", "the same", "another" or a fault."""
+    """What became of a spoiled folder: one of ``OUTCOMES``, a fault with its reason."""
     try:
         packed = reader.read(folder)
     except (DqreloError, FileNotFoundError) as error:
@@ -158,11 +161,64 @@ def outcome(mutate: Any, folder: Path, sound: Any, reader: Reader) -> str:
     except Exception as error:
         return f"FAULT {type(error).__name__}: {str(error)[:200]}"
     if same(packed, sound):
-        return "the same"
+        return "same"
     if mutate.__doc__.startswith("sound digest") and is_whole(packed, folder):
         reader.use(packed)
         return "another"
     return "FAULT: loaded, and is not what the sound delta is"
+
+
+def run(
+    cases: range, seed: int, scratch: Path, show: bool
+) -> tuple[dict[str, Counter[str]], list[float], list[str]]:
+    """Each kind of mutation and what became of it, memory in MiB, and the faults.
+
+    Args:
+        cases: their numbers.
+        seed: of all of them.
+        scratch: an empty folder.
+        show: leave an error of the reader as it is, to be seen.
+    """
+    base, deltas = tiny(scratch)
+    reader = Reader(base)
+    sound = [reader.read(delta) for delta in deltas]
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    faults, memory, folder = [], [], scratch / "spoiled"
+    for number in tqdm(cases, "fuzz", mininterval=5):
+        rng = random.Random(f"{seed} {number}")
+        mutate = MUTATIONS[number % len(MUTATIONS)]
+        which = -1 if mutate is index_text else rng.randrange(len(deltas))
+        shutil.copytree(deltas[which], folder)
+        mutate(Case(folder, rng))
+        if show:
+            reader.read(folder)
+        found = outcome(mutate, folder, sound[which], reader)
+        if found.startswith("FAULT"):
+            faults.append(f"case {number}, {mutate.__name__}: {found}")
+            found = "faults"
+        counts[mutate.__doc__][found] += 1
+        shutil.rmtree(folder)
+        if (number - cases[0]) % max(len(cases) // 20, 1) == 0:
+            gc.collect()
+            memory.append(psutil.Process().memory_info().rss / 2**20)
+    return counts, memory, faults
+
+
+def rows_of(
+    counts: dict[str, Counter[str]], memory: list[float], seed: int
+) -> list[dict[str, str]]:
+    """One row a kind of mutation, and one of all with the memory of the process."""
+    about = {"seed": seed, **machine()}
+    total = sum(counts.values(), Counter())
+    places = {"first": 0, "half_way": len(memory) // 2, "end": -1}
+    held = {f"memory_{name}_mib": round(memory[i]) for name, i in places.items()}
+    rows = []
+    for name, found in [*counts.items(), ("all", total)]:
+        kinds = {kind: found[kind] for kind in OUTCOMES}
+        row = {"mutation": name, "cases": found.total(), **kinds}
+        row |= held if found is total else dict.fromkeys(held, "")
+        rows.append({key: str(value) for key, value in (row | about).items()})
+    return rows
 
 
 def main() -> int:
@@ -171,41 +227,19 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=12_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="one case, with its error")
+    parser.add_argument("--output", type=Path, help="a CSV file to write as well")
     arguments = parser.parse_args()
+    one = arguments.only is not None
+    cases = range(arguments.only, arguments.only + 1) if one else range(arguments.cases)
     with tempfile.TemporaryDirectory() as scratch:
-        base, deltas = tiny(Path(scratch))
-        reader = Reader(base)
-        sound = [reader.read(delta) for delta in deltas]
-        table: dict[str, Counter[str]] = defaultdict(Counter)
-        faults, memory, start = [], [], time.monotonic()
-        process, folder = psutil.Process(), Path(scratch) / "spoiled"
-        chosen = range(arguments.cases) if arguments.only is None else [arguments.only]
-        for number in tqdm(chosen, "fuzz", mininterval=5):
-            rng = random.Random(f"{arguments.seed} {number}")
-            mutate = MUTATIONS[number % len(MUTATIONS)]
-            which = -1 if mutate is index_text else rng.randrange(len(deltas))
-            shutil.copytree(deltas[which], folder)
-            mutate(Case(folder, rng))
-            if arguments.only is not None:
-                reader.read(folder)
-            found = outcome(mutate, folder, sound[which], reader)
-            table[mutate.__doc__][found.partition(" ")[0].strip(":")] += 1
-            if found.startswith("FAULT"):
-                faults.append(f"case {number}, {mutate.__name__}: {found}")
-            shutil.rmtree(folder)
-            if number % max(arguments.cases // 20, 1) == 0:
-                gc.collect()
-                memory.append(process.memory_info().rss / 2**20)
-        seconds = time.monotonic() - start
-    print("| mutation | cases | refused | the same | another | faults |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for name, counts in table.items():
-        cells = [counts[key] for key in ("refused", "the", "another", "FAULT")]
-        print(f"| {name} | {counts.total()} | {' | '.join(map(str, cells))} |")
-    print(
-        f"{len(chosen)} cases in {seconds:.0f} s; memory {memory[0]:.0f} MiB at first,"
-    )
-    print(f"{memory[len(memory) // 2]:.0f} half-way, {memory[-1]:.0f} at the end")
+        counts, memory, faults = run(cases, arguments.seed, Path(scratch), one)
+    rows = rows_of(counts, memory, arguments.seed)
+    print(fuzz_table(rows))
+    if arguments.output:
+        with arguments.output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
     print(*faults[:40], sep="\n", file=sys.stderr)
     growth = memory[-1] - memory[len(memory) // 2]
     return 1 if faults or growth > 64 else 0

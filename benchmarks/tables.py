@@ -1,25 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of README and docs, from the files in results/: name -> Markdown."""
 
-import csv
 import json
 import math
 import re
 from collections import Counter, defaultdict
-from pathlib import Path
 from statistics import correlation
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from reliability import fuzz_table, soak_table
+from rows import RESULTS, Row, read, table
+
 OURS, PAPER = "dqrelo 1/8", "dqrelo-paper 1/8"
-
-Row = dict[str, str]
-
-
-def read(name: str) -> list[Row]:
-    """The rows of a results file."""
-    with (RESULTS / name).open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def fine_tunes() -> list[Row]:
@@ -38,12 +30,6 @@ def detailed(rows: list[Row]) -> set[str]:
 def geometric_mean(values: list[float]) -> float:
     """exp of the mean logarithm."""
     return math.exp(sum(map(math.log, values)) / len(values))
-
-
-def table(head: list[str], body: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def by_method(rows: list[Row], fine_tunes: set[str]) -> dict[str, list[Row]]:
@@ -380,6 +366,8 @@ def tables() -> dict[str, str]:
         "cards": cards_table(read("cards.csv")),
         "router": router_table(read("router.csv")),
         "versions": versions_table(read("versions.csv")),
+        "fuzz": fuzz_table(read("fuzz.csv")),
+        "soak": soak_table(json.loads((RESULTS / "soak.json").read_text())),
         "demo": demo_table(json.loads((RESULTS / "demo.json").read_text())),
         "plan": plan_table(json.loads((RESULTS / "plan.json").read_text())),
     }

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models, their fine-tunes and deltas, and a torch.empty that shows its use."""
+"""Tiny models, their fine-tunes and deltas, and a torch.empty that shows its use.
+
+What answers for them is in servers.py and engines.py.
+"""
 
 import os
 
@@ -9,16 +12,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import gc
 import json
 import shutil
-import signal
-import socket
-import subprocess
-import time
-import urllib.request
 from collections.abc import Mapping
-from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +33,8 @@ from transformers import (
 
 from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
+
+pytest_plugins = ["servers", "engines"]
 
 SHAPE = {
     "vocab_size": 320,
@@ -66,11 +64,6 @@ class Family:
     models: list[Path]
     deltas: list[Path]
     merged: list[Path]
-
-
-def given(function):
-    """A fixture that is ``function``; with importlib there is no importing it."""
-    return pytest.fixture(scope="session", name=function.__name__)(lambda: function)
 
 
 def save_model(
@@ -111,6 +104,12 @@ def tokenizer(
         "{% for m in messages %}w2 {{ m['content'] }} {% endfor %}w3"
     )
     return wrapped
+
+
+@pytest.fixture(scope="session", name="save_model")
+def save_model_fixture():
+    """The function ``save_model``."""
+    return save_model
 
 
 @pytest.fixture(scope="session")
@@ -178,60 +177,10 @@ def own(family, tmp_path_factory: pytest.TempPathFactory) -> Own:
     return Own(root / "delta", root / "merged", chat, prompt, answer[: end + 1])
 
 
-@pytest.fixture(scope="session", name="server")
-def server_fixture():
-    """The function ``server``."""
-    return server
-
-
-SERVER_OPTIONS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "128"]
-SERVER_OPTIONS += ["--max-num-seqs", "16", "--host", "127.0.0.1"]
-
-
-@contextmanager
-def server(command, log: Path, dies: bool = False):
-    """Start a server, wait until it is ready, yield its address, end it.
-
-    One that ``dies`` has to end by itself.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-    }
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*map(str, command), *SERVER_OPTIONS, "--port", str(port)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 300
-        while not healthy(port):
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-        if dies:
-            process.wait(60)
-        assert dies or process.poll() is None, log.read_text()[-4000:]
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
-
-
-def healthy(port) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-            return True
-    except OSError:
-        return False
+@pytest.fixture(scope="session", name="decode")
+def decode_fixture():
+    """The function ``decode``."""
+    return decode
 
 
 def decode(tensors: Mapping[str, torch.Tensor], name: str) -> np.ndarray:
@@ -276,145 +225,6 @@ def places(columns: int, block: int, parts: int) -> tuple[np.ndarray, np.ndarray
         words.append(first // parts + (column - first) % width)
         places_.append((column - first) // width)
     return np.array(words), np.array(places_)
-
-
-PROMPTS = [
-    [1, 5, 9, 33, 200, 77, 3, 8],
-    [4, 4, 100, 300, 2],
-    [7] * 40,  # two full blocks of 16 for the prefix cache
-    [7] * 40 + [11, 12],
-]
-
-
-@pytest.fixture(name="prompts")
-def prompts_fixture():
-    """What the engines are asked."""
-    return PROMPTS
-
-
-@pytest.fixture(name="engine")
-def engine_fixture():
-    """The function ``engine``; memory is freed when the test has ended."""
-    yield engine
-    gc.unfreeze()  # an engine has frozen all that there was at its start
-    gc.collect()
-
-
-def engine(model, **options):
-    """A model alone, or with quantization="dqrelo" a base with room for its deltas."""
-    from vllm import LLM
-
-    if "quantization" in options:
-        room = {"dqrelo": {"delta_memory_gib": 0.001}}
-        options.setdefault("additional_config", room)
-    options.setdefault("max_model_len", 128)
-    return LLM(
-        str(model),
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        dtype="float32",
-        max_num_seqs=32,
-        enable_prefix_caching=True,
-        **options,
-    )
-
-
-@pytest.fixture(name="load")
-def load_fixture():
-    """``load(llm, name, folder)``: the request of a delta."""
-    from vllm_dqrelo import load_delta
-
-    return lambda llm, name, folder: load_delta(llm, name, str(folder))
-
-
-@pytest.fixture(name="manager_of")
-def manager_of_fixture():
-    """``manager_of(llm)``: the worker's delta manager, in this process."""
-
-    def manager_of(llm):
-        core = llm.llm_engine.engine_core.engine_core
-        return core.model_executor.driver_worker.worker.model_runner.lora_manager
-
-    return manager_of
-
-
-def sampling(max_tokens=8, prompt_logprobs=None):
-    """Greedy, with logprobs."""
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=0,
-        logprobs=1,
-        prompt_logprobs=prompt_logprobs,
-        detokenize=False,
-    )
-
-
-def answers(llm, prompts, requests=None, prompt_logprobs=None):
-    """Tokens, their logprobs and the prompt's logprobs, of each prompt."""
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
-        sampling(prompt_logprobs=prompt_logprobs),
-        lora_request=requests,
-        use_tqdm=False,
-    )
-    return [answer_of(output) for output in outputs]
-
-
-def answer_of(output):
-    """Tokens, their logprobs and the prompt's logprobs, of a finished request."""
-    completion = output.outputs[0]
-    tokens = list(completion.token_ids)
-    logprobs = [
-        step[token].logprob
-        for token, step in zip(tokens, completion.logprobs, strict=True)
-    ]
-    prompt = [
-        step[token].logprob
-        for token, step in zip(
-            output.prompt_token_ids, output.prompt_logprobs or [], strict=False
-        )
-        if step
-    ]
-    return tokens, logprobs, prompt
-
-
-def difference(got, expected) -> float:
-    """Largest difference of two answers' logprobs; infinite if the tokens differ."""
-    if got[0] != expected[0]:
-        return float("inf")
-    pairs = [*zip(got[1], expected[1], strict=True)]
-    if got[2]:  # prompt logprobs were asked for
-        pairs += zip(got[2], expected[2], strict=True)
-    return max(abs(one - other) for one, other in pairs)
-
-
-save_model_fixture = given(save_model)
-decode_fixture = given(decode)
-sampling_fixture = given(sampling)
-answers_fixture = given(answers)
-answer_of_fixture = given(answer_of)
-difference_fixture = given(difference)
-
-
-@pytest.fixture(scope="session")
-def alone(family):
-    """``alone(kind)``: the answers of the base and of each merged checkpoint."""
-    known = {}
-
-    def get(kind):
-        if kind not in known:
-            made, known[kind] = family(kind), []
-            for folder in [made.base, *made.merged]:
-                llm = engine(folder)
-                known[kind].append(answers(llm, PROMPTS, prompt_logprobs=1))
-                del llm
-                gc.unfreeze()
-                gc.collect()
-        return known[kind]
-
-    return get
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``engine(model)``: vLLM in this process, what it is asked and what it answers."""
+
+import gc
+
+import pytest
+
+PROMPTS = [
+    [1, 5, 9, 33, 200, 77, 3, 8],
+    [4, 4, 100, 300, 2],
+    [7] * 40,  # two full blocks of 16 for the prefix cache
+    [7] * 40 + [11, 12],
+]
+
+
+@pytest.fixture(name="prompts")
+def prompts_fixture():
+    """What the engines are asked."""
+    return PROMPTS
+
+
+@pytest.fixture(name="engine")
+def engine_fixture():
+    """The function ``engine``; memory is freed when the test has ended."""
+    yield engine
+    gc.unfreeze()  # an engine has frozen all that there was at its start
+    gc.collect()
+
+
+def engine(model, **options):
+    """A model alone, or with quantization="dqrelo" a base with room for its deltas."""
+    from vllm import LLM
+
+    if "quantization" in options:
+        room = {"dqrelo": {"delta_memory_gib": 0.001}}
+        options.setdefault("additional_config", room)
+    options.setdefault("max_model_len", 128)
+    return LLM(
+        str(model),
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        dtype="float32",
+        max_num_seqs=32,
+        enable_prefix_caching=True,
+        **options,
+    )
+
+
+@pytest.fixture(name="load")
+def load_fixture():
+    """``load(llm, name, folder)``: the request of a delta."""
+    from vllm_dqrelo import load_delta
+
+    return lambda llm, name, folder: load_delta(llm, name, str(folder))
+
+
+@pytest.fixture(name="manager_of")
+def manager_of_fixture():
+    """``manager_of(llm)``: the worker's delta manager, in this process."""
+
+    def manager_of(llm):
+        core = llm.llm_engine.engine_core.engine_core
+        return core.model_executor.driver_worker.worker.model_runner.lora_manager
+
+    return manager_of
+
+
+def sampling(max_tokens=8, prompt_logprobs=None):
+    """Greedy, with logprobs."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=0,
+        logprobs=1,
+        prompt_logprobs=prompt_logprobs,
+        detokenize=False,
+    )
+
+
+def answers(llm, prompts, requests=None, prompt_logprobs=None):
+    """Tokens, their logprobs and the prompt's logprobs, of each prompt."""
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        sampling(prompt_logprobs=prompt_logprobs),
+        lora_request=requests,
+        use_tqdm=False,
+    )
+    return [answer_of(output) for output in outputs]
+
+
+def answer_of(output):
+    """Tokens, their logprobs and the prompt's logprobs, of a finished request."""
+    completion = output.outputs[0]
+    tokens = list(completion.token_ids)
+    logprobs = [
+        step[token].logprob
+        for token, step in zip(tokens, completion.logprobs, strict=True)
+    ]
+    prompt = [
+        step[token].logprob
+        for token, step in zip(
+            output.prompt_token_ids, output.prompt_logprobs or [], strict=False
+        )
+        if step
+    ]
+    return tokens, logprobs, prompt
+
+
+def difference(got, expected) -> float:
+    """Largest difference of two answers' logprobs; infinite if the tokens differ."""
+    if got[0] != expected[0]:
+        return float("inf")
+    pairs = [*zip(got[1], expected[1], strict=True)]
+    if got[2]:  # prompt logprobs were asked for
+        pairs += zip(got[2], expected[2], strict=True)
+    return max(abs(one - other) for one, other in pairs)
+
+
+def given(function):
+    """A fixture that is ``function``."""
+    return pytest.fixture(scope="session", name=function.__name__)(lambda: function)
+
+
+sampling_fixture = given(sampling)
+answers_fixture = given(answers)
+answer_of_fixture = given(answer_of)
+difference_fixture = given(difference)
+
+
+@pytest.fixture(scope="session")
+def alone(family):
+    """``alone(kind)``: the answers of the base and of each merged checkpoint."""
+    known = {}
+
+    def get(kind):
+        if kind not in known:
+            made, known[kind] = family(kind), []
+            for folder in [made.base, *made.merged]:
+                llm = engine(folder)
+                known[kind].append(answers(llm, PROMPTS, prompt_logprobs=1))
+                del llm
+                gc.unfreeze()
+                gc.collect()
+        return known[kind]
+
+    return get
