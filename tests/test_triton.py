@@ -40,6 +40,7 @@ if not HAS_DEVICE and isinstance(tl.sum, triton.JITFunction):
 import dqrelo_kernels.ops  # noqa: E402, F401  registers torch.ops.dqrelo
 from dqrelo_kernels import reference  # noqa: E402
 from dqrelo_kernels.low_rank import low_rank  # noqa: E402
+from dqrelo_kernels.merge import merge  # noqa: E402
 from dqrelo_kernels.rows import RowGroups  # noqa: E402
 from dqrelo_kernels.rowwise import embedding, norm  # noqa: E402
 from dqrelo_kernels.sign_matmul import sign_matmul  # noqa: E402
@@ -191,6 +192,43 @@ def test_offsets_beyond_two_gib():
     entries = rebase(deltas.table.flatten(0, 1), start).view_as(deltas.table)
     linear(deltas, got, x, groups_of([0, 1, 2]), entries.to(DEVICE), arena)
     check_linear(deltas, y, x, got, [0, 1, 2])
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("sizes", "k"), [([1], 5), ([48, 1, 70], 299)], ids=str)
+def test_merge(sizes, k, has_bias, dtype):
+    deltas = Deltas(sizes, k).fill()
+    n, eps, unit = sum(sizes), torch.finfo(FLOAT32).eps, torch.finfo(dtype).eps / 2
+    lost = 2**-8 if HAS_DEVICE and dtype != FLOAT32 else 0  # B and A as bf16
+    weight = deltas.random(n, k + 8).to(dtype)[:, :k]
+    bias = deltas.random(n).to(dtype) if has_bias else None
+    for slot in range(SLOTS):
+        parts = deltas.arena.cpu(), deltas.table, deltas.slices, slot
+        got = merge(
+            weight.to(DEVICE),
+            bias if bias is None else bias.to(DEVICE),
+            *(p.to(DEVICE) if isinstance(p, torch.Tensor) else p for p in parts),
+        )
+        wide = None if bias is None else bias.float()
+        want = reference.merge(weight.float(), wide, *parts)
+        if slot == EMPTY:
+            assert torch.equal(got[0].cpu(), weight)
+        start = 0
+        for j, size in enumerate(sizes):
+            rows, start = slice(start, start + size), start + size
+            entry = deltas.table[slot, j].tolist()
+            planes = reference.planes(parts[0], entry, size, k)
+            terms = weight[rows].float().abs() + sum(scale.abs() for scale, _ in planes)
+            slack = 4 * eps * terms
+            if entry[Field.RANK] != ABSENT:
+                b, a = reference.factors(parts[0], entry, size, k)
+                product = b.float().abs() @ a.float().abs()
+                slack += product * (4 * entry[Field.RANK] ** 0.5 * eps + lost)
+            error = (got[0].cpu()[rows].float() - want[0][rows]).abs()
+            assert (error <= slack + want[0][rows].abs() * unit).all()
+        error = (got[1].cpu().float() - want[1]).abs()
+        assert (error <= want[1].abs() * unit + 2 * eps).all()
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
