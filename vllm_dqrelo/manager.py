@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
@@ -304,7 +304,8 @@ def memory(worker: Any) -> Memory:
     runner = worker.model_runner
     manager = runner.lora_manager
     check_coverage(runner, manager.sites, manager.residency)
-    manager.step.may_skip = runner.model_config.enforce_eager
+    mode = runner.vllm_config.compilation_config.mode
+    manager.step.may_skip = mode == CompilationMode.NONE
     return manager.memory
 
 

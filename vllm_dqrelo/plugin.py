@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_dqrelo import __version__, compat
+from vllm_dqrelo import __version__, compat, compat_frontend
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -50,7 +50,8 @@ def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) 
     from vllm_dqrelo.vocabulary import enlarge
 
     patch_engine()  # for an engine in this process
-    compat.show_reasons()
+    compat.keep_compilation(is_dqrelo)
+    compat_frontend.show_reasons()
     engine_args.enable_lora = True
     if engine_args.max_loras == 1:
         engine_args.max_loras = DEFAULT_MAX_DELTAS
@@ -64,6 +65,12 @@ def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) 
     patch_frontend()
 
 
+def is_dqrelo(vllm_config: compat.VllmConfig) -> bool:
+    """Whether an engine has deltas."""
+    model_config = vllm_config.model_config
+    return model_config is not None and model_config.quantization == "dqrelo"
+
+
 def patch_frontend() -> None:
     """Let deltas be named and be themselves in front of the engine. Safe to call again.
 
@@ -75,19 +82,18 @@ def patch_frontend() -> None:
     from vllm_dqrelo.offline import offline_twin
 
     def complete(engine: Any) -> None:
-        if engine.vllm_config.model_config.quantization == "dqrelo":
+        if is_dqrelo(engine.vllm_config):
             engine.frontends = Frontends(engine)
             engine.delta_metrics = DeltaMetrics.of(engine)
 
     def choose(vllm_config: compat.VllmConfig) -> type[DeltaModels] | None:
-        dqrelo = vllm_config.model_config.quantization == "dqrelo"
-        return DeltaModels if dqrelo else None
+        return DeltaModels if is_dqrelo(vllm_config) else None
 
-    compat.after_engine_init(complete)
-    compat.choose_serving_models(choose)
-    compat.choose_handler(serving_twin)
-    compat.before_check_model(check_twin)
-    compat.choose_offline(offline_twin)
+    compat_frontend.after_engine_init(complete)
+    compat_frontend.choose_serving_models(choose)
+    compat_frontend.choose_handler(serving_twin)
+    compat_frontend.before_check_model(check_twin)
+    compat_frontend.choose_offline(offline_twin)
 
 
 def patch_engine() -> None:
@@ -107,8 +113,7 @@ def patch_worker() -> None:
     from vllm_dqrelo.status import delta_status
 
     def choose(vllm_config: compat.VllmConfig) -> type[DeltaManager] | None:
-        dqrelo = vllm_config.model_config.quantization == "dqrelo"
-        return DeltaManager if dqrelo else None
+        return DeltaManager if is_dqrelo(vllm_config) else None
 
     compat.choose_lora_manager(choose)
     compat.around_prompt_logprobs(prompt_rows)

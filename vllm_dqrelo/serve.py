@@ -52,7 +52,7 @@ def serve(
         DeltaConfig.read(Path(folder)).check_base(fingerprint, base, folder)
     Catalogue(delta_dirs, hub_namespaces)
     check_plugin()
-    from vllm_dqrelo import compat
+    from vllm_dqrelo import compat_frontend
 
     for variable, values in (
         (DELTA_DIR, [str(Path(folder).absolute()) for folder in delta_dirs]),
@@ -70,7 +70,7 @@ def serve(
     if folders:
         modules = [f"{name}={folder}" for name, folder in folders.items()]
         arguments += ["--lora-modules", *modules]
-    compat.run_serve([*arguments, *vllm_arguments])
+    compat_frontend.run_serve([*arguments, *vllm_arguments])
     return 0
 
 

