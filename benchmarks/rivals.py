@@ -3,7 +3,8 @@
 
 A system takes the number of models and the load. For each of its names it yields the
 client's results, the seconds that they took together, and the bytes of the weights that
-it holds. Where several servers or turns share the load, each has an equal part of it.
+it holds. Where several servers or turns share the load, each has an equal part of it;
+these servers start with --enforce-eager, because to compile takes longer than they run.
 """
 
 import time
@@ -24,7 +25,7 @@ Measured = tuple[list[dict[str, Any]], float, int]
 
 COMMON = ["--served-model-name=base", "--dtype=bfloat16", "--max-model-len=1024"]
 # Random prompts of one seed are the same in every row: cached, they would be free.
-COMMON += ["--enforce-eager", "--no-enable-prefix-caching"]
+COMMON += ["--no-enable-prefix-caching"]
 LOG = MORE / "server.log"
 WARM_UP = Load("closed", "16:4", 8, request_rate=0, max_concurrency=8, seed=1)
 
@@ -108,7 +109,9 @@ def many_servers(count: int, load: Load) -> Iterator[Measured]:
     )
     with ExitStack() as stack, ThreadPoolExecutor(count) as pool:
         logs = [LOG.with_name(f"server-{i}.log") for i in range(count)]
-        servers = [stock(merged(i), log=logs[i]) for i in range(count)]
+        servers = [
+            stock(merged(i), "--enforce-eager", log=logs[i]) for i in range(count)
+        ]
         addresses = list(pool.map(stack.enter_context, servers))
         for now in (WARM_UP, part):
             models = ["base"] * now.num_prompts
@@ -129,7 +132,7 @@ def swapping(count: int, load: Load) -> Iterator[Measured]:
     folders, results = [merged(i) for i in range(count)], []
     start = time.perf_counter()
     for folder in folders:
-        with stock(folder) as address:
+        with stock(folder, "--enforce-eager") as address:
             models = ["base"] * part.num_prompts
             results.append(drive(address, base(), models, part))
     yield results, time.perf_counter() - start, base_bytes(str(base()))

@@ -49,6 +49,24 @@ def test_mixed_batch_equals_each_model_alone(
             assert bool(answer[2]) == (prompt_logprobs is not None)
 
 
+def test_a_compiled_engine(
+    family, alone, engine, answers, difference, load, manager_of, prompts
+):
+    """vLLM's default. One piece of code runs steps with and without deltas."""
+    made, expected = family("llama-tied"), alone("llama-tied")
+    options = {"quantization": "dqrelo", "max_loras": 2, "enforce_eager": False}
+    llm = engine(made.base, **options)
+    assert not manager_of(llm).step.may_skip
+    requests = [None] + [
+        load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)
+    ]
+    order = [(p, m) for p in range(len(prompts)) for m in range(len(requests))]
+    for chosen in (order, [(p, 0) for p in range(len(prompts))], order[::-1]):
+        asked = [prompts[p] for p, _ in chosen], [requests[m] for _, m in chosen]
+        for (p, m), answer in zip(chosen, answers(llm, *asked), strict=True):
+            assert difference(answer, expected[m][p]) <= TOLERANCE, (p, m)
+
+
 @pytest.fixture
 def merges(monkeypatch):
     """What a GPU does with prompts, here: weights stay readable, 4 rows are merged.
