@@ -273,3 +273,44 @@ def test_serve_refuses_another_base_and_a_name_twice(family, capsys):
     assert "belongs to another base" in capsys.readouterr().err
     assert cli.main(["serve", str(made.base), "--delta", delta, "--delta", delta]) == 1
     assert "math is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "compiled"),
+    [
+        ({"quantization": "dqrelo"}, True),
+        ({"quantization": "dqrelo", "enforce_eager": True}, False),
+        ({"enable_lora": True}, False),  # vLLM's own adapters, as before
+    ],
+    ids=str,
+)
+def test_what_is_compiled_on_the_cpu(family, options, compiled):
+    from vllm.config import CompilationMode
+    from vllm.engine.arg_utils import EngineArgs
+
+    options |= {"dtype": "float32", "skip_tokenizer_init": True}
+    arguments = EngineArgs(str(family("llama").base), **options)
+    config = arguments.create_engine_config()
+    assert (config.compilation_config.mode != CompilationMode.NONE) is compiled
+    assert config.lora_config is not None
+
+
+def test_experts_are_not_compiled(save_model, tmp_path):
+    from transformers import MixtralConfig
+    from vllm.config import CompilationMode
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
+    base = save_model(config, tmp_path, 0)
+    options = {"dtype": "float32", "skip_tokenizer_init": True}
+    arguments = EngineArgs(str(base), quantization="dqrelo", **options)
+    mode = arguments.create_engine_config().compilation_config.mode
+    assert mode == CompilationMode.NONE
