@@ -62,3 +62,14 @@ def wait_for(process: subprocess.Popen[bytes], health: str, log: Path) -> None:
         time.sleep(1)
     tail = "\n".join(log.read_text().splitlines()[-30:])
     raise SystemExit(f"{tail}\n\nThe server did not start; its whole log is {log}.")
+
+
+def metric(address: str, name: str, *labels: str) -> float:
+    """The sum of a metric's samples that have all ``labels``, such as 'tier="host"'."""
+    with urllib.request.urlopen(f"{address}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(
+        float(line.rsplit(" ", 1)[1])
+        for line in lines
+        if line.partition("{")[0] == name and all(text in line for text in labels)
+    )

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -35,7 +34,7 @@ from machine import machine
 from models import MORE, delta, weaker
 from openai import APIError, APIStatusError, AsyncOpenAI
 from reference import TOKENS, TOLERANCE, Reference, references
-from server import DQRELO, server
+from server import DQRELO, metric, server
 from tasks import TASKS
 from tqdm import tqdm
 
@@ -275,8 +274,8 @@ class Soak:
         """Nothing may be left of all that when everyone has gone."""
         for _ in range(60):
             await asyncio.sleep(1)
-            left = self.sample("vllm:num_requests_running")
-            left += self.sample("vllm:num_requests_waiting")
+            left = metric(self.address, "vllm:num_requests_running")
+            left += metric(self.address, "vllm:num_requests_waiting")
             if not left:
                 break
         listed = await self.client.get("/dqrelo/deltas", cast_to=dict[str, Any])
@@ -284,15 +283,9 @@ class Soak:
         if left:
             self.complain(f"{left:g} requests are left in the server")
 
-    def sample(self, name: str, *labels: str) -> float:
-        """The sum of a metric's samples."""
-        with urllib.request.urlopen(f"{self.address}/metrics", timeout=30) as answer:
-            lines = answer.read().decode().splitlines()
-        return sum(
-            float(line.rsplit(" ", 1)[1])
-            for line in lines
-            if line.partition("{")[0] == name and all(text in line for text in labels)
-        )
+    def count(self, name: str, label: str) -> float:
+        """One of our counters."""
+        return metric(self.address, f"dqrelo:{name}_total", label)
 
     def results(self) -> dict[str, object]:
         """What happened, for the table."""
@@ -302,13 +295,9 @@ class Soak:
         return {
             **dict(sorted(self.counts.items())),
             "largest difference of a logprob": self.worst,
-            "deltas read": self.sample("dqrelo:delta_loads_total", 'outcome="ok"'),
-            "evicted from the device": self.sample(
-                "dqrelo:delta_evictions_total", 'tier="device"'
-            ),
-            "dropped from memory": self.sample(
-                "dqrelo:delta_evictions_total", 'tier="host"'
-            ),
+            "deltas read": self.count("delta_loads", 'outcome="ok"'),
+            "evicted from the device": self.count("delta_evictions", 'tier="device"'),
+            "dropped from memory": self.count("delta_evictions", 'tier="host"'),
             "memory_second_quarter_mib": mebibytes(early),
             "memory_last_quarter_mib": mebibytes(late),
             "problems": len(self.problems),

@@ -325,11 +325,13 @@ def plan_table(found: dict[str, Any]) -> str:
 def router_table(rows: list[Row]) -> str:
     """Where requests found their delta, behind a router."""
     body = [
-        [row["policy"]]
+        [f"`{row['policy']}`"]
         + [f"{float(row[key]):.1%}" if row[key] else "" for key in row if "hits" in key]
+        + [row["copies"]]
         for row in rows
     ]
-    return table(["`--policy`", "hits, counted", "`dqrelo plan`'s simulation"], body)
+    head = ["`--policy`", "hits, counted", "`dqrelo plan`'s simulation"]
+    return table([*head, "copies by each replica"], body)
 
 
 def versions_table(rows: list[Row]) -> str:
