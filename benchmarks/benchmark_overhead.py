@@ -2,16 +2,19 @@
 """What requests of the base pay for the plugin.
 
     python benchmarks/benchmark_overhead.py BASE DELTA [--compiled] [--output FILE]
+    python benchmarks/benchmark_overhead.py [--compiled] [--output FILE]
 
 Two engines in one process, vLLM alone and vLLM with the plugin and a resident delta,
 decode the same eight prompts of the base, a step of one and a step of the other by
 turns. The ratio is that of the medians; its range is that of ten parts of the run,
-which says how much of it is noise.
+which says how much of it is noise. Without a base it is a small mixture of experts at
+random, whose experts the plugin computes by itself, and a delta of its norms.
 """
 
 import argparse
 import os
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,14 +22,45 @@ from typing import Any
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
+import torch
 from machine import machine
 from table import Table
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from vllm import LLM, SamplingParams
 
+from dqrelo_tools.convert import convert
 from vllm_dqrelo import load_delta
 
 REQUESTS, STEPS, PARTS = 8, 600, 10
+
+MIXTURE = Qwen3MoeConfig(
+    vocab_size=1024,
+    hidden_size=512,
+    moe_intermediate_size=256,
+    num_experts=60,
+    num_experts_per_tok=4,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=1024,
+)
+
+
+def mixture(folder: Path) -> tuple[str, str]:
+    """A random mixture of experts and a delta."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MIXTURE).bfloat16()
+    base, tuned, delta = (folder / name for name in ("base", "tuned", "delta"))
+    model.save_pretrained(base)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.mul_(1.5)
+    model.save_pretrained(tuned)
+    convert(str(base), str(tuned), delta, 1 / 8)
+    return str(base), str(delta)
 
 
 def engine(base: str, **options: Any) -> Any:
@@ -35,6 +69,7 @@ def engine(base: str, **options: Any) -> Any:
         base,
         dtype="bfloat16",
         max_model_len=1024,
+        skip_tokenizer_init=True,
         enable_prefix_caching=False,
         **options,
     )
@@ -42,7 +77,9 @@ def engine(base: str, **options: Any) -> Any:
 
 def start(llm: Any) -> None:
     """Eight requests of the base, past their prompts."""
-    sampling = SamplingParams(temperature=0, max_tokens=STEPS + 50, ignore_eos=True)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=STEPS + 50, ignore_eos=True, detokenize=False
+    )
     for i in range(REQUESTS):
         prompt = {"prompt_token_ids": list(range(100 * i + 5, 100 * i + 69))}
         llm.llm_engine.add_request(str(i), prompt, sampling)
@@ -60,16 +97,20 @@ def seconds(llm: Any) -> float:
 def main() -> None:
     """Measure, and write the row."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("base")
-    parser.add_argument("delta")
+    parser.add_argument("base", nargs="?")
+    parser.add_argument("delta", nargs="?")
     parser.add_argument("--compiled", action="store_true", help="no --enforce-eager")
     parser.add_argument("--output", type=Path, help="a CSV file to add the row to")
     arguments = parser.parse_args()
     options = {"enforce_eager": not arguments.compiled}
-    alone = engine(arguments.base, **options)
-    plugin = engine(arguments.base, quantization="dqrelo", **options)
-    delta = load_delta(plugin, "delta", arguments.delta)
-    one = SamplingParams(max_tokens=1)
+    with tempfile.TemporaryDirectory() as folder:
+        base, delta_folder = arguments.base, arguments.delta
+        if base is None:
+            base, delta_folder = mixture(Path(folder))
+        alone = engine(base, **options)
+        plugin = engine(base, quantization="dqrelo", **options)
+        delta = load_delta(plugin, "delta", delta_folder)
+    one = SamplingParams(max_tokens=1, detokenize=False)
     plugin.generate({"prompt_token_ids": [1]}, one, lora_request=delta, use_tqdm=False)
     start(alone)
     start(plugin)

@@ -2,6 +2,8 @@
 """The hooks: what vLLM calls and what we patch, on the vLLM that is installed."""
 
 import inspect
+import json
+import pickle
 import re
 import subprocess
 import sys
@@ -196,6 +198,87 @@ def test_what_is_not_right_with_deltas_is_refused(
         monkeypatch.setattr(owner, name, value)
     with pytest.raises(ValueError, match=message):
         DeltaManager(config, torch.device("cpu"))
+
+
+def compressed(bits, type_, inputs):
+    """The quantization_config of a checkpoint of compressed-tensors."""
+    one = {"num_bits": bits, "type": type_, "strategy": "channel", "symmetric": True}
+    two = one | {"strategy": "token", "dynamic": True} if inputs else None
+    packed = type_ == "int" and not inputs
+    group = {"targets": ["Linear"], "weights": one, "input_activations": two}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized" if packed else f"{type_}-quantized",
+        "config_groups": {"group_0": group},
+    }
+
+
+W4A16, W8A8 = compressed(4, "int", False), compressed(8, "int", True)
+FP8 = compressed(8, "float", True)
+
+
+@pytest.fixture
+def quantised(family, tmp_path):
+    """``quantised(settings, dtype)``: the configuration of an engine on such a base."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make(settings, dtype):
+        config = json.loads((family("llama").base / "config.json").read_text())
+        config["quantization_config"] = settings
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        options = {"quantization": "dqrelo", "skip_tokenizer_init": True}
+        return EngineArgs(str(tmp_path), dtype=dtype, **options).create_engine_config()
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "amx", "right"),
+    [
+        (W8A8, "float16", True, "bfloat16"),
+        (W8A8, "float32", True, "bfloat16"),
+        (W8A8, "float32", False, None),
+        (W4A16, "float32", False, "bfloat16 or float16"),
+        (W4A16, "float16", True, None),
+        (FP8, "float32", True, None),
+    ],
+)
+def test_what_kernels_of_the_base_cannot_compute_is_refused(
+    settings, dtype, amx, right, quantised, monkeypatch
+):
+    import torch
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    if right is None:
+        quantised(settings, dtype)
+        return
+    message = f"-quantized do not compute in torch.{dtype}: give --dtype {right}$"
+    with pytest.raises(ValueError, match=message):
+        quantised(settings, dtype)
+
+
+def test_the_configuration_of_a_quantised_base_travels_to_a_worker(quantised):
+    from vllm_dqrelo.quantization import UnderDeltas
+
+    sent = quantised(W4A16, "bfloat16").quant_config
+    got = pickle.loads(pickle.dumps(sent))
+    assert isinstance(got, UnderDeltas) and isinstance(got, type(sent).__bases__[1])
+    assert repr(vars(got)) == repr(vars(sent))
+
+
+def test_layers_that_deltas_cannot_be_put_on_are_refused():
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.linear import LinearMethodBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    from vllm_dqrelo.quantization import under_deltas
+
+    class Quantised(LinearMethodBase):
+        create_weights = apply = None
+
+    for layer, message in ((RoutedExperts, "experts"), (ParallelLMHead, "LM heads")):
+        with pytest.raises(ValueError, match=f"has no quantised .*{message}"):
+            under_deltas(layer.__new__(layer), Quantised())
 
 
 def test_an_architecture_that_nobody_tested_is_named(monkeypatch, config):

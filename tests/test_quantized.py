@@ -318,23 +318,6 @@ def test_the_fingerprint_as_documented(save_model, tmp_path):
     assert Checkpoint(quantised).fingerprint() == expected
 
 
-@pytest.mark.vllm
-def test_layers_that_deltas_cannot_be_put_on_are_refused():
-    pytest.importorskip("vllm")
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-    from vllm.model_executor.layers.linear import LinearMethodBase
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    from vllm_dqrelo.quantization import under_deltas
-
-    class Quantised(LinearMethodBase):
-        create_weights = apply = None
-
-    for layer, message in ((RoutedExperts, "experts"), (ParallelLMHead, "LM heads")):
-        with pytest.raises(ValueError, match=f"has no quantised .*{message}"):
-            under_deltas(layer.__new__(layer), Quantised())
-
-
 def logprobs(model, prompts):
     """Of the tokens of each prompt but the first, one after another."""
     found = []
@@ -350,12 +333,17 @@ def rms(difference):
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("kind", SERVED)
-def test_a_mixed_batch_on_a_quantised_base(kind, models, tmp_path, prompts, load):
+@pytest.mark.parametrize("kind", [*SERVED, "w4a16 -tp 2"])
+def test_a_mixed_batch_on_a_quantised_base(
+    kind, models, tmp_path, prompts, load, monkeypatch
+):
     """Against transformers, in float32, with what the base's weights stand for."""
     if kind == "fp8-block" and not torch.cpu._is_amx_tile_supported():
         pytest.skip("vLLM's block-scaled matrices need a CPU with AMX")
     vllm = pytest.importorskip("vllm")
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    kind, *workers = kind.split(" -tp ")
     _, quantised, deltas = models(kind)
     expected = [logprobs(fidelity.load(quantised), prompts)]
     for i, delta in enumerate(deltas):
@@ -365,8 +353,12 @@ def test_a_mixed_batch_on_a_quantised_base(kind, models, tmp_path, prompts, load
     for i, one in enumerate(expected):
         for other in expected[:i]:
             assert rms(one - other) > 0.1
+    cleanup_dist_env_and_memory()  # vLLM remembers the variable
+    if workers:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
     llm = vllm.LLM(
         str(quantised),
+        tensor_parallel_size=2 if workers else 1,
         quantization="dqrelo",
         skip_tokenizer_init=True,
         enforce_eager=True,

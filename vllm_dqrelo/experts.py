@@ -21,6 +21,8 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import (
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.utils import replace_parameter
 
 from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
 from dqrelo_kernels.rows import BASE, RowGroups
@@ -38,8 +40,8 @@ class DeltaExperts(FusedMoEMethodBase):
     """The experts of one layer, one after another, with the deltas of their rows.
 
     It is the method of the layer from the start, unlike DeltaMethod: a delta belongs
-    between an expert's two matrices, where a fused kernel lets nobody in, and vLLM's
-    kernels for the CPU keep no weights that another could use.
+    between an expert's two matrices, where a fused kernel lets nobody in. Each matrix
+    is what vLLM makes of that of a linear layer.
 
     Args:
         moe: configuration of the layer.
@@ -54,6 +56,7 @@ class DeltaExperts(FusedMoEMethodBase):
                 + ", ".join(known.value for known in ACTIVATIONS)
             )
         self.activation = ACTIVATIONS[moe.activation]
+        self.matrices: dict[str, list[torch.nn.Module]] = {}  # of each expert
         self.step: Step  # by install, before the layer is called
         self.deltas: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
@@ -64,6 +67,13 @@ class DeltaExperts(FusedMoEMethodBase):
                 "experts' input"
             )
         UnquantizedFusedMoEMethod.create_weights(self, layer, *args, **kwargs)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Lay each matrix out for vLLM's kernels; the layer keeps only the shapes."""
+        for part, name in ((GATE_UP, "w13_weight"), (DOWN, "w2_weight")):
+            weights = layer.get_parameter(name).data
+            self.matrices[part] = [_matrix(weight) for weight in weights]
+            replace_parameter(layer, name, weights.to("meta"))
 
     def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> FusedMoEQuantConfig:
         return FusedMoEQuantConfig.make()
@@ -110,19 +120,15 @@ class DeltaExperts(FusedMoEMethodBase):
         """
         experts, order = topk_ids.flatten().sort(stable=True)
         rows = order // topk_ids.shape[1]
-        count = len(layer.w13_weight)
+        count = len(self.matrices[DOWN])
         ends = experts.bincount(minlength=count).cumsum(0).tolist()
-        groups = self._groups(rows, experts, count)
+        groups = None if self.step.skips else self._groups(rows, experts, count)
 
-        chosen = x[rows]
-        gate, up = self._multiply(
-            GATE_UP, chosen, layer.w13_weight, ends, groups
-        ).chunk(2, dim=-1)
+        gate, up = self._multiply(GATE_UP, x[rows], ends, groups).chunk(2, dim=-1)
         hidden = self.activation(gate) * up
-        out = self._multiply(DOWN, hidden, layer.w2_weight, ends, groups)
-        out = out.float() * topk_weights.flatten()[order, None].float()
-        y = torch.zeros_like(x, dtype=torch.float32).index_add_(0, rows, out)
-        return y.to(x.dtype)
+        out = self._multiply(DOWN, hidden, ends, groups)
+        out = out[order.argsort()].view(*topk_ids.shape, -1)
+        return (out.float() * topk_weights[..., None].float()).sum(1).to(x.dtype)
 
     def _groups(
         self, rows: torch.Tensor, experts: torch.Tensor, count: int
@@ -135,21 +141,19 @@ class DeltaExperts(FusedMoEMethodBase):
         groups.set(pairs.int().numpy())
         return groups
 
+    def multiply(self, part: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """``x`` [M, K] by one expert's matrix, or its two: [M, N]."""
+        matrix: Any = self.matrices[part][expert]
+        return matrix.cpu_linear(x, matrix.weight, None)
+
     def _multiply(
-        self,
-        part: str,
-        x: torch.Tensor,
-        weights: torch.Tensor,
-        ends: list[int],
-        groups: RowGroups,
+        self, part: str, x: torch.Tensor, ends: list[int], groups: RowGroups | None
     ) -> torch.Tensor:
         """Rows ``ends[e - 1]`` to ``ends[e]`` of ``x`` by expert e; then the deltas."""
-        y = x.new_empty(len(x), weights.shape[1])
-        start = 0
-        for weight, end in zip(weights, ends, strict=True):
-            if end > start:
-                y[start:end] = F.linear(x[start:end], weight)
-            start = end
+        spans = enumerate(zip([0, *ends], ends, strict=False))
+        y = torch.cat([self.multiply(part, e, x[a:b]) for e, (a, b) in spans if b > a])
+        if groups is None:
+            return y
         arena, table, slices = self.deltas[part]
         torch.ops.dqrelo.delta_linear_(
             y,
@@ -164,3 +168,11 @@ class DeltaExperts(FusedMoEMethodBase):
             groups.num_active,
         )
         return y
+
+
+def _matrix(weight: torch.Tensor) -> torch.nn.Module:
+    """A layer [N, K] with the kernel that vLLM chooses for it on the CPU."""
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    return layer

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vllm_dqrelo.experts import DOWN, DeltaExperts
+from vllm_dqrelo.experts import DeltaExperts
 from vllm_dqrelo.format.checkpoint import Checkpoint
 from vllm_dqrelo.sites import Place, Sites
 
@@ -20,8 +20,8 @@ def rearranged(sites: Sites, checkpoint: Checkpoint, device: torch.device) -> se
     """The parameters of ``checkpoint`` that ``sites`` have in another order.
 
     Each matrix is tried where rows and columns with index ``i * (size - 1) // 7``
-    cross, for i = 0..7. Linear layers are called, so that it does not matter how they
-    store their weights; deltas must not be installed yet.
+    cross, for i = 0..7. Linear layers and experts are called, so that it does not
+    matter how they store their weights; deltas must not be installed yet.
     """
     return {
         name
@@ -48,15 +48,15 @@ def _as_stored(
     start = sum(place.site.sizes[: place.index])
     if not hasattr(module, "quant_method"):
         return _equal(module.weight[rows][:, columns], stored)
-    if isinstance(module.quant_method, DeltaExperts):
-        expert, part = divmod(place.index, len(place.site.of_a_row))
-        down = place.site.name.endswith(DOWN)
-        weight = (module.w2_weight if down else module.w13_weight)[expert]
-        found = weight[part * len(place.rows) :][rows][:, columns]
-        return _equal(found, stored)
     x = torch.zeros(len(columns), place.site.columns, dtype=module.params_dtype)
     x[range(len(columns)), columns] = 1
-    y = module.quant_method.apply(module, x.to(device))
+    if isinstance(module.quant_method, DeltaExperts):
+        expert, index = divmod(place.index, len(place.site.of_a_row))
+        start = index * len(place.rows)
+        part = place.site.name.rpartition(".")[2]
+        y = module.quant_method.multiply(part, expert, x.to(device))
+    else:
+        y = module.quant_method.apply(module, x.to(device))
     return _equal(y[:, [start + row for row in rows]].T, stored)
 
 

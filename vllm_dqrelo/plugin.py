@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_dqrelo import __version__, compat, compat_frontend
 
@@ -47,8 +48,12 @@ def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) 
     """Turn on vLLM's LoRA control plane, which deltas use, for a dqrelo engine."""
     if model_config.quantization != "dqrelo":
         return
+    from vllm_dqrelo.quantization import refuse_dtype
     from vllm_dqrelo.vocabulary import enlarge
 
+    quantized = model_config.model_arch_config.quantization_config
+    if quantized and current_platform.is_cpu():
+        refuse_dtype(quantized, model_config.dtype)
     patch_engine()  # for an engine in this process
     compat.keep_compilation(can_be_compiled)
     compat_frontend.show_reasons()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``--quantization dqrelo``: a base under deltas, in 16 bits or quantised."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,8 +38,7 @@ class DqreloConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
         """Of a base that is quantised: its own configuration, with our layers in it."""
         own = get_quantization_config(config["quant_method"])
-        under: Any = type(f"{own.__name__}UnderDeltas", (UnderDeltas, own), {})
-        return under.from_config(config)
+        return _class_of(own).from_config(config)
 
     @classmethod
     def override_quantization_method(
@@ -62,6 +62,48 @@ class UnderDeltas:
     ) -> QuantizeMethodBase | None:
         own: Any = super()
         return under_deltas(layer, own.get_quant_method(layer, prefix))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The class is made anew in another process."""
+        own = type(self).__bases__[1]
+        return _new, (own,), self.__dict__
+
+
+def _class_of(own: type[QuantizationConfig]) -> Any:
+    return type(f"{own.__name__}UnderDeltas", (UnderDeltas, own), {})
+
+
+def _new(own: type[QuantizationConfig]) -> QuantizationConfig:
+    made = _class_of(own)
+    return made.__new__(made)
+
+
+def refuse_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Refuse a base whose kernels on the CPU do not take activations of ``dtype``.
+
+    They would fail in the first step, or end the process (float16 by integers of 8
+    bits, on a CPU with AMX). vLLM itself refuses what is wrong with other formats.
+
+    Args:
+        config: quantization_config of the checkpoint.
+    """
+    amx = torch.cpu._is_amx_tile_supported()
+    known = {torch.bfloat16, torch.float16, torch.float32}
+    for group in config.get("config_groups", {}).values():
+        inputs = group.get("input_activations")
+        if group["weights"]["type"] != "int":
+            continue
+        if inputs is None:
+            known -= {torch.float32}
+        elif (inputs["type"], inputs["symmetric"], amx) == ("int", True, True):
+            known = {torch.bfloat16}
+    if dtype not in known:
+        names = sorted(str(one).removeprefix("torch.") for one in known)
+        raise ValueError(
+            f"vLLM's CPU kernels for {config['quant_method']} bases of format "
+            f"{config.get('format')} do not compute in {dtype}: give --dtype "
+            + " or ".join(names)
+        )
 
 
 def under_deltas(
