@@ -200,6 +200,19 @@ def test_what_is_not_right_with_deltas_is_refused(
         DeltaManager(config, torch.device("cpu"))
 
 
+def test_a_mixture_of_experts_is_not_compiled(config, tmp_path):
+    """Whose rows are sorted by what the router chose."""
+    from transformers import Qwen3MoeConfig
+    from vllm.config import CompilationMode
+    from vllm.engine.arg_utils import EngineArgs
+
+    assert config.compilation_config.mode != CompilationMode.NONE
+    Qwen3MoeConfig(architectures=["Qwen3MoeForCausalLM"]).save_pretrained(tmp_path)
+    options = {"quantization": "dqrelo", "skip_tokenizer_init": True}
+    mixture = EngineArgs(str(tmp_path), **options).create_engine_config()
+    assert mixture.compilation_config.mode == CompilationMode.NONE
+
+
 def compressed(bits, type_, inputs):
     """The quantization_config of a checkpoint of compressed-tensors."""
     one = {"num_bits": bits, "type": type_, "strategy": "channel", "symmetric": True}
