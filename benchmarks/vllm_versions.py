@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "versions.csv"
 # All that are built for torch 2.13.
 VERSIONS = ("0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
-SUBJECTS = "plugin serving identity frontend vocabulary metrics http"
+SUBJECTS = "plugin engine_config serving identity frontend vocabulary metrics http"
 TESTS = [f"tests/test_{subject}.py" for subject in SUBJECTS.split()]
 # The range that this one is about is the one that the copy does not have.
 TESTS += ["--deselect=tests/test_plugin.py::test_vllm_outside_the_tested_range"]

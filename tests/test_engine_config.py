@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine's configuration: what is switched on, warned of and refused."""
+
+import json
+import pickle
+from types import SimpleNamespace
+
+import pytest
+
+vllm = pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture
+def config(family):
+    """The configuration of a dqrelo engine, made as vLLM makes it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        model=str(family("llama").base), quantization="dqrelo", skip_tokenizer_init=True
+    ).create_engine_config()
+
+
+def test_the_option_alone_switches_the_control_plane_on(config):
+    from vllm_dqrelo import __version__
+
+    assert config.lora_config.max_loras == 8
+    assert config.additional_config == {"dqrelo": {"version": __version__}}
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("parallel_config", "world_size", 2, "not by pipeline or context parallelism"),
+        ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
+        (None, "speculative_config", SimpleNamespace(method="eagle"), "not eagle"),
+        ("parallel_config", "use_ubatching", True, "dual-batch overlap"),
+        (
+            "parallel_config",
+            "enable_batch_sharded_sampling",
+            True,
+            "--enable-batch-sharded-sampling",
+        ),
+        ("model_config", "supports_multimodal_inputs", True, "images or sound"),
+        ("model_config", "is_encoder_decoder", True, "encoder-decoder"),
+        ("model_config", "is_diffusion", True, "diffusion"),
+        ("model_config", "enable_prompt_embeds", True, "--enable-prompt-embeds"),
+        ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
+        (None, "weight_transfer_config", object(), "--weight-transfer-config"),
+    ],
+)
+def test_what_is_not_right_with_deltas_is_refused(
+    monkeypatch, config, part, name, value, message
+):
+    import torch
+
+    from vllm_dqrelo.manager import DeltaManager
+
+    owner = getattr(config, part) if part else config
+    if isinstance(getattr(type(owner), name, None), property):
+        monkeypatch.setattr(type(owner), name, property(lambda self: value))
+    else:
+        monkeypatch.setattr(owner, name, value)
+    with pytest.raises(ValueError, match=message):
+        DeltaManager(config, torch.device("cpu"))
+
+
+def test_a_mixture_of_experts_is_not_compiled(config, tmp_path):
+    """Whose rows are sorted by what the router chose."""
+    from transformers import Qwen3MoeConfig
+    from vllm.config import CompilationMode
+    from vllm.engine.arg_utils import EngineArgs
+
+    assert config.compilation_config.mode != CompilationMode.NONE
+    Qwen3MoeConfig(architectures=["Qwen3MoeForCausalLM"]).save_pretrained(tmp_path)
+    options = {"quantization": "dqrelo", "skip_tokenizer_init": True}
+    mixture = EngineArgs(str(tmp_path), **options).create_engine_config()
+    assert mixture.compilation_config.mode == CompilationMode.NONE
+
+
+def compressed(bits, type_, inputs):
+    """The quantization_config of a checkpoint of compressed-tensors."""
+    one = {"num_bits": bits, "type": type_, "strategy": "channel", "symmetric": True}
+    two = one | {"strategy": "token", "dynamic": True} if inputs else None
+    packed = type_ == "int" and not inputs
+    group = {"targets": ["Linear"], "weights": one, "input_activations": two}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized" if packed else f"{type_}-quantized",
+        "config_groups": {"group_0": group},
+    }
+
+
+W4A16, W8A8 = compressed(4, "int", False), compressed(8, "int", True)
+FP8 = compressed(8, "float", True)
+
+
+@pytest.fixture
+def quantised(family, tmp_path):
+    """``quantised(settings, dtype)``: the configuration of an engine on such a base."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make(settings, dtype):
+        config = json.loads((family("llama").base / "config.json").read_text())
+        config["quantization_config"] = settings
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        options = {"quantization": "dqrelo", "skip_tokenizer_init": True}
+        return EngineArgs(str(tmp_path), dtype=dtype, **options).create_engine_config()
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "amx", "right"),
+    [
+        (W8A8, "float16", True, "bfloat16"),
+        (W8A8, "float32", True, "bfloat16"),
+        (W8A8, "float32", False, None),
+        (W4A16, "float32", False, "bfloat16 or float16"),
+        (W4A16, "float16", True, None),
+        (FP8, "float32", True, None),
+    ],
+)
+def test_what_kernels_of_the_base_cannot_compute_is_refused(
+    settings, dtype, amx, right, quantised, monkeypatch
+):
+    import torch
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    if right is None:
+        quantised(settings, dtype)
+        return
+    message = f"-quantized do not compute in torch.{dtype}: give --dtype {right}$"
+    with pytest.raises(ValueError, match=message):
+        quantised(settings, dtype)
+
+
+def test_the_configuration_of_a_quantised_base_travels_to_a_worker(quantised):
+    from vllm_dqrelo.quantization import UnderDeltas
+
+    sent = quantised(W4A16, "bfloat16").quant_config
+    got = pickle.loads(pickle.dumps(sent))
+    assert isinstance(got, UnderDeltas) and isinstance(got, type(sent).__bases__[1])
+    assert repr(vars(got)) == repr(vars(sent))
+
+
+def test_layers_that_deltas_cannot_be_put_on_are_refused():
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.linear import LinearMethodBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    from vllm_dqrelo.quantization import under_deltas
+
+    class Quantised(LinearMethodBase):
+        create_weights = apply = None
+
+    for layer, message in ((RoutedExperts, "experts"), (ParallelLMHead, "LM heads")):
+        with pytest.raises(ValueError, match=f"has no quantised .*{message}"):
+            under_deltas(layer.__new__(layer), Quantised())
+
+
+def test_an_architecture_that_nobody_tested_is_named(monkeypatch, config):
+    from vllm_dqrelo import options
+
+    logged = []
+    monkeypatch.setattr(options.logger, "warning", lambda *args: logged.append(args))
+    options.warn_untested(config)
+    assert not logged
+    monkeypatch.setattr(options, "TESTED_ARCHITECTURES", {"OtherForCausalLM"})
+    options.warn_untested(config)
+    assert logged[0][1:] == ("LlamaForCausalLM", "OtherForCausalLM")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("enable_expert_parallel", True), ("data_parallel_size", 2)]
+)
+def test_experts_that_get_rows_of_other_workers_are_refused(
+    monkeypatch, config, name, value
+):
+    import torch
+
+    from vllm_dqrelo.manager import DeltaManager
+
+    monkeypatch.setattr(config.parallel_config, name, value)
+    DeltaManager(config, torch.device("cpu"))  # without experts it is right
+    monkeypatch.setattr(type(config.model_config), "is_moe", True)
+    with pytest.raises(ValueError, match="--enable-expert-parallel or with --data-par"):
+        DeltaManager(config, torch.device("cpu"))
+
+
+def test_a_scheduler_of_another_kind_is_refused():
+    from vllm_dqrelo.compat import check_scheduler
+
+    with pytest.raises(ValueError, match="--scheduler-cls"):
+        check_scheduler(dict)
+
+
+def test_a_gpu_is_refused_until_it_was_tested(monkeypatch, config):
+    import torch
+
+    from vllm_dqrelo.manager import DeltaManager
+
+    with pytest.raises(ValueError, match="runs on the CPU only so far, not on cuda"):
+        DeltaManager(config, torch.device("cuda"))
+    monkeypatch.setattr(type(config.model_config), "is_moe", True)
+    with pytest.raises(ValueError, match="it has mixtures of experts on the CPU only"):
+        DeltaManager(config, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("options", "compiled"),
+    [
+        ({"quantization": "dqrelo"}, True),
+        ({"quantization": "dqrelo", "enforce_eager": True}, False),
+        ({"enable_lora": True}, False),  # vLLM's own adapters, as before
+    ],
+    ids=str,
+)
+def test_what_is_compiled_on_the_cpu(family, options, compiled):
+    from vllm.config import CompilationMode
+    from vllm.engine.arg_utils import EngineArgs
+
+    options |= {"dtype": "float32", "skip_tokenizer_init": True}
+    arguments = EngineArgs(str(family("llama").base), **options)
+    config = arguments.create_engine_config()
+    assert (config.compilation_config.mode != CompilationMode.NONE) is compiled
+    assert config.lora_config is not None
