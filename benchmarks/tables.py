@@ -157,6 +157,22 @@ def prediction_table(rows: list[Row], predicted: list[Row]) -> str:
     return f"{text}\n\nCorrelation of all pairs: {value:.4f}."
 
 
+def quantized_table(rows: list[Row]) -> str:
+    """KL on a rounded base: of a delta made without it, and of one made from it."""
+    found = {(row["fine_tune"], row["base"], row["delta_of"]): row for row in rows}
+    body = [
+        [name, f"{bits} bits"]
+        + [
+            f"{float(found[name, f'w{bits}', f'{of} base']['kl']):.2e}"
+            for of in ("16 bits", f"w{bits}")
+        ]
+        for name in dict.fromkeys(row["fine_tune"] for row in rows)
+        for bits in (4, 8)
+    ]
+    head = ["fine-tune", "base", "delta of the 16-bit base"]
+    return table([*head, "of the base that is served"], body)
+
+
 def convert_table(rows: list[Row]) -> str:
     """Seconds and memory of conversions."""
     keys = ("model", "method", "seconds", "peak_mib")
@@ -355,6 +371,7 @@ def tables() -> dict[str, str]:
         "quality": quality_table(rows, names),
         "methods": method_table(rows, names),
         "sizes": method_table(rows, detailed(rows), seconds=True),
+        "quantized": quantized_table(read("quantized.csv")),
         "convert": convert_table(read("convert.csv")),
         "cpu": cpu_table(read("cpu.csv")),
         "amx": turns_table(read("amx.csv"), "amx"),

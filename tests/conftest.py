@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shapes import GROUPED, SHAPE, TIED, UNTIED
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -36,23 +37,11 @@ from dqrelo_tools.export import export
 
 pytest_plugins = ["servers", "engines"]
 
-SHAPE = {
-    "vocab_size": 320,
-    "hidden_size": 96,  # less than a block of signs
-    "intermediate_size": 200,  # not a whole number of words
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
 CONFIGS: dict[str, PretrainedConfig] = {
-    "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "llama": LlamaConfig(**SHAPE, tie_word_embeddings=False),
-    "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SHAPE, tie_word_embeddings=False),
+    "llama-tied": LlamaConfig(**GROUPED, **TIED),
+    "llama": LlamaConfig(**GROUPED, **UNTIED),
+    "qwen2": Qwen2Config(**GROUPED, **TIED),
+    "qwen3": Qwen3Config(**GROUPED, **UNTIED),
 }
 
 

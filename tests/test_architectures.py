@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shapes import GROUPED, SHAPE, TIED, UNTIED
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -38,20 +39,6 @@ pytestmark = pytest.mark.vllm
 # fp32 sums of up to 320 terms in another order, through two layers.
 TOLERANCE = 1e-4
 PROMPTS = [[1, 5, 9, 33, 200, 77, 3, 8], [4, 4, 100, 300, 2], [7] * 20 + [11, 12]]
-
-SHAPE = {
-    "vocab_size": 320,
-    "hidden_size": 96,
-    "intermediate_size": 200,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-GROUPED = SHAPE | {"num_key_value_heads": 1, "head_dim": 32}
-UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
 
 # What the others have and Llama has not.
 ARCHITECTURES: dict[str, PretrainedConfig] = {

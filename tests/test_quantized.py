@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shapes import SHAPE, UNTIED
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dqrelo_tools import cli, fidelity
@@ -16,18 +17,9 @@ from dqrelo_tools.export import export
 from vllm_dqrelo.format.checkpoint import Checkpoint
 
 GROUP = 32
-CONFIG = LlamaConfig(
-    vocab_size=320,
-    hidden_size=128,
-    intermediate_size=256,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    max_position_embeddings=256,
-    bos_token_id=1,
-    eos_token_id=None,
-    tie_word_embeddings=False,
-)
+# Whole groups and words.
+WIDER = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+CONFIG = LlamaConfig(**SHAPE | WIDER, **UNTIED)
 
 
 def words(values, order=range(8)):

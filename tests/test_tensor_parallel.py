@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shapes import SHAPE, UNTIED
 from transformers import Qwen2MoeConfig
 
 from dqrelo_kernels.table import ABSENT, Field, read
@@ -214,22 +215,16 @@ def test_what_fails_in_one_worker_fails_in_all():
 @pytest.fixture
 def base_and_tuned(tmp_path, save_model):
     """A base with experts, biases and one head of k and v; a fine-tune adds tokens."""
-    config = Qwen2MoeConfig(
-        vocab_size=320,
-        hidden_size=128,
-        intermediate_size=200,
-        moe_intermediate_size=40,  # 20 columns of a worker are not whole words
-        shared_expert_intermediate_size=72,
-        num_experts=5,
-        num_experts_per_tok=2,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=None,
-        tie_word_embeddings=False,
-    )
+    experts = {
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "moe_intermediate_size": 40,  # 20 columns of a worker are not whole words
+        "shared_expert_intermediate_size": 72,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+    }
+    config = Qwen2MoeConfig(**SHAPE | experts, **UNTIED)
     base = save_model(config, tmp_path / "base", 1)
     for i, added_tokens in enumerate((0, 5)):
         model = tmp_path / f"model-{i}"

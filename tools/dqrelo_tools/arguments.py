@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What options of the command line take: sizes, numbers of things, shares."""
+"""What options of the command line take: sizes, numbers, shares, files of pictures."""
 
 import argparse
+from pathlib import Path
 
 from huggingface_hub.serialization._base import parse_size_to_int
 
@@ -33,3 +34,13 @@ def share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return value
+
+
+def add_plot(command: argparse.ArgumentParser, what: str) -> None:
+    """Add the option that saves a picture of ``what``."""
+    command.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help=f"save a picture of {what} (.png, .pdf, .svg)",
+    )

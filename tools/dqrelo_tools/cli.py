@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from dqrelo_tools.arguments import size
+from dqrelo_tools.arguments import add_plot, size
 from dqrelo_tools.plan_command import add_plan
 from vllm_dqrelo.format.errors import DqreloError
 
@@ -52,12 +52,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="of the files with the tensors, as for convert",
     )
-    command.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="save a picture of predicted error and singular values (.png, .pdf, .svg)",
-    )
+    add_plot(command, "predicted error and singular values")
     command.add_argument("--json", action="store_true")
     add_device(command)
     command.set_defaults(run=advise)
@@ -129,12 +124,8 @@ def parser() -> argparse.ArgumentParser:
         'line, or .jsonl with "prompt", "text" or "messages"; takes 12 bytes of '
         "memory a weight",
     )
-    command.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="save a picture of the error of each layer (.png, .pdf, .svg); without "
-        "--model as the conversion found it",
+    add_plot(
+        command, "the error of each layer, without --model as the conversion found it"
     )
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=verify)

@@ -3,10 +3,9 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from dqrelo_tools.arguments import count, share, size
+from dqrelo_tools.arguments import add_plot, count, share, size
 from vllm_dqrelo.format.errors import DqreloError
 
 
@@ -70,12 +69,7 @@ def add_plan(commands: Any) -> None:
         "(default: 0.99)",
     )
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="save a picture of hit rate against models (.png, .pdf, .svg)",
-    )
+    add_plot(command, "hit rate against models")
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=plan)
 
