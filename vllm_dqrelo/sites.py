@@ -8,6 +8,7 @@ slices for each expert. Of a multimodal model only the language model has sites:
 rows of its other parts are not tokens.
 """
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -103,9 +104,11 @@ class Site:
         return self.whole_sizes[: len(self.sizes) // self.experts]
 
     def slices(self, device: torch.device) -> torch.Tensor:
-        """int32 [slices of a row + 1]: the first output feature of each, then N."""
-        ends = torch.tensor((0, *self.of_a_row)).cumsum(0)
-        return ends.to(dtype=torch.int32, device=device)
+        """int32 [slices of a row + 1]: the first output feature of each, then N.
+
+        Sites of the same sizes share it: a compiled step looks at each tensor it has.
+        """
+        return _ends(self.of_a_row, device)
 
     @property
     def adds_bias(self) -> bool:
@@ -263,6 +266,12 @@ class Sites:
                 and other.module.weight.data_ptr() == shared
             ]
         return places
+
+
+@functools.cache
+def _ends(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    ends = torch.tensor((0, *sizes)).cumsum(0)
+    return ends.to(dtype=torch.int32, device=device)
 
 
 def _language_model(model: Any) -> torch.nn.Module:
