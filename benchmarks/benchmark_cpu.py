@@ -241,7 +241,7 @@ def measure(
     found = {}
     for name in means:
         os.environ["DQRELO_NATIVE"] = "1" if name == "native" else "0"
-        cpu.library.cache_clear()
+        cpu.reset()
         found[f"{name}_ms"] = best_ms(deltas.step(step), 3)
     found["base_ms"] = best_ms(base.step(step), 3)
     found["lora_ms"] = best_ms(loras.step(step), 3)

@@ -34,11 +34,11 @@ POPULARITY = {
 def path(request, monkeypatch):
     """Everything here twice: in plain torch, and in native code."""
     monkeypatch.setenv("DQRELO_NATIVE", str(int(request.param == "native")))
-    cpu.library.cache_clear()
+    cpu.reset()
     if request.param == "native" and cpu.library() is None:
         pytest.skip("no C++ compiler: there is no native code to test")
     yield
-    cpu.library.cache_clear()
+    cpu.reset()
 
 
 class Arena:
@@ -344,16 +344,17 @@ def test_a_row_alone_and_in_a_mixed_batch(path, dtype, k):
 def test_activations_that_native_code_cannot_read():
     if cpu.library() is None:
         pytest.skip("torch reads them")
-    with pytest.raises(TypeError, match="side by side"):
-        cpu.native(torch.zeros(4, 4).T)
-    with pytest.raises(TypeError, match="float64"):
-        cpu.native(torch.zeros(4, dtype=torch.float64))
+    arena, groups = Arena(3, [1], seed=0), groups_of([0, 1])
+    step = (groups.rows, groups.slots, groups.num_active)
+    for x in (torch.zeros(4, 4).T, torch.zeros(4, 4, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="must be float32, bfloat16 or float16"):
+            torch.ops.dqrelo.delta_norm_(x, x, arena.data, arena.table, *step, 1e-5)
 
 
 def test_without_a_compiler_one_warning_and_plain_torch(path, monkeypatch, caplog):
     monkeypatch.setenv("DQRELO_NATIVE", "1")
     monkeypatch.setattr("shutil.which", lambda name: None)
-    cpu.library.cache_clear()
+    cpu.reset()
     assert cpu.library() is None and cpu.library() is None
     (record,) = caplog.records
     assert "install g++ or set CXX" in record.getMessage()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The ops of reference.py for CPUs, in plain C++17. cpu.py builds and calls them.
+// The ops of reference.py for CPUs, in plain C++17. cpu.py builds them, torch calls them.
 //
 // A linear computes t = A x for all rows of a delta, then the sums S x, to which B t and
 // the bias are added before they are rounded, once, into y. There are three ways
@@ -15,7 +15,7 @@
 // that has few rows, and not on the rows of others, on where a group is cut, or on the
 // threads.
 
-#include "cpu_linear.h"
+#include "cpu_torch.h"
 
 #include <cmath>
 
@@ -102,13 +102,87 @@ void normalise(char* y, int y_dtype, const char* x, int x_dtype, int columns,
     }
 }
 
+// ---- called by torch: arguments as in ops.py -----------------------------------------
+
+void delta_linear(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments<10> at(stack);
+    if (!*at[9].data<int32_t>()) return;
+    Tensor y = at[0], x = at[2], table = at[4];
+    Rows out = {y.data(), y.stride(0), y.numbers()};
+    Rows in = {x.data(), x.stride(0), x.numbers()};
+    Deltas deltas = {at[3].data(), table.data<int64_t>(), int(table.size(0)),
+                     int(table.size(1))};
+    auto ends = at[5].data<int32_t>(), rows = at[6].data<int32_t>(),
+         starts = at[8].data<int32_t>();
+    for (int begin = 0, all = starts[deltas.slots]; begin < all; begin += WINDOW) {
+        Linear op(out, in, x.size(1), deltas, ends);
+        op.run(rows, starts, begin, std::min(begin + WINDOW, all),
+               omp_get_max_threads());
+    }
+}
+
+void delta_embedding(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments<8> at(stack);
+    if (!*at[7].data<int32_t>()) return;
+    Tensor y = at[0], ids = at[1];
+    Rows out = {y.data(), y.stride(0), y.numbers()};
+    int id_bytes = ids.dtype() == aoti_torch_dtype_int64() ? 8 : 4;
+    Deltas deltas = {at[2].data(), at[3].data<int64_t>(), 0, 1};
+    int columns = y.size(1), size = at[4].data<int32_t>()[1];
+    auto rows = at[5].data<int32_t>(), slots = at[6].data<int32_t>();
+    int count = count_rows(slots, at[5].size(0));
+#pragma omp parallel for
+    for (int first = 0; first < count; first += TOGETHER) {
+        int end = std::min(first + TOGETHER, count);
+        for (int i = first, next; i < end; i = next) {
+            char* to[TOGETHER];
+            int64_t id[TOGETHER] = {};
+            for (next = i; next < end && slots[next] == slots[i]; next++) {
+                std::memcpy(&id[next - i],
+                            ids.data() + rows[next] * ids.stride(0) * id_bytes, id_bytes);
+                to[next - i] = out.at(rows[next]);
+            }
+            embed(to, out.dtype, id, next - i, columns, size, deltas,
+                  deltas.entry(slots[i]));
+        }
+    }
+}
+
+void delta_norm(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments<7> at(stack);
+    if (!*at[6].data<int32_t>()) return;
+    Tensor y = at[0], x = at[1];
+    Rows out = {y.data(), y.stride(0), y.numbers()};
+    Rows in = {x.data(), x.stride(0), x.numbers()};
+    bool has_groups = y.dim() == 3, centred = at.value<bool>(8);
+    int groups = has_groups ? y.size(1) : 1, columns = y.size(y.dim() - 1);
+    int64_t y_group = has_groups ? y.stride(1) : 0, x_group = has_groups ? x.stride(1) : 0;
+    float eps = at.value<double>(7);
+    Deltas deltas = {at[2].data(), at[3].data<int64_t>(), 0, 1};
+    auto rows = at[4].data<int32_t>(), slots = at[5].data<int32_t>();
+    int count = count_rows(slots, at[4].size(0));
+#pragma omp parallel for if (int64_t(count) * groups * columns > 1 << 16)
+    for (int i = 0; i < count; i++) {
+        const int64_t* entry = deltas.entry(slots[i]);
+        if (entry[WEIGHT] == ABSENT) continue;
+        const float* bias =
+            entry[BIAS] == ABSENT ? nullptr : deltas.floats(entry, BIAS);
+        for (int g = 0; g < groups; g++)
+            normalise(out.at(rows[i], g * y_group), out.dtype,
+                      in.at(rows[i], g * x_group), in.dtype, columns,
+                      deltas.floats(entry, WEIGHT), bias, eps, centred);
+    }
+}
+
+TorchLibraryHandle registered = nullptr;
+
 }  // namespace
 
 // ---- called by cpu.py -----------------------------------------------------------------
 
 extern "C" {
 
-// Whether this process may use what the library was built for. Call it before the ops.
+// Whether this process may use what the library was built for. Call it before the next.
 int dqrelo_prepare() {
 #if defined(__AMX_BF16__)
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
@@ -118,60 +192,18 @@ int dqrelo_prepare() {
 #endif
 }
 
-void dqrelo_linear(char* y, int64_t y_stride, int y_dtype, char* x, int64_t x_stride,
-                   int x_dtype, int columns, const char* arena, const int64_t* table,
-                   int slots, int slices, const int32_t* ends, const int32_t* rows,
-                   const int32_t* starts, int threads) {
-    Deltas deltas = {arena, table, slots, slices};
-    for (int begin = 0; begin < starts[slots]; begin += WINDOW) {
-        Linear op({y, y_stride, y_dtype}, {x, x_stride, x_dtype}, columns, deltas,
-                  ends);
-        op.run(rows, starts, begin, std::min(begin + WINDOW, starts[slots]), threads);
-    }
+// Give torch the ops, in place of those in Python; returns 0 if it does not take them.
+int dqrelo_register() {
+    if (aoti_torch_library_init_impl("dqrelo", "CPU", __FILE__, __LINE__, &registered))
+        return 0;
+    return !aoti_torch_library_impl(registered, "delta_linear_", delta_linear) &&
+           !aoti_torch_library_impl(registered, "delta_embedding_", delta_embedding) &&
+           !aoti_torch_library_impl(registered, "delta_norm_", delta_norm);
 }
 
-void dqrelo_embedding(char* y, int64_t y_stride, int y_dtype, const char* ids,
-                      int id_bytes, int columns, int size, const char* arena,
-                      const int64_t* table, const int32_t* rows, const int32_t* slots,
-                      int capacity, int threads) {
-    Deltas deltas = {arena, table, 0, 1};
-    int count = count_rows(slots, capacity);
-#pragma omp parallel for num_threads(threads)
-    for (int first = 0; first < count; first += TOGETHER) {
-        int end = std::min(first + TOGETHER, count);
-        for (int i = first, next; i < end; i = next) {
-            char* out[TOGETHER];
-            int64_t id[TOGETHER] = {};
-            for (next = i; next < end && slots[next] == slots[i]; next++) {
-                std::memcpy(&id[next - i], ids + int64_t(rows[next]) * id_bytes,
-                            id_bytes);
-                out[next - i] = y + rows[next] * y_stride * size_of(y_dtype);
-            }
-            embed(out, y_dtype, id, next - i, columns, size, deltas,
-                  deltas.entry(slots[i]));
-        }
-    }
-}
-
-void dqrelo_norm(char* y, int64_t y_stride, int64_t y_inner, int y_dtype, char* x,
-                 int64_t x_stride, int64_t x_inner, int x_dtype, int inner, int columns,
-                 const char* arena, const int64_t* table, const int32_t* rows,
-                 const int32_t* slots, int capacity, float eps, int centred,
-                 int threads) {
-    Deltas deltas = {arena, table, 0, 1};
-    int count = count_rows(slots, capacity);
-#pragma omp parallel for num_threads(threads) if (int64_t(count) * inner * columns > \
-                                                      1 << 16)
-    for (int i = 0; i < count; i++) {
-        const int64_t* entry = deltas.entry(slots[i]);
-        if (entry[WEIGHT] == ABSENT) continue;
-        for (int g = 0; g < inner; g++) {
-            char* out = y + (rows[i] * y_stride + g * y_inner) * size_of(y_dtype);
-            const char* in = x + (rows[i] * x_stride + g * x_inner) * size_of(x_dtype);
-            normalise(out, y_dtype, in, x_dtype, columns, deltas.floats(entry, WEIGHT),
-                      entry[BIAS] == ABSENT ? nullptr : deltas.floats(entry, BIAS), eps,
-                      centred);
-        }
-    }
+// Take them back.
+void dqrelo_unregister() {
+    if (registered) aoti_torch_delete_library_object(registered);
+    registered = nullptr;
 }
 }

@@ -63,7 +63,9 @@ def delta_linear_(
         low_rank(scratch, x, arena, table, rows, starts)
         sign_matmul(y, scratch, x, arena, table, slices, rows, starts)
     elif cpu.library():
-        cpu.delta_linear_(y, x, arena, table, slices, rows, starts)
+        torch.ops.dqrelo.delta_linear_(  # the native one: from now on at once
+            y, scratch, x, arena, table, slices, rows, slots, starts, num_active
+        )
     else:
         some = slice(int(starts[-1]))  # what is behind belongs to merged slots
         reference.delta_linear_(y, x, arena, table, slices, rows[some], slots[some])
@@ -149,7 +151,9 @@ def delta_embedding_(
 
         embedding(y, ids, arena, table, vocab, rows, slots)
     elif cpu.library():
-        cpu.delta_embedding_(y, ids, arena, table, vocab, rows, slots)
+        torch.ops.dqrelo.delta_embedding_(
+            y, ids, arena, table, vocab, rows, slots, num_active
+        )
     else:
         reference.delta_embedding_(y, ids, arena, table, vocab, rows, slots)
 
@@ -184,7 +188,9 @@ def delta_norm_(
 
         norm(y, x, arena, table, rows, slots, eps, centred)
     elif cpu.library():
-        cpu.delta_norm_(y, x, arena, table, rows, slots, eps, centred)
+        torch.ops.dqrelo.delta_norm_(
+            y, x, arena, table, rows, slots, num_active, eps, centred
+        )
     else:
         reference.delta_norm_(y, x, arena, table, rows, slots, eps, centred)
 
