@@ -83,7 +83,11 @@ class Case:
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a sound delta."""
-    return {k: v for file in weight_files(folder) for k, v in load_file(file).items()}
+    return {
+        k: v
+        for file in weight_files(folder)
+        for k, v in sorted(load_file(file).items())
+    }
 
 
 # The ways to spoil a folder; a docstring each, because the table prints them.
