@@ -78,7 +78,7 @@ class Case:
 
     def entry(self, header: dict[str, Any]) -> dict[str, Any]:
         """The header's entry of some tensor."""
-        return header[self.pick(header.keys() - {"__metadata__"})]
+        return header[self.pick(sorted(header.keys() - {"__metadata__"}))]
 
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:
