@@ -239,14 +239,15 @@ def turns_table(rows: list[Row], way: str) -> str:
 
 def roofline_table(rows: list[Row]) -> str:
     """What roofline.py predicts of the linear layers of a step."""
-    keys = ("base_ms", "delta_ms", "merged_ms")
+    keys = ("device", "deltas", "rows_per_delta", "base_ms", "delta_ms")
     body = [
-        [row["device"], row["deltas"], row["rows_per_delta"], *(row[k] for k in keys)]
+        [row[key] for key in keys] + [row["merged_ms"] if prompt else ""]
         for row in rows
-        if (int(row["rows_per_delta"]) == 1) or row["device"] == "H100"
+        for prompt in [int(row["rows_per_delta"]) > 16]
+        if row["device"] == "H100" or not prompt
     ]
-    head = ["device", "deltas", "rows of each", "base, ms", "deltas, ms"]
-    return table([*head, "merged in their stead, ms"], body)
+    head = ["device", "deltas", "rows of each", "base, ms", "deltas beside it"]
+    return table([*head, "merged, for both"], body)
 
 
 def memory_table(rows: list[Row]) -> str:
