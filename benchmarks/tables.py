@@ -210,10 +210,11 @@ def measured(row: Row) -> list[str]:
 
 
 def serving_table(rows: list[Row]) -> str:
-    """One line for each traffic."""
+    """One line for each traffic; arrivals in bursts and at random for one law only."""
     body = [
         [row["popularity"], row["models"], row["arrivals"], *measured(row)]
         for row in rows
+        if row["arrivals"] == "closed" or row["popularity"] in ("identical", "zipf:1")
     ]
     head = ["popularity", "models", "arrivals", "tokens/s", *TIME_HEADS, "goodput/s"]
     return table(head, body)
