@@ -23,7 +23,7 @@ from machine import machine
 from models import MORE, base, delta
 from openai import OpenAI
 from rivals import COMMON
-from server import DQRELO, metric, server
+from server import DQRELO, copies, server
 from table import Table
 from tqdm import tqdm
 
@@ -63,12 +63,6 @@ def ask(address: str, names: list[str]) -> None:
         client.completions.create(
             model=name, prompt=prompt, max_tokens=1, extra_headers=header
         )
-
-
-def copies(replica: str) -> int:
-    """Deltas that a replica has copied into its arena."""
-    evicted = metric(replica, "dqrelo:delta_evictions_total", 'tier="device"')
-    return int(evicted + metric(replica, "dqrelo:num_deltas_resident"))
 
 
 def measure(policy: str, replicas: list[str], names: list[str]) -> dict[str, object]:

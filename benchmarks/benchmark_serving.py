@@ -6,12 +6,14 @@
 
 Rows that the results have already are not measured again. Popularity laws are those of
 ``dqrelo plan``; a trace brings its own number of models. One model, and requests that
-are all for one model, are the same and measured once, as ``identical``.
+are all for one model, are the same and measured once, as ``identical``. ``hits`` is the
+share of requests whose delta was not copied to the device for them.
 """
 
 import argparse
 import json
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from load import ARRIVALS, Goal, Load, drive, summary
 from machine import machine
 from models import base, delta
 from rivals import SYSTEMS, WARM_UP, ours
+from server import copies
 from table import Table
 from tqdm import tqdm
 
@@ -78,8 +81,12 @@ def grid(arguments: argparse.Namespace) -> Table:
         for law, load, row in tqdm(missing, "measure", unit="row"):
             rng = np.random.default_rng(load.seed)
             drawn = law.draw(row["models"], load.num_prompts, rng)
+            before = copies(address)
             result = drive(address, base(), [names[i] for i in drawn], load)
+            time.sleep(1)  # the last step's statistics come after its answer
+            made = copies(address) - before
             found = summary([result], result["duration"], arguments.goodput)
+            found["hits"] = round(1 - made / load.num_prompts, 3)
             table.add({**row, **asdict(arguments.goodput), **found, **machine()})
     return table
 

@@ -64,6 +64,12 @@ def wait_for(process: subprocess.Popen[bytes], health: str, log: Path) -> None:
     raise SystemExit(f"{tail}\n\nThe server did not start; its whole log is {log}.")
 
 
+def copies(address: str) -> int:
+    """Deltas that a server has copied into its arena."""
+    evicted = metric(address, "dqrelo:delta_evictions_total", 'tier="device"')
+    return int(evicted + metric(address, "dqrelo:num_deltas_resident"))
+
+
 def metric(address: str, name: str, *labels: str) -> float:
     """The sum of a metric's samples that have all ``labels``, such as 'tier="host"'."""
     with urllib.request.urlopen(f"{address}/metrics", timeout=30) as answer:
