@@ -26,6 +26,7 @@ class Table:
     def add(self, row: dict[str, object]) -> None:
         """Write a row."""
         self.rows.append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("w", newline="") as file:
             names = dict.fromkeys(name for row in self.rows for name in row)
             writer = csv.DictWriter(file, names)
