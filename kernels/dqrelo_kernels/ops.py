@@ -62,7 +62,7 @@ def delta_linear_(
 
         low_rank(scratch, x, arena, table, rows, starts)
         sign_matmul(y, scratch, x, arena, table, slices, rows, starts)
-    elif cpu.library():
+    elif y.is_cpu and cpu.library():
         torch.ops.dqrelo.delta_linear_(  # the native one: from now on at once
             y, scratch, x, arena, table, slices, rows, slots, starts, num_active
         )
@@ -150,7 +150,7 @@ def delta_embedding_(
         from dqrelo_kernels.rowwise import embedding  # imports Triton
 
         embedding(y, ids, arena, table, vocab, rows, slots)
-    elif cpu.library():
+    elif y.is_cpu and cpu.library():
         torch.ops.dqrelo.delta_embedding_(
             y, ids, arena, table, vocab, rows, slots, num_active
         )
@@ -187,7 +187,7 @@ def delta_norm_(
         from dqrelo_kernels.rowwise import norm  # imports Triton
 
         norm(y, x, arena, table, rows, slots, eps, centred)
-    elif cpu.library():
+    elif y.is_cpu and cpu.library():
         torch.ops.dqrelo.delta_norm_(
             y, x, arena, table, rows, slots, num_active, eps, centred
         )
