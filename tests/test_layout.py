@@ -9,6 +9,8 @@ from dqrelo_kernels.layout import (
     pack_int4,
     pack_signs,
     padding_is_clear,
+    row_by_row,
+    side_by_side,
     unpack_int4,
     unpack_signs,
     words_per_row,
@@ -84,3 +86,21 @@ def test_int4_round_trip(rows, columns, seed):
     if columns % 2 and rows:
         packed[0, -1] |= 0x10
         assert not int4_padding_is_clear(packed, columns)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 48])
+@pytest.mark.parametrize("size", [1, 3, 4, 6, 27, 72])
+def test_rows_side_by_side(rows, size):
+    """Byte by byte, written after the docstring of the module."""
+    packed = torch.arange(rows * size).to(torch.uint8).view(rows, size)
+    want, words = [], size // 4
+    for first in range(0, rows, 16):
+        run = packed[first : first + 16].tolist()
+        for word in range(words):
+            for row in run:
+                want += row[4 * word : 4 * word + 4]
+        for row in run:
+            want += row[4 * words :]
+    got = side_by_side(packed)
+    assert got.tolist() == want
+    assert torch.equal(row_by_row(got, rows), packed)

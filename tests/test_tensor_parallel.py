@@ -139,7 +139,8 @@ def test_bytes_of_a_delta_in_each_of_two_workers(worker, tmp_path):
         delta = write(tmp_path / name, matrix.tensors(f"{name}.weight"))
         for workers, shape in ((1, (n, k)), (2, here)):
             for worker_rank in range(workers):
-                packed = pack(delta, worker(worker_rank, workers))
+                sites = worker(worker_rank, workers)
+                packed = pack(delta, sites, torch.device("cpu"))
                 assert packed.size == size(*shape), (name, workers)
 
 
@@ -152,7 +153,7 @@ def test_a_bias_is_added_once(worker, tmp_path):
     found = {"row": [], "column": []}
     for rank in (0, 1):
         sites = worker(rank, 2)
-        packed = pack(delta, sites)
+        packed = pack(delta, sites, torch.device("cpu"))
         for name, parts in found.items():
             site = sites.by_name[name]
             offset = int(packed.entries[site.first, Field.BIAS])

@@ -217,7 +217,7 @@ class DeltaManager:
                 f"sha256:{digest} was asked for. Load the delta again"
             )
         delta.config.check_base(self._fingerprint, self.model_config.model, folder)
-        packed = pack(delta, self.sites, pinned=self.device.type == "cuda")
+        packed = pack(delta, self.sites, self.device)
         delta.check_unchanged()  # the digest is of what was packed
         ranks = packed.entries[:, Field.RANK].clamp_min(0)
         sites = self.sites.by_name.values()

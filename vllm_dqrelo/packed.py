@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 
+from dqrelo_kernels.layout import side_by_side
 from dqrelo_kernels.table import ABSENT, FACTOR_DTYPES, Field, empty_table
 from vllm_dqrelo.arena import aligned
 from vllm_dqrelo.format.checkpoint import HEAD
@@ -44,9 +45,15 @@ class PackedDelta:
 class _Extent:
     """Collects tensors and the offsets that they will have."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._parts: list[tuple[int, torch.Tensor]] = []
         self._size = 0
+        self._device = device
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether rows of a matrix lie so, see dqrelo_kernels.layout."""
+        return self._device.type == "cpu"
 
     def add(self, tensor: torch.Tensor) -> int:
         """The byte offset of ``tensor``."""
@@ -55,16 +62,23 @@ class _Extent:
         self._size = aligned(offset + tensor.nbytes)
         return offset
 
-    def bytes(self, pinned: bool) -> torch.Tensor:
-        """All of it, uint8."""
+    def add_matrices(self, *packed: torch.Tensor) -> int:
+        """The same for packed matrices of one shape."""
+        if not self.side_by_side:
+            return self.add(torch.stack(packed))
+        return self.add(torch.cat([side_by_side(matrix) for matrix in packed]))
+
+    def bytes(self) -> torch.Tensor:
+        """All of it, uint8, where it is copied to the device from."""
+        pinned = self._device.type == "cuda"
         data = torch.zeros(self._size, dtype=torch.uint8, pin_memory=pinned)
         for offset, part in self._parts:
             data[offset : offset + part.numel()].copy_(part)
         return data
 
 
-def pack(delta: Delta, sites: Sites, pinned: bool = False) -> PackedDelta:
-    """Lay a delta out for the sites of a model.
+def pack(delta: Delta, sites: Sites, device: torch.device) -> PackedDelta:
+    """Lay a delta out for the sites of a model on ``device``.
 
     Raises:
         DqreloError: it has a parameter that no site takes, or of another shape; a
@@ -77,7 +91,7 @@ def pack(delta: Delta, sites: Sites, pinned: bool = False) -> PackedDelta:
             f"server has room for {sites.added_tokens}. Start it with "
             f"--additional-config '{json.dumps(option)}'"
         )
-    extent, problems = _Extent(), []
+    extent, problems = _Extent(device), []
     added: dict[str, torch.Tensor] = {}
     entries = empty_table(1, sites.count, "cpu")[0]
     for name in [*delta.matrices, *delta.exact]:
@@ -118,7 +132,7 @@ def pack(delta: Delta, sites: Sites, pinned: bool = False) -> PackedDelta:
                 entries[place.slice, field] = value
     _complete_norms(entries, sites, extent)
     refuse(f"{delta.folder} does not fit the served model:", problems)
-    return PackedDelta(delta.config.digest, extent.bytes(pinned), entries, added)
+    return PackedDelta(delta.config.digest, extent.bytes(), entries, added)
 
 
 def _matrix(
@@ -130,16 +144,18 @@ def _matrix(
         return {}, shape
     if place.site.is_split:
         matrix = matrix.part(place.rows, place.columns)
+    if extent.side_by_side:
+        fields[Field.SIDE_BY_SIDE] = 1
     if matrix.planes:
-        fields[Field.SIGNS] = extent.add(matrix.signs)
+        fields[Field.SIGNS] = extent.add_matrices(*matrix.signs)
         fields[Field.PLANES] = matrix.planes
         scale = matrix.scale.expand(matrix.planes, matrix.shape[0])
         fields[Field.SCALE] = extent.add(scale)
     if matrix.rank:
         fields[Field.RANK] = matrix.rank
         fields[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(matrix.lora_a.dtype)
-        fields[Field.LORA_A] = extent.add(matrix.lora_a)
-        fields[Field.LORA_B] = extent.add(matrix.lora_b)
+        fields[Field.LORA_A] = extent.add_matrices(matrix.lora_a)
+        fields[Field.LORA_B] = extent.add_matrices(matrix.lora_b)
         if matrix.lora_scale is not None:
             fields[Field.LORA_SCALE] = extent.add(matrix.lora_scale)
     return fields, shape

@@ -7,9 +7,9 @@
 // (cpu_linear.h), which one is a question of how many rows the delta has in the step:
 // few by lanes, more by AMX where the CPU has it, else by tiles.
 //
-// Numbers are bf16 where the activations are, the factors are exact in it and the CPU
-// multiplies bf16, else float. All sums are float; a bf16 t is two numbers, what it is
-// rounded to and the rest.
+// Lanes multiply integers that stand for bf16 activations. Elsewhere numbers are bf16,
+// t as well, where the activations are, the factors are exact in it and the CPU multiplies
+// bf16; else float. All other sums are float.
 //
 // The sum behind an element of y depends on its row of x, on its delta and on whether
 // that has few rows, and not on the rows of others, on where a group is cut, or on the
@@ -42,8 +42,9 @@ void embed(char* const* y, int dtype, const int64_t* ids, int count, int columns
     auto b = reinterpret_cast<float*>(workspace(count * (rank + 1) * sizeof(float)));
     for (int m = 0; m < count && rank; m++) {
         float* row = b + m * (rank + 1);
-        read(row, Matrix{deltas.at(entry, LORA_B), rank, factors}.at(ids[m], 0),
-             factors, rank);
+        Matrix matrix = {deltas.at(entry, LORA_B), size, rank, factors};
+        for (int r = 0; r < rank; r += BLOCK)
+            read_row(row + r, matrix, ids[m], r, std::min(BLOCK, rank - r));
         if (entry[LORA_SCALE] == ABSENT) continue;
         for (int r = 0; r < rank; r++) row[r] *= deltas.floats(entry, LORA_SCALE)[r];
     }
@@ -55,15 +56,13 @@ void embed(char* const* y, int dtype, const int64_t* ids, int count, int columns
         };
         for (int plane = 0; plane < planes_of(entry); plane++)
             for (int m = 0; m < count; m++) {
-                const char* words =
-                    deltas.signs(entry, plane, size, columns).at(ids[m], k);
-                unpack(part, reinterpret_cast<const uint16_t*>(words),
-                       (width + 15) / 16);
+                read_row(part, deltas.signs(entry, plane, size, columns), ids[m], k,
+                         width);
                 add(m, deltas.floats(entry, SCALE)[int64_t(plane) * size + ids[m]]);
             }
         for (int r = 0; r < rank; r++) {
-            read(part, Matrix{deltas.at(entry, LORA_A), columns, factors}.at(r, k),
-                 factors, width);
+            Matrix matrix = {deltas.at(entry, LORA_A), rank, columns, factors};
+            read_row(part, matrix, r, k, width);
             for (int m = 0; m < count; m++) add(m, b[m * (rank + 1) + r]);
         }
         for (int m = 0; m < count; m++)

@@ -31,24 +31,25 @@ inline __m512i plus_or_minus_one(__m512i signs) {
     return _mm512_ternarylogic_epi64(signs, highest, minus_one, 0x6A);
 }
 
-// A block of signs from the words of its rows, of which each holds `words` words
-inline void lay_out_signs(Bf16* out, const Floats* rows, int words) {
+// A block of signs: `words` words of a tile's rows from the first one on
+inline void lay_out_signs(Bf16* out, const Run& tile, int first, int words) {
     for (int word = 0; word < words; word++, out += 2 * TILE) {
         Bf16* to = out;
+        __m512i bits = __m512i(tile[first + word]);
 #pragma GCC unroll 16
         for (int plane = 0; plane < 16; plane++, to += words * 2 * TILE) {
-            __m512i moved = _mm512_slli_epi16(__m512i(rows[word]), 15 - plane);
+            __m512i moved = _mm512_slli_epi16(bits, 15 - plane);
             _mm512_store_si512(to, plus_or_minus_one(moved));
         }
     }
 }
 
 // The same of I4. The second half of a block starts behind 4 * `words` columns.
-inline void lay_out_int4(Bf16* out, const Floats* rows, int words) {
+inline void lay_out_int4(Bf16* out, const Run& tile, int first, int words) {
     __m512i numbers = _mm512_load_si512(INT4_NUMBERS);
     __m512i order = _mm512_set4_epi32(0x0F0D0E0C, 0x0B090A08, 0x07050604, 0x03010200);
     for (int word = 0; word < words; word++, out += 4 * TILE) {
-        __m512i bytes = _mm512_shuffle_epi8(__m512i(rows[word]), order);
+        __m512i bytes = _mm512_shuffle_epi8(__m512i(tile[first + word]), order);
 #pragma GCC unroll 4
         for (int part = 0; part < 4; part++) {
             Bf16* to = out + (part % 2 * 2 * words + part / 2) * 2 * TILE;
@@ -63,10 +64,7 @@ inline void lay_out_columns(Bf16* out, const Matrix& matrix, int row, int rows, 
                             int columns) {
     alignas(64) Bf16 numbers[TILE][BLOCK + SPAN];
     for (int n = 0; n < rows; n++) {
-        const char* in = matrix.at(row + n, k);
-        auto words = reinterpret_cast<const uint16_t*>(in);
-        matrix.dtype == Matrix::SIGN ? unpack(numbers[n], words, (columns + 15) / 16)
-                                     : read(numbers[n], in, matrix.dtype, columns);
+        read_row(numbers[n], matrix, row + n, k, columns);
     }
     for (int first = 0; first < columns; first += SPAN, out += OPERAND) {
         __mmask32 lanes = columns - first < SPAN ? (1u << (columns - first)) - 1 : ~0u;
@@ -81,25 +79,20 @@ inline void lay_out_columns(Bf16* out, const Matrix& matrix, int row, int rows, 
 
 // Signs or I4 from column k on: whole blocks, and the last one of a row if it has whole
 // words or may be `shifted`. Returns how many columns these are.
-inline int lay_out_blocks(Bf16* out, const Matrix& matrix, int row, int rows, int k,
-                          int columns, bool shifted) {
-    constexpr int bytes_of_block = 32;
+inline int lay_out_blocks(Bf16* out, const Matrix& matrix, int row, int k, int columns,
+                          bool shifted) {
+    constexpr int words_of_block = 8;
     bool is_sign = matrix.dtype == Matrix::SIGN;
     int block = is_sign ? BLOCK : I4_BLOCK, tail = columns % block;
     int width = is_sign ? (tail + 15) / 16 * 2 : (tail + 1) / 2;
     if (width % 4 && (is_sign || !shifted)) width = tail = 0;
-    int bytes = columns / block * bytes_of_block + width;
-    for (int first = 0; first < bytes; first += 2 * bytes_of_block) {
-        Floats words[TILE];
-        load_words(words, matrix.at(row, k) + first, matrix.row_bytes(), rows,
-                   bytes - first);
-        for (int i = 0; i < 2 && first + i * bytes_of_block < bytes; i++) {
-            int left = bytes - first - i * bytes_of_block;
-            int count = std::min(left + 3, bytes_of_block) / 4;
-            is_sign ? lay_out_signs(out, words + 8 * i, count)
-                    : lay_out_int4(out, words + 8 * i, count);
-            out += block * TILE;
-        }
+    int first = matrix.bytes_of(k) / 4;
+    int end = first + columns / block * words_of_block + (width + 3) / 4;
+    Run tile(matrix, row);
+    for (; first < end; first += words_of_block, out += block * TILE) {
+        int words = std::min(words_of_block, end - first);
+        is_sign ? lay_out_signs(out, tile, first, words)
+                : lay_out_int4(out, tile, first, words);
     }
     return columns / block * block + tail;
 }
@@ -119,7 +112,7 @@ inline void lay_out(Bf16* out, const Matrix& matrix, int row, int rows, int k,
         std::memset(out + (columns - padding) * TILE, 0, PADDING * TILE * sizeof *out);
     int done = 0;
     if (matrix.dtype == Matrix::SIGN || matrix.dtype == I4)
-        done = lay_out_blocks(out, matrix, row, rows, k, columns, shifted);
+        done = lay_out_blocks(out, matrix, row, k, columns, shifted);
     for (; done < columns; done += BLOCK)
         lay_out_columns(out + done * TILE, matrix, row, rows, k + done,
                         std::min(BLOCK, columns - done));
@@ -127,16 +120,17 @@ inline void lay_out(Bf16* out, const Matrix& matrix, int row, int rows, int k,
 
 // ---- products -------------------------------------------------------------------------
 
-// The sum of `parts` matrices of `height` rows, as left operands
+// A matrix of activations as left operands
 struct Left {
     Bf16* x;
-    int height, padded;  // rows and columns, as they are staged
-    int parts = 1;
+    int height, padded;    // rows and columns, as they are staged
+    bool shifted = false;  // by shift_of() in the second half of the last block of I4
 
     int rows() const { return std::min(height, TILE); }
     int64_t stride() const { return int64_t(TILE) * padded; }  // to the next 16 rows
-    int64_t part() const { return int64_t(height) * padded; }
-    Left from(int column) const { return {x + column * rows(), height, padded, parts}; }
+    Left from(int column) const {
+        return {x + column * rows(), height, padded, shifted};
+    }
 };
 
 struct Amx {
@@ -175,22 +169,20 @@ struct Amx {
                 _tile_loadd(2, c[TILE], line);
                 _tile_loadd(3, c[TILE] + 1, line);
             }
-            for (int part = 0; part < x.parts; part++) {
-                const Bf16* left = x.x + m / TILE * x.stride() + part * x.part();
-                const Bf16 *first = right[0], *second = right[1];
-                for (int k = 0; k < columns; k += SPAN) {
-                    _tile_loadd(6, first, 64);
-                    _tile_loadd(4, left, 64);
-                    _tile_dpbf16ps(0, 4, 6);
-                    _tile_loadd(7, second, 64);
-                    _tile_dpbf16ps(1, 4, 7);
-                    if (two) {
-                        _tile_loadd(5, left + x.stride(), 64);
-                        _tile_dpbf16ps(2, 5, 6);
-                        _tile_dpbf16ps(3, 5, 7);
-                    }
-                    first += OPERAND, second += OPERAND, left += x.rows() * SPAN;
+            const Bf16* left = x.x + m / TILE * x.stride();
+            const Bf16 *first = right[0], *second = right[1];
+            for (int k = 0; k < columns; k += SPAN) {
+                _tile_loadd(6, first, 64);
+                _tile_loadd(4, left, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(7, second, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                if (two) {
+                    _tile_loadd(5, left + x.stride(), 64);
+                    _tile_dpbf16ps(2, 5, 6);
+                    _tile_dpbf16ps(3, 5, 7);
                 }
+                first += OPERAND, second += OPERAND, left += x.rows() * SPAN;
             }
             _tile_stored(0, c[0], line);
             _tile_stored(1, c[0] + 1, line);

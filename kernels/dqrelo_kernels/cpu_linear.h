@@ -32,8 +32,12 @@ struct Job {  // one matrix of one delta
     int rank;
     int column;  // of y
     int size;    // rows of the matrix
-    size_t t;    // A x in the workspace, staged as x is: T [parts, rows, padded rank],
-                 // for LANES float [rows, padded rank] as reorder() leaves it
+    size_t t;    // A x in the workspace, staged as x is: [rows, padded rank]
+};
+
+struct Own {  // of a thread, for LANES
+    char* memory;  // a `Few` of each group
+    Pairs pairs;
 };
 
 struct Unit {  // what one thread does at a time
@@ -70,7 +74,8 @@ class Linear {
         int chunk = std::clamp(count[2] / (8 * threads), 1, 16);
 #pragma omp parallel num_threads(threads)
         {
-            char* own = workspace(few_bytes, OWN);
+            char* memory = workspace(few_bytes + pair_bytes, OWN);
+            Own own = {memory, {reinterpret_cast<int16_t*>(memory + few_bytes)}};
             for (const Group& group : groups)
                 if (group.way == LANES) stage_few(group, own);
 #pragma omp for schedule(dynamic)
@@ -104,8 +109,9 @@ class Linear {
             size_t staged = size_t(height) * padded * sizeof(float);
             if (way == LANES) {
                 group.x = few_bytes;
-                few_bytes += 2 * staged;
-                few_bytes += group.count * tables_of(columns) * sizeof(Floats);
+                few_bytes += group.count * tables_of(columns) * sizeof(Floats) +
+                             staged + sizeof(Floats);
+                static_assert(FEW * sizeof(Row) <= sizeof(Floats));
             } else {
                 bytes += staged;
                 for (int m = 0; m < group.count; m += TILE)
@@ -117,7 +123,9 @@ class Linear {
                 if (!rank && entry[SIGNS] == ABSENT && entry[BIAS] == ABSENT) continue;
                 int size = ends[slice + 1] - ends[slice];
                 jobs.push_back({&group, entry, rank, ends[slice], size, bytes});
-                bytes += size_t(height) * padded_rank(jobs.back()) * sizeof(float);
+                size_t t_bytes = size_t(height) * padded_rank(jobs.back()) * sizeof(float);
+                bytes += t_bytes;
+                if (way == LANES) pair_bytes = std::max({pair_bytes, staged, t_bytes});
                 int tile = height_of_tile(way);
                 for (int r = 0; r < rank; r += tile)
                     shrinks.push_back({&group, &jobs.back(), r});
@@ -129,7 +137,7 @@ class Linear {
     }
 
     Way way_of(int slot, int count) const {
-        if (count <= FEW) return LANES;
+        if (count <= FEW && columns <= MOST_COLUMNS && x.dtype == BF16) return LANES;
         if (sizeof(Narrow) != 2 || x.dtype != BF16) return FLOATS;
         for (int slice = 0; slice < deltas.slices; slice++) {
             const int64_t* entry = deltas.entry(slot, slice);
@@ -153,8 +161,9 @@ class Linear {
     }
     Matrix factor(const Job& job, Field which) const {
         int dtype = job.entry[FACTOR_DTYPE];
-        return {deltas.at(job.entry, which), which == LORA_A ? columns : job.rank,
-                dtype};
+        const char* data = deltas.at(job.entry, which);
+        if (which == LORA_A) return {data, job.rank, columns, dtype};
+        return {data, job.size, job.rank, dtype};
     }
     static int height_of_tile(Way way) { return way == AMX ? PAIR : TILE; }
     // Of the matrix's `size` rows, those in the unit
@@ -178,7 +187,7 @@ class Linear {
             case AMX: return stage_amx(unit);
         }
     }
-    void shrink(const Unit& unit, char* own) const {
+    void shrink(const Unit& unit, Own& own) const {
         switch (unit.group->way) {
             case LANES: return shrink_few(unit, own);
             case FLOATS: return shrink_tiles<float>(unit);
@@ -186,7 +195,7 @@ class Linear {
             case AMX: return shrink_amx(unit);
         }
     }
-    void expand(const Unit& unit, char* own) const {
+    void expand(const Unit& unit, Own& own) const {
         switch (unit.group->way) {
             case LANES: return expand_few(unit, own);
             case FLOATS: return expand_tiles<float>(unit);
@@ -204,21 +213,18 @@ class Linear {
                           std::min(TILE, group.count - unit.first), columns, padded);
     }
 
-    // c[m + n] += row `unit.first` + n of the matrix * row m of x, for each of the parts
-    // that x, as staged, is the sum of
+    // c[m + n] += row `unit.first` + n of the matrix * row m of x, as staged
     template <class T>
     void multiply(Floats* c, const Unit& unit, const Matrix& matrix, int rows,
-                  const T* x, int padded, int parts = 1) const {
+                  const T* x, int padded) const {
         alignas(64) T tile[TILE_BYTES / sizeof(T)];
         int count = unit.group->count;
         for (int k = 0; k < matrix.columns; k += CHUNK<T>) {
             fill(tile, matrix, unit.first, rows, k);
-            for (int part = 0; part < parts; part++)
-                for (int m = 0; m < count; m += TILE)
-                    Product<T>::multiply(
-                        c + m, tile, x + (int64_t(part) * count + m) * padded,
-                        std::min(TILE, count - m), padded, k,
-                        std::min(CHUNK<T>, padded - k));
+            for (int m = 0; m < count; m += TILE)
+                Product<T>::multiply(c + m, tile, x + int64_t(m) * padded,
+                                     std::min(TILE, count - m), padded, k,
+                                     std::min(CHUNK<T>, padded - k));
         }
     }
 
@@ -236,9 +242,8 @@ class Linear {
                           rows);
         int last = unit.first + TILE, width = padded_rank(job);
         for (int m = 0; m < count; m += TILE)
-            Product<T>::restage(t<T>(job, m), int64_t(count) * width, c + m,
-                                std::min(TILE, count - m), width, unit.first,
-                                last < job.rank ? last : width);
+            Product<T>::restage(t<T>(job, m), c + m, std::min(TILE, count - m), width,
+                                unit.first, last < job.rank ? last : width);
     }
 
     // c[m + n] *= scale[n] for the first `rows` n, all m
@@ -265,8 +270,7 @@ class Linear {
             for (int i = 0; i < padded_count; i++) c[i] += sums[i];
         }
         if (job.rank)
-            multiply(c, unit, factor(job, LORA_B), rows, t<T>(job),
-                     padded_rank(job), PARTS<T>);
+            multiply(c, unit, factor(job, LORA_B), rows, t<T>(job), padded_rank(job));
         if (job.entry[BIAS] != ABSENT) {
             const float* bias = deltas.floats(job.entry, BIAS) + unit.first;
             for (int m = 0; m < count; m += TILE)
@@ -298,11 +302,9 @@ class Linear {
         }
         for (const Job& job : jobs) {
             if (job.group != &group || !job.rank) continue;
-            int width = padded_rank(job), height = height_of(group.count);
-            for (int part = 0; part < 2; part++)
-                std::memset(t<Bf16>(job) + int64_t(part) * width * height +
-                                unit.first * width + (width - PADDING) * rows,
-                            0, PADDING * rows * sizeof(Bf16));
+            int width = padded_rank(job);
+            std::memset(t<Bf16>(job) + unit.first * width + (width - PADDING) * rows, 0,
+                        PADDING * rows * sizeof(Bf16));
         }
     }
 
@@ -315,7 +317,7 @@ class Linear {
             columns = matrix.columns - k <= DEPTH ? matrix.columns - k : BLOCK;
             for (int i = 0; i * TILE < rows; i++)
                 lay_out(buffer[i], matrix, first + i * TILE,
-                        std::min(TILE, rows - i * TILE), k, columns, x.parts > 1);
+                        std::min(TILE, rows - i * TILE), k, columns, x.shifted);
             Amx::multiply(c, right, x.from(k), columns);
         }
     }
@@ -324,15 +326,14 @@ class Linear {
         return {staged<Bf16>(group, 0), height_of(group.count), padded};
     }
     Left t_of(const Job& job) const {
-        return {t<Bf16>(job), height_of(job.group->count), padded_rank(job), 2};
+        return {t<Bf16>(job), height_of(job.group->count), padded_rank(job), true};
     }
 
-    // Ranks r to r + n of both parts of row m of t = values. They are in one operand.
+    // Ranks r to r + n of row m of t = values. They are in one operand.
     static void put(const Left& t, int m, int r, Floats values, int n) {
         Bf16* out = t.x + m / TILE * t.stride() + m % TILE * SPAN +
                     r / SPAN * SPAN * t.rows() + r % SPAN;
         store(out, BF16, values, n);
-        store(out + t.part(), BF16, values - load(out, BF16, n), n);
     }
 
     void shrink_amx(const Unit& unit) const {
@@ -402,80 +403,55 @@ class Linear {
     void expand_amx(const Unit&) const {}
 #endif
 
-    // By lanes. Each thread has its own copy of x, in the order of columns
-    // and in that of I4, and of the tables: to fetch them from the other core's cache
-    // would take longer than to make them.
+#if defined(__AVX512VNNI__)
+    // By lanes. Each thread has its own copy of x, of A x and of the tables: to fetch them
+    // from the other core's cache would take longer than to make them.
 
-    float* x_of(const Group& group, char* own, int dtype = F32) const {
-        float* x = reinterpret_cast<float*>(own + group.x);
-        return dtype == I4 ? x + group.count * padded : x;
-    }
-    Floats* tables_of_rows(const Group& group, char* own, int m) const {
-        float* behind = x_of(group, own) + 2 * group.count * padded;
-        return reinterpret_cast<Floats*>(behind) + m * tables_of(columns);
+    Few few(const Group& group, const Own& own) const {
+        return {own.memory + group.x, group.count, columns, padded};
     }
 
-    void stage_few(const Group& group, char* own) const {
-        int count = group.count;
-        float *x = x_of(group, own), *reordered = x_of(group, own, I4);
-        for (int m = 0; m < count; m++) {
-            read(x + m * padded, this->x.at(group.rows[m]), this->x.dtype, columns);
-            std::memset(x + m * padded + columns, 0,
-                        (padded - columns) * sizeof(float));
-            reorder(reordered + m * padded, x + m * padded, I4, columns, padded);
-        }
-        by_fours(count, [&](auto M, int m) {
-            fill_tables<M>(tables_of_rows(group, own, m), x + m * padded, padded,
-                           columns);
-        });
+    void stage_few(const Group& group, const Own& own) const {
+        few(group, own).stage(x, group.rows, own.pairs.integers);
     }
 
-    void shrink_few(const Unit& unit, char* own) const {
+    void shrink_few(const Unit& unit, Own& own) const {
         const Job& job = *unit.job;
-        const Group& group = *unit.group;
-        int rows = rows_of(unit, job.rank), width = padded_rank(job);
-        Matrix a = factor(job, LORA_A);
-        const float* x = x_of(group, own, a.dtype);
-        Floats sums[std::max(FEW, 4)] = {}, scale = Floats{} + 1;
-        by_fours(group.count, [&](auto M, int m) {
-            multiply_lanes<M>(sums + m, a, unit.first, rows, x + m * padded, padded);
-        });
+        int count = unit.group->count;
+        Floats sums[FEW] = {}, scale = Floats{} + 1;
+        own.pairs.multiply(sums, factor(job, LORA_A), unit.first,
+                           few(*unit.group, own).x, padded, count);
         if (job.entry[LORA_SCALE] != ABSENT)
-            scale = load(deltas.floats(job.entry, LORA_SCALE) + unit.first, F32, rows);
-        for (int m = 0; m < group.count; m++) {
-            Floats values = sums[m] * scale;
-            float* out = t<float>(job) + m * width;
-            for (int n = 0; n < rows; n++)
-                out[place(a.dtype, unit.first + n, job.rank)] = values[n];
-            if (unit.first + TILE >= job.rank)
-                std::memset(out + job.rank, 0, (width - job.rank) * sizeof(float));
-        }
+            scale = load(deltas.floats(job.entry, LORA_SCALE) + unit.first, F32,
+                         rows_of(unit, job.rank));
+        for (int m = 0; m < count; m++)
+            store(t<float>(job, m) + unit.first, F32, sums[m] * scale, TILE);
     }
 
-    void expand_few(const Unit& unit, char* own) const {
+    void expand_few(const Unit& unit, Own& own) const {
         const Job& job = *unit.job;
         const Group& group = *unit.group;
-        int rows = rows_of(unit, job.size), width = padded_rank(job);
-        Floats c[std::max(FEW, 4)] = {};
-        by_fours(group.count, [&](auto M, int m) {
-            for (int plane = 0; plane < planes_of(job.entry); plane++) {
-                Floats sums[M];
-                multiply_signs<M>(sums, signs(job, plane), unit.first, rows,
-                                  tables_of_rows(group, own, m));
-                const float* scale = deltas.floats(job.entry, SCALE) + plane * job.size;
-                Floats scales = load(scale + unit.first, F32, rows);
-                for (int i = 0; i < M; i++) c[m + i] += scales * sums[i];
-            }
-            if (job.rank)
-                multiply_lanes<M>(c + m, factor(job, LORA_B), unit.first, rows,
-                                  t<float>(job, m), width);
-        });
+        int rows = rows_of(unit, job.size);
+        Floats c[FEW] = {};
+        for (int plane = 0; plane < planes_of(job.entry); plane++) {
+            const float* scale = deltas.floats(job.entry, SCALE) + plane * job.size;
+            few(group, own).multiply(c, signs(job, plane), unit.first,
+                                     load(scale + unit.first, F32, rows));
+        }
+        if (job.rank)
+            own.pairs.multiply(c, factor(job, LORA_B), unit.first, t<float>(job),
+                               padded_rank(job), group.count);
         Floats bias = {};
         if (job.entry[BIAS] != ABSENT)
             bias = load(deltas.floats(job.entry, BIAS) + unit.first, F32, rows);
         for (int m = 0; m < group.count; m++)
             add(group.rows[m], job.column + unit.first, c[m] + bias, rows);
     }
+#else
+    void stage_few(const Group&, const Own&) const {}
+    void shrink_few(const Unit&, Own&) const {}
+    void expand_few(const Unit&, Own&) const {}
+#endif
 
     // y[row, column:] += sums
     void add(int row, int column, Floats sums, int count) const {
@@ -489,7 +465,7 @@ class Linear {
     const int32_t* const ends;
     const int padded;  // columns, as they are staged
     char* memory = nullptr;
-    size_t few_bytes = 0;
+    size_t few_bytes = 0, pair_bytes = 0;
     std::vector<Group> groups;
     std::vector<Job> jobs;
     std::vector<Unit> stages, shrinks, expands;

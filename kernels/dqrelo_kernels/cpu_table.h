@@ -21,6 +21,7 @@ enum Field {
     FACTOR_DTYPE,
     BIAS,
     WEIGHT,
+    SIDE_BY_SIDE,
     FIELDS
 };
 
@@ -40,7 +41,7 @@ struct Deltas {
     }
     // one sign plane of a matrix of `rows` rows
     Matrix signs(const int64_t* entry, int plane, int64_t rows, int columns) const {
-        Matrix matrix = {at(entry, SIGNS), columns, Matrix::SIGN};
+        Matrix matrix = {at(entry, SIGNS), int(rows), columns, Matrix::SIGN};
         matrix.data += plane * rows * matrix.row_bytes();
         return matrix;
     }

@@ -22,10 +22,19 @@ width k takes w = ceil(k / 2) bytes, and
     nibble j of byte i  <->  column block * 64 + j * w + i        (value + 8)
 
 where nibble 0 is the lower half of a byte. Padding must be clear.
+
+Rows in memory
+--------------
+On disk, and on a GPU, the packed rows of a matrix follow one another. On a CPU 16 rows
+are the lanes of a vector register, and lie *side by side*: in runs of 16 rows, of which
+the last one may have fewer, come the first four bytes of each row, then the next four
+of each, and so on, and in the end what is left of each row, less than four bytes. These
+are as many bytes as before.
 """
 
 import torch
 
+LANES = 16  # rows that lie side by side on a CPU
 WORD_BITS = 16
 BLOCK = 256
 
@@ -193,3 +202,39 @@ def _int4_blocks(columns: int) -> list[tuple[int, int]]:
     rest = columns % INT4_BLOCK
     runs = [(0, columns - rest), (columns - rest, rest)]
     return [(first, width) for first, width in runs if width]
+
+
+def side_by_side(packed: torch.Tensor) -> torch.Tensor:
+    """Put the rows of a matrix side by side.
+
+    Args:
+        packed: [N, any] of any dtype.
+
+    Returns:
+        uint8 [bytes of ``packed``].
+    """
+    parts, data = [], packed.contiguous().view(torch.uint8)
+    for run in _runs(data):
+        words, rest = run.tensor_split([data.shape[1] // 4 * 4], dim=2)
+        words = words.unflatten(2, (-1, 4)).transpose(1, 2)
+        parts.append(torch.cat((words.flatten(1), rest.flatten(1)), dim=1).flatten())
+    return torch.cat(parts)
+
+
+def row_by_row(data: torch.Tensor, rows: int) -> torch.Tensor:
+    """The inverse of :func:`side_by_side`: uint8 [rows, bytes of a row]."""
+    parts, data = [], data.view(rows, -1)
+    for run in _runs(data):
+        height, bytes_of_words = run.shape[1], data.shape[1] // 4 * 4
+        words, rest = run.flatten(1).tensor_split([bytes_of_words * height], dim=1)
+        words = words.unflatten(1, (-1, height, 4)).transpose(1, 2).flatten(2)
+        rest = rest.unflatten(1, (height, -1))
+        parts.append(torch.cat((words, rest), dim=2).flatten(0, 1))
+    return torch.cat(parts)
+
+
+def _runs(data: torch.Tensor) -> list[torch.Tensor]:
+    """[runs, rows, bytes] of the runs of 16 rows, then of the shorter one, if any."""
+    whole = len(data) // LANES * LANES
+    runs = [data[:whole].unflatten(0, (-1, LANES)), data[whole:].unsqueeze(0)]
+    return [run for run in runs if run.shape[0] * run.shape[1]]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from dqrelo_kernels.layout import int4_bytes, unpack_int4, unpack_signs, words_per_row
-from dqrelo_kernels.table import ABSENT, FACTOR_DTYPES, INT4, Field, read
+from dqrelo_kernels.table import ABSENT, FACTOR_DTYPES, INT4, Field, read, read_matrices
 
 
 def groups(
@@ -27,13 +27,11 @@ def factors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """B [N, R] and A [R, K] of a table row, as stored; A times its scale if any."""
     rank, dtype = entry[Field.RANK], FACTOR_DTYPES[entry[Field.FACTOR_DTYPE]]
+    widths = (int4_bytes(rank), int4_bytes(k)) if dtype == INT4 else (rank, k)
+    (b,) = read_matrices(arena, entry, Field.LORA_B, dtype, 1, n, widths[0])
+    (a,) = read_matrices(arena, entry, Field.LORA_A, dtype, 1, rank, widths[1])
     if dtype == INT4:
-        b = read(arena, entry[Field.LORA_B], dtype, n, int4_bytes(rank))
-        a = read(arena, entry[Field.LORA_A], dtype, rank, int4_bytes(k))
         b, a = unpack_int4(b, rank), unpack_int4(a, k)
-    else:
-        b = read(arena, entry[Field.LORA_B], dtype, n, rank)
-        a = read(arena, entry[Field.LORA_A], dtype, rank, k)
     if entry[Field.LORA_SCALE] != ABSENT:
         a = read(arena, entry[Field.LORA_SCALE], torch.float32, rank, 1) * a
     return b, a
@@ -47,7 +45,7 @@ def planes(
         count, words = entry[Field.PLANES], words_per_row(k)
         yield from zip(
             read(arena, entry[Field.SCALE], torch.float32, count, n, 1),
-            read(arena, entry[Field.SIGNS], torch.int16, count, n, words),
+            read_matrices(arena, entry, Field.SIGNS, torch.int16, count, n, words),
             strict=True,
         )
 

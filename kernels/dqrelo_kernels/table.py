@@ -15,6 +15,8 @@ from enum import IntEnum
 
 import torch
 
+from dqrelo_kernels.layout import row_by_row
+
 ABSENT = -1
 ALIGNMENT = 64  # bytes; every tensor in the arena starts on a multiple of it
 
@@ -43,6 +45,7 @@ class Field(IntEnum):
     FACTOR_DTYPE = 7  # index into FACTOR_DTYPES
     BIAS = 8  # offset of float32 [N], added to the output; a norm's whole bias
     WEIGHT = 9  # offset of float32 [K], a norm's whole weight
+    SIDE_BY_SIDE = 10  # 1 if rows of SIGNS, LORA_A and LORA_B do, see layout.py; ABSENT
 
 
 OFFSETS = (
@@ -83,3 +86,15 @@ def read(
     for size in shape:
         count *= size
     return arena[offset : offset + count].view(dtype).view(shape)
+
+
+def read_matrices(
+    arena: torch.Tensor, entry: list[int], field: Field, dtype: torch.dtype, *shape: int
+) -> torch.Tensor:
+    """Packed matrices [count, rows, columns], whose rows may lie side by side."""
+    data = read(arena, entry[field], dtype, *shape)
+    if entry[Field.SIDE_BY_SIDE] == ABSENT:
+        return data
+    matrices = data.view(torch.uint8).flatten(1)
+    rows = [row_by_row(matrix, shape[1]) for matrix in matrices]
+    return torch.stack(rows).view(dtype)
