@@ -67,6 +67,7 @@ class Deltas:
                     self.method.size(n, k, RATIO, torch.bfloat16),
                     table[slot, j],
                 )
+                row[Field.SIDE_BY_SIDE] = 1
                 row[Field.SIGNS] = self._take(2 * n * words_per_row(k))
                 row[Field.SCALE] = self._take(4 * n)
                 row[Field.PLANES], row[Field.RANK] = size.planes, size.rank

@@ -2,13 +2,14 @@
 """What requests of the base pay for the plugin.
 
     python benchmarks/benchmark_overhead.py BASE DELTA [--compiled] [--output FILE]
-    python benchmarks/benchmark_overhead.py [--compiled] [--output FILE]
+    python benchmarks/benchmark_overhead.py mixture|llama [--compiled] [--output FILE]
 
 Two engines in one process, vLLM alone and vLLM with the plugin and a resident delta,
 decode the same eight prompts of the base, a step of one and a step of the other by
 turns. The ratio is that of the medians; its range is that of ten parts of the run,
-which says how much of it is noise. Without a base it is a small mixture of experts at
-random, whose experts the plugin computes by itself, and a delta of its norms.
+which says how much of it is noise. Instead of a folder there are two bases of random
+weights, with a delta of their norms: a small mixture of experts, which the plugin
+computes by itself, and a Llama of 1.1 billion parameters.
 """
 
 import argparse
@@ -26,32 +27,48 @@ import torch
 from machine import machine
 from table import Table
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+)
 from vllm import LLM, SamplingParams
 
 from dqrelo_tools.convert import convert
 from vllm_dqrelo import load_delta
 
-REQUESTS, STEPS, PARTS = 8, 600, 10
+REQUESTS, PARTS = 8, 10
 
-MIXTURE = Qwen3MoeConfig(
-    vocab_size=1024,
-    hidden_size=512,
-    moe_intermediate_size=256,
-    num_experts=60,
-    num_experts_per_tok=4,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=1024,
-)
+RANDOM: dict[str, PretrainedConfig] = {
+    "mixture": Qwen3MoeConfig(
+        vocab_size=1024,
+        hidden_size=512,
+        moe_intermediate_size=256,
+        num_experts=60,
+        num_experts_per_tok=4,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=1024,
+    ),
+    "llama": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=1024,
+    ),
+}
 
 
-def mixture(folder: Path) -> tuple[str, str]:
-    """A random mixture of experts and a delta."""
+def random_base(config: PretrainedConfig, folder: Path) -> tuple[str, str]:
+    """A base of random weights and a delta of its norms."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MIXTURE).bfloat16()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     base, tuned, delta = (folder / name for name in ("base", "tuned", "delta"))
     model.save_pretrained(base)
     with torch.no_grad():
@@ -78,7 +95,7 @@ def engine(base: str, **options: Any) -> Any:
 def start(llm: Any) -> None:
     """Eight requests of the base, past their prompts."""
     sampling = SamplingParams(
-        temperature=0, max_tokens=STEPS + 50, ignore_eos=True, detokenize=False
+        temperature=0, max_tokens=900, ignore_eos=True, detokenize=False
     )
     for i in range(REQUESTS):
         prompt = {"prompt_token_ids": list(range(100 * i + 5, 100 * i + 69))}
@@ -97,16 +114,17 @@ def seconds(llm: Any) -> float:
 def main() -> None:
     """Measure, and write the row."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("base", nargs="?")
-    parser.add_argument("delta", nargs="?")
+    parser.add_argument("base", help=f"a folder, or one of {', '.join(RANDOM)}")
+    parser.add_argument("delta", nargs="?", help="a folder, where the base is one")
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--compiled", action="store_true", help="no --enforce-eager")
     parser.add_argument("--output", type=Path, help="a CSV file to add the row to")
     arguments = parser.parse_args()
-    options = {"enforce_eager": not arguments.compiled}
+    steps, options = arguments.steps, {"enforce_eager": not arguments.compiled}
     with tempfile.TemporaryDirectory() as folder:
         base, delta_folder = arguments.base, arguments.delta
-        if base is None:
-            base, delta_folder = mixture(Path(folder))
+        if base in RANDOM:
+            base, delta_folder = random_base(RANDOM[base], Path(folder))
         alone = engine(base, **options)
         plugin = engine(base, quantization="dqrelo", **options)
         delta = load_delta(plugin, "delta", delta_folder)
@@ -114,13 +132,14 @@ def main() -> None:
     plugin.generate({"prompt_token_ids": [1]}, one, lora_request=delta, use_tqdm=False)
     start(alone)
     start(plugin)
-    pairs = [(seconds(alone), seconds(plugin)) for _ in tqdm(range(STEPS))]
-    size = STEPS // PARTS
-    parts = [ratio(pairs[i : i + size]) for i in range(0, STEPS, size)]
+    pairs = [(seconds(alone), seconds(plugin)) for _ in tqdm(range(steps))]
+    size = steps // PARTS
+    parts = [ratio(pairs[i : i + size]) for i in range(0, steps, size)]
     alone_ms, plugin_ms = (
         1000 * statistics.median(times) for times in zip(*pairs, strict=True)
     )
     row = {
+        "base": arguments.base if arguments.base in RANDOM else Path(base).name,
         "mode": "compiled" if arguments.compiled else "eager",
         "base_ms": f"{alone_ms:.2f}",
         "plugin_ms": f"{plugin_ms:.2f}",
@@ -131,7 +150,7 @@ def main() -> None:
     }
     print(*(f"{key} {value}" for key, value in row.items()), sep="\n")
     if arguments.output:
-        Table(arguments.output, ("mode", "commit")).add(row)
+        Table(arguments.output, ("base", "mode", "commit")).add(row)
 
 
 def ratio(pairs: list[tuple[float, float]]) -> float:
