@@ -4,10 +4,11 @@
     python benchmarks/benchmark_real.py BASE [--output FILE]
 
 A base of bases.py, a full fine-tune of it (finetune.py) and that one's delta. Three
-engines answer the same prompts, one after another: vLLM alone with the base, vLLM alone
-with what ``dqrelo export`` makes of base and delta, and vLLM with the plugin, where both
-are in one batch. All compute in float32, so that what may differ is the order of sums.
-One prompt is longer than the windows of Gemma 3. Base and fine-tune stay in .cache.
+engines answer the same prompts, one after another: vLLM without the plugin as the base
+and as what ``dqrelo export`` makes of base and delta; and vLLM with the plugin, where
+both are in one batch. All compute in float32, so that what may differ is the order of
+sums. One prompt is longer than the windows of Gemma 3. Base and fine-tune stay in
+.cache, all else is made anew.
 """
 
 import argparse
