@@ -64,17 +64,21 @@ BASES = {
 }
 
 
-def fetch_base(folder: Path, name: str = "smollm2") -> Path:
-    """Return ``folder`` as a bf16 Hugging Face checkpoint; make it if it is absent.
+def fetch_base(
+    folder: Path, name: str = "smollm2", dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """Return ``folder`` as a Hugging Face checkpoint; make it if it is absent.
 
     Args:
         folder: of the checkpoint.
         name: in ``BASES``.
+        dtype: of all its tensors.
     """
     if not folder.exists():
         base = BASES[name]
         with new_folder(folder) as checkpoint, tempfile.TemporaryDirectory() as scratch:
-            _convert(_download_gguf(base, Path(scratch)), base, checkpoint)
+            gguf = _download_gguf(base, Path(scratch))
+            _convert(gguf, base, dtype, checkpoint)
     return folder
 
 
@@ -100,13 +104,13 @@ def _download_gguf(base: Base, scratch: Path) -> Path:
     return gguf
 
 
-def _convert(gguf: Path, base: Base, checkpoint: Path) -> None:
-    """Dequantise a GGUF file into a bf16 safetensors checkpoint with its tokenizer."""
+def _convert(gguf: Path, base: Base, dtype: torch.dtype, checkpoint: Path) -> None:
+    """Dequantise a GGUF file into a safetensors checkpoint with its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
         quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
+        dtype=dtype,
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if base.chat_template:

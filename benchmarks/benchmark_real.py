@@ -6,9 +6,9 @@
 A base of bases.py, a full fine-tune of it (finetune.py) and that one's delta. Three
 engines answer the same prompts, one after another: vLLM without the plugin as the base
 and as what ``dqrelo export`` makes of base and delta; and vLLM with the plugin, where
-both are in one batch. All compute in float32, so that what may differ is the order of
-sums. One prompt is longer than the windows of Gemma 3. Base and fine-tune stay in
-.cache, all else is made anew.
+both are in one batch. All numbers are float32, so that every parameter moves in a short
+training, an export rounds nothing, and only the order of sums may differ. One prompt is
+longer than the windows of Gemma 3. Base and fine-tune stay in .cache.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from finetune import finetune
 from machine import machine
 from table import Table
 from tasks import MAX_ANSWER_TOKENS, TASKS
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 
 from dqrelo_tools.convert import convert
@@ -47,13 +47,6 @@ LONG = 700  # tokens
 TOLERANCE = 1e-4  # as in tests/test_architectures.py
 
 Answer = tuple[list[int], torch.Tensor]  # its tokens; logprobs of these and the prompt
-
-
-def widen(checkpoint: Path, folder: Path) -> None:
-    """Write the same numbers as float32, so that an export rounds nothing."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
 
 
 def engine(model: Path, **options: Any) -> LLM:
@@ -131,11 +124,10 @@ def compare(name: str, scratch: Path) -> dict[str, object]:
     Returns:
         The row.
     """
-    original = fetch_base(CACHE / name / "base", name)
-    tuned = finetune(original, TASK, CACHE / name / "fine-tune")
+    base = fetch_base(CACHE / name / "base", name, torch.float32)
+    tuned = finetune(base, TASK, CACHE / name / "fine-tune")
     start = time.perf_counter()
-    base, delta, merged = (scratch / part for part in ("base", "delta", "merged"))
-    widen(original, base)
+    delta, merged = scratch / "delta", scratch / "merged"
     convert(str(base), str(tuned), delta, RATIO)
     report = checked(base, tuned, delta)
     print(report.to_text())
