@@ -24,7 +24,7 @@ def test_two_stages_equal_each_model_alone(
         quantization="dqrelo",
         max_loras=2,
         pipeline_parallel_size=2,
-        enforce_eager=False,
+        enforce_eager=True,
     )
     requests = [None] + [load(llm, d.name, d) for d in made.deltas[:2]]
     order = [(p, m) for p in range(len(prompts)) for m in range(3)]
@@ -44,3 +44,16 @@ def test_two_stages_equal_each_model_alone(
         write_delta(folder, Delta(made.deltas[0]).config, tensors)
         with pytest.raises(Exception, match=rf"{name}.weight: the model has no place"):
             load(llm, name, folder)
+
+
+def test_each_parameter_is_in_some_stage():
+    from vllm_dqrelo.host import Loaded, agreed
+
+    first = Loaded("sha256:1", 5, elsewhere=frozenset({"layer.2", "none"}))
+    second = Loaded("sha256:1", 7, elsewhere=frozenset({"layer.1"}))
+    assert agreed([first, second], "folder") == first._replace(size=7)
+    third = second._replace(elsewhere=frozenset({"layer.1", "none"}))
+    error = (
+        "folder does not fit the served model:\n  none: the model has no place for it"
+    )
+    assert agreed([first, third], "folder").error == error
