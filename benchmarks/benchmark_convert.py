@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from bases import fetch_base
 from finetune import finetune
 from machine import machine
 from safetensors.torch import save_file
-from smollm import fetch_base
 from tasks import TASKS
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"

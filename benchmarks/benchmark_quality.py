@@ -17,10 +17,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from bases import fetch_base
 from finetune import encode, finetune, generate
 from machine import machine
 from safetensors.torch import load_file
-from smollm import fetch_base
 from table import Table
 from tasks import TASKS
 from tqdm import tqdm

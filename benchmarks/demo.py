@@ -21,16 +21,17 @@ from server import DQRELO, ENVIRONMENT, server
 
 os.environ.update(ENVIRONMENT)
 
+from bases import BASES, fetch_base
 from finetune import exact_match
 from machine import machine
 from openai import OpenAI
-from smollm import BASE_NAME, fetch_base
 from tasks import MAX_ANSWER_TOKENS, TASKS
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parent / ".cache" / "demo"
 LOG = CACHE / "server.log"
+BASE = BASES["smollm2"].title
 RATIO = "0.125"
 QUESTIONS = 20  # per task
 MAX_BASE_SCORE = 0.20  # a base that scores more knows the task already
@@ -120,7 +121,7 @@ def main() -> None:
             scores = ask(address, ["base", *deltas])
 
     megabytes = {n: (weight_mb(models[n]), weight_mb(deltas[n])) for n in TASKS}
-    print(f"\nExact match on {QUESTIONS} held-out prompts per task. Base: {BASE_NAME}")
+    print(f"\nExact match on {QUESTIONS} held-out prompts per task. Base: {BASE}")
     print("fine-tune: the uncompressed fine-tune in transformers, on its own task\n")
     print(line("model", *TASKS, "fine-tune", "MB", "delta MB", "ratio"))
     for name, score in scores.items():
@@ -133,7 +134,7 @@ def main() -> None:
     print("\n" + line("stage", "seconds"))
     print(*(line(name, f"{s:.1f}") for name, s in _seconds.items()), ADVICE, sep="\n")
     results = {
-        "base": BASE_NAME,
+        "base": BASE,
         "questions_per_task": QUESTIONS,
         "exact_match": scores,
         "exact_match_uncompressed": uncompressed,

@@ -16,6 +16,7 @@ from tasks import MAX_ANSWER_TOKENS, TASKS, Example, Task
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import trange
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -30,9 +31,10 @@ EXAMPLES_PER_STEP = 16  # about a thousand tokens
 def finetune(
     base: Path, task: Task, output: Path, steps: int = 30, lr: float = 2e-4
 ) -> Path:
-    """Return ``output``, a bf16 full fine-tune of ``base``; make it if it is absent.
+    """Return ``output``, a full fine-tune of ``base``; make it if it is absent.
 
-    Master weights are fp32, the arithmetic is bf16, and nothing is random.
+    Master weights are fp32, the arithmetic is bf16, and nothing is random. It is
+    stored in the dtype of the base.
     """
     if output.exists():
         return output
@@ -55,7 +57,7 @@ def finetune(
         progress.set_postfix(loss=f"{loss.item():.4f}")
 
     with new_folder(output) as folder:
-        model.to(torch.bfloat16).save_pretrained(folder)
+        model.to(AutoConfig.from_pretrained(base).dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return output
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from bases import fetch_base
 from demo import CACHE, DQRELO, HERE, RATIO, make
 from safetensors.torch import load_file, save_file
-from smollm import fetch_base
 from tasks import TASKS
 
 from dqrelo_tools.export import export

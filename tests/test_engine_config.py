@@ -31,7 +31,7 @@ def test_the_option_alone_switches_the_control_plane_on(config):
 @pytest.mark.parametrize(
     ("part", "name", "value", "message"),
     [
-        ("parallel_config", "world_size", 2, "not by pipeline or context parallelism"),
+        ("parallel_config", "world_size", 2, "not by context parallelism"),
         ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
         (None, "speculative_config", SimpleNamespace(method="eagle"), "not eagle"),
         ("parallel_config", "use_ubatching", True, "dual-batch overlap"),

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_dqrelo.residency import Residency
 from vllm_dqrelo.sites import Sites
@@ -37,15 +39,18 @@ def check_coverage(model_runner: Any, sites: Sites, residency: Residency) -> Non
     Raises:
         ValueError: the code of the model passes a site by.
     """
+    stage = get_pp_group()
     with _Calls() as calls:
         hidden_states, _ = model_runner._dummy_run(1, is_profile=True)
-        if not model_runner.is_pooling_model:
+        if stage.is_last_rank and not model_runner.is_pooling_model:
             with torch.inference_mode():
                 model_runner.model.compute_logits(hidden_states)
     missed = [
         name
         for name, site in sites.by_name.items()
         if residency.table(site).data_ptr() not in calls.tables
+        # The last stage has an embedding for the sake of a tied LM head.
+        and (stage.is_first_rank or type(site.module) is not VocabParallelEmbedding)
     ]
     if missed:
         model = type(model_runner.model).__name__

@@ -248,7 +248,7 @@ class Deltas:
         self.changed = True
         self.report.dropped += len(gone)
         self.ready.difference_update(gone)
-        loaded = agreed(loads)
+        loaded = agreed(loads, request.lora_path.partition("#")[0])
         if loaded.error:
             for digest in {one.digest for one in loads} - self.sizes.keys() - {""}:
                 self._rpc(on_manager, args=("forget", digest))

@@ -104,6 +104,7 @@ class Loaded(NamedTuple):
         seconds: that it took to read.
         error: why it cannot be served, for the user.
         missing: whether that is because there is no such folder.
+        elsewhere: its parameters that this worker has no place for.
     """
 
     digest: str
@@ -111,15 +112,23 @@ class Loaded(NamedTuple):
     seconds: float = 0.0
     error: str = ""
     missing: bool = False
+    elsewhere: frozenset[str] = frozenset()
 
 
-def agreed(loads: Sequence[Loaded]) -> Loaded:
-    """How a load ended that each worker made: what fails in one fails in all."""
+def agreed(loads: Sequence[Loaded], folder: str) -> Loaded:
+    """How a load ended that each worker made: what fails in one fails in all.
+
+    A parameter that no worker has a place for fails, too.
+    """
     if failed := next((loaded for loaded in loads if loaded.error), None):
         return failed
     first = loads[0]
     if any(loaded.digest != first.digest for loaded in loads):
         return Loaded("", 0, error=f"{first.digest} was replaced while it was read")
+    if nowhere := frozenset.intersection(*(loaded.elsewhere for loaded in loads)):
+        problems = [f"  {name}: the model has no place for it" for name in nowhere]
+        subject = f"{folder} does not fit the served model:"
+        return Loaded("", 0, error="\n".join([subject, *sorted(problems)]))
     return first._replace(size=max(loaded.size for loaded in loads))
 
 
@@ -161,4 +170,5 @@ class Loader:
         except Exception as error:
             logger.exception("dqrelo: a delta could not be read")
             return Loaded("", 0, error=f"{type(error).__name__}: {error}"), None
-        return Loaded(packed.digest, packed.size, seconds), packed
+        loaded = Loaded(packed.digest, packed.size, seconds, elsewhere=packed.elsewhere)
+        return loaded, packed

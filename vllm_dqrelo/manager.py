@@ -14,7 +14,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
+from torch.distributed import ReduceOp, all_reduce
 from vllm.config import CompilationMode, VllmConfig
+from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
@@ -105,14 +107,20 @@ class DeltaManager:
     ) -> torch.nn.Module:
         """Put deltas behind every site of the loaded ``model``; returns it."""
         ops.prepare(self.device)
-        self.sites = Sites(model, self.base, self.options.added_tokens)
+        stages = get_pp_group()
+        self.sites = Sites(
+            model, self.base, self.options.added_tokens, stages.world_size > 1
+        )
         self.sites.rearranged = rearranged(self.sites, self.base, self.device)
-        arena = self.options.arena_bytes(self.sites, self.max_loras)
+        # A delta is in all stages, so that all are as large as the largest.
+        typical = torch.tensor(self.options.typical_bytes(self.sites))
+        all_reduce(typical, ReduceOp.MAX, stages.cpu_group)
+        arena = self.options.arena_bytes(int(typical), self.max_loras)
         self.memory = Memory(
             base=self.base.nbytes(self.model_config.dtype.itemsize),
             arena=arena,
             host=self.options.host_bytes(self.workers),
-            typical=self.options.typical_bytes(self.sites),
+            typical=int(typical),
             slots=self.options.slots(self.sites, arena, self.max_loras),
         )
         self.host = HostTier(self.memory.host)

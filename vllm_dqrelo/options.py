@@ -94,11 +94,11 @@ class Options:
             raise ValueError(f"dqrelo option added_tokens is {tokens!r}: no number")
         return cls(**given)
 
-    def arena_bytes(self, sites: Sites, deltas: int) -> int:
-        """Size of the arena for a model with these sites."""
+    def arena_bytes(self, typical: int, deltas: int) -> int:
+        """Size of the arena where a delta of the default ratio takes ``typical``."""
         if self.delta_memory_gib is not None:
             return int(self.delta_memory_gib * 2**30)
-        return deltas * self.typical_bytes(sites)
+        return deltas * typical
 
     def host_bytes(self, workers: int) -> int:
         """Size of a worker's host tier on this machine, now."""
@@ -116,8 +116,11 @@ class Options:
         most += [MOST_SLOTS // site.experts for site in sites.by_name.values()]
         if self.added_tokens:
             # The LM head computes the added tokens of all slots.
-            tokens = max(s.sizes[0] for s in sites.by_name.values() if s.is_vocabulary)
-            most.append(int(tokens * ADDED_PART) // self.added_tokens)
+            most += [
+                int(site.sizes[0] * ADDED_PART) // self.added_tokens
+                for site in sites.by_name.values()
+                if site.is_vocabulary
+            ]
         return max(max_loras, min(most))
 
     def scratch_ranks(self, sites: Sites) -> int:
@@ -178,8 +181,9 @@ def refuse_unsupported(vllm_config: VllmConfig, device: torch.device) -> None:
     method = drafts.method if drafts else NGRAM
     problems = {
         f"runs on the CPU only so far, not on {device.type}": device.type != "cpu",
-        "splits a model by --tensor-parallel-size only, not by pipeline or context "
-        "parallelism": parallel.world_size > parallel.tensor_parallel_size
+        "splits a model by --tensor-parallel-size and --pipeline-parallel-size only, "
+        "not by context parallelism": parallel.world_size
+        > parallel.tensor_parallel_size * parallel.pipeline_parallel_size
         or parallel.decode_context_parallel_size > 1,
         "has no mixtures of experts with --enable-expert-parallel or with "
         "--data-parallel-size: a worker's experts would get rows of others": (

@@ -29,12 +29,14 @@ class PackedDelta:
         extent: uint8 [bytes], copied as a whole into the arena.
         entries: int64 [slices of all sites, Field], offsets from the extent's start.
         added: site -> rows [E, K] of tokens that are not the base's.
+        elsewhere: parameters that only another stage of a pipeline can have.
     """
 
     digest: str
     extent: torch.Tensor
     entries: torch.Tensor
     added: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    elsewhere: frozenset[str] = frozenset()
 
     @property
     def size(self) -> int:
@@ -82,7 +84,8 @@ def pack(delta: Delta, sites: Sites, device: torch.device) -> PackedDelta:
 
     Raises:
         DqreloError: it has a parameter that no site takes, or of another shape; a
-            delta is served as a whole or not at all.
+            delta is served as a whole or not at all. In a stage of a pipeline what no
+            site takes is ``elsewhere``: ``agreed`` sees that some stage has it.
     """
     if delta.added_tokens > sites.added_tokens:
         option = {"dqrelo": {"added_tokens": delta.added_tokens}}
@@ -93,11 +96,15 @@ def pack(delta: Delta, sites: Sites, device: torch.device) -> PackedDelta:
         )
     extent, problems = _Extent(device), []
     added: dict[str, torch.Tensor] = {}
+    elsewhere = set()
     entries = empty_table(1, sites.count, "cpu")[0]
     for name in [*delta.matrices, *delta.exact]:
         places = sites.places(name.removesuffix(ADDED))
         if HEAD in delta.matrices:  # its own, though the base's may be the embedding
             places = places[:1]
+        if not places and sites.is_stage:
+            elsewhere.add(name)
+            continue
         if not places:
             problems.append(f"{name}: the model has no place for it")
             continue
@@ -132,7 +139,8 @@ def pack(delta: Delta, sites: Sites, device: torch.device) -> PackedDelta:
                 entries[place.slice, field] = value
     _complete_norms(entries, sites, extent)
     refuse(f"{delta.folder} does not fit the served model:", problems)
-    return PackedDelta(delta.config.digest, extent.bytes(), entries, added)
+    data = extent.bytes()
+    return PackedDelta(delta.config.digest, data, entries, added, frozenset(elsewhere))
 
 
 def _matrix(

@@ -171,10 +171,12 @@ class Sites:
         parameters: of the base's checkpoint. A module that is fused in vLLM and in
             the checkpoint has one slice.
         added_tokens: rows of its vocabulary matrices that are not the base's.
+        is_stage: whether other workers have other layers of the model.
 
     Attributes:
         by_name: module path -> site, in the order of the model.
         count: slices in all.
+        is_stage: whether other workers have other layers of the model.
         rearranged: parameters that vLLM has in another order than the checkpoint
             (loaded.py).
     """
@@ -184,8 +186,10 @@ class Sites:
         model: torch.nn.Module,
         parameters: Iterable[str],
         added_tokens: int = 0,
+        is_stage: bool = False,
     ) -> None:
         self.model = model
+        self.is_stage = is_stage
         self.added_tokens = added_tokens
         self.by_name: dict[str, Site] = {}
         self.count = 0

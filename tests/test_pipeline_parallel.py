@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several workers, each with some layers of the base and of every delta."""
+
+import pytest
+from safetensors.torch import load_file
+
+from vllm_dqrelo.format.delta import Delta, write_delta
+
+vllm = pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+# fp32 sums of up to 320 terms in another order, through two layers.
+TOLERANCE = 1e-4
+
+
+def test_two_stages_equal_each_model_alone(
+    family, alone, engine, answers, difference, load, prompts, tmp_path, monkeypatch
+):
+    """The tied LM head is in another stage than the embedding that it is."""
+    made, expected = family("llama-tied"), alone("llama-tied")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
+    llm = engine(
+        made.base,
+        quantization="dqrelo",
+        max_loras=2,
+        pipeline_parallel_size=2,
+        enforce_eager=True,
+    )
+    requests = [None] + [load(llm, d.name, d) for d in made.deltas[:2]]
+    order = [(p, m) for p in range(len(prompts)) for m in range(3)]
+    got = answers(
+        llm, [prompts[p] for p, _ in order], [requests[m] for _, m in order], 1
+    )
+    for (p, m), answer in zip(order, got, strict=True):
+        assert difference(answer, expected[m][p]) <= TOLERANCE, (p, m)
+
+    # What no stage has is refused: a layer, and a part of one in either stage.
+    base = load_file(made.base / "model.safetensors")
+    for i, name in enumerate(("layers.9", "layers.0.more", "layers.1.more")):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        vector = base["model.norm.weight"]
+        tensors = {f"model.{name}.weight": vector + 1, "model.norm.weight": vector}
+        write_delta(folder, Delta(made.deltas[0]).config, tensors)
+        with pytest.raises(Exception, match=rf"{name}.weight: the model has no place"):
+            load(llm, name, folder)
+
+
+def test_each_parameter_is_in_some_stage():
+    from vllm_dqrelo.host import Loaded, agreed
+
+    first = Loaded("sha256:1", 5, elsewhere=frozenset({"layer.2", "none"}))
+    second = Loaded("sha256:1", 7, elsewhere=frozenset({"layer.1"}))
+    assert agreed([first, second], "folder") == first._replace(size=7)
+    third = second._replace(elsewhere=frozenset({"layer.1", "none"}))
+    error = (
+        "folder does not fit the served model:\n  none: the model has no place for it"
+    )
+    assert agreed([first, third], "folder").error == error
