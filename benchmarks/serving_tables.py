@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of servers under load: traffic, and ways to serve."""
+"""The tables of servers: traffic, ways to serve, and how many fit."""
 
 from rows import Row, table
 
@@ -34,3 +34,14 @@ def compare_table(rows: list[Row]) -> str:
     """One line for each way to serve."""
     body = [[row["system"], row["weights_mb"], *measured(row)] for row in rows]
     return table(["system", "weights, MB", "tokens/s", *TIME_HEADS, "goodput/s"], body)
+
+
+def capacity_table(rows: list[Row]) -> str:
+    """One line for each number of models, and whether the memory is enough for it."""
+    body = [
+        [row["system"], row["models"], f"{held:.2f}", "yes" if fits else "no"]
+        for row in rows
+        for held in [float(row["held_gib"])]
+        for fits in [held <= float(row["budget_gib"])]
+    ]
+    return table(["system", "models", "memory, GiB", "fits"], body)

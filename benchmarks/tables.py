@@ -10,7 +10,7 @@ from typing import Any
 
 from reliability import fuzz_table, soak_table
 from rows import RESULTS, Row, read, table
-from serving_tables import compare_table, serving_table
+from serving_tables import capacity_table, compare_table, serving_table
 
 OURS, PAPER = "dqrelo 1/8", "dqrelo-paper 1/8"
 
@@ -358,6 +358,7 @@ def tables() -> dict[str, str]:
         "memory": memory_table(read("memory.csv")),
         "bytes": bytes_table(read("memory.csv")),
         "cards": cards_table(read("cards.csv")),
+        "capacity": capacity_table(read("capacity.csv")),
         "router": router_table(read("router.csv")),
         "versions": versions_table(read("versions.csv")),
         "fuzz": fuzz_table(read("fuzz.csv")),

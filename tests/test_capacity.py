@@ -128,3 +128,19 @@ def test_what_processes_share_counts_once(capacity, tmp_path):
         process.wait()
     # Python itself takes some MiB of each.
     assert 96 * MIB <= grown <= 116 * MIB
+
+
+def test_the_table_and_the_figure_say_what_fits(capacity):
+    rows = [
+        {"system": s, "models": n, "budget_gib": "8.0", "held_gib": gib}
+        for s, n, gib in [("one each", "1", "2.24"), ("ours", "2", "8.001")]
+    ]
+    table = importlib.import_module("serving_tables").capacity_table(rows)
+    assert table.splitlines()[2:] == [
+        "| one each | 1 | 2.24 | yes |",
+        "| ours | 2 | 8.00 | no |",
+    ]
+    (axes,) = importlib.import_module("figures").capacity_figure(rows).axes
+    first, second, budget = (line.get_xydata().tolist() for line in axes.lines)
+    assert first == [[1, 2.24]] and second == [[2, 8.001]]
+    assert [y for _, y in budget] == [8, 8]
