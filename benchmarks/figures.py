@@ -117,6 +117,25 @@ def memory_figure(rows: list[Row]) -> Figure:
     return figure
 
 
+def capacity_figure(rows: list[Row]) -> Figure:
+    """What servers hold against the number of models, and the memory that there is."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for row in rows:
+        lines[row["system"]].append((int(row["models"]), float(row["held_gib"])))
+    for (system, points), marker in zip(lines.items(), "os", strict=True):
+        axes.plot(*zip(*points, strict=True), marker=marker, label=system)
+    budget = float(rows[0]["budget_gib"])
+    axes.axhline(budget, color="black", linestyle=":", label=f"{budget:g} GiB")
+    axes.set(xlabel="fine-tunes served", ylabel="memory, GiB", ylim=(0, None))
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    axes.set_title("SmolLM2-135M, bfloat16: what all processes of the servers hold")
+    axes.legend(loc="lower right")
+    return figure
+
+
 def figures() -> dict[str, Figure]:
     """All of them, by name."""
     rows, scales = read("quality.csv"), fine_tunes()
@@ -125,6 +144,7 @@ def figures() -> dict[str, Figure]:
         "length": length_figure(rows, scales),
         "serving": serving_figure(read("serving.csv")),
         "memory": memory_figure(read("memory.csv")),
+        "capacity": capacity_figure(read("capacity.csv")),
     }
 
 

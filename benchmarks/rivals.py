@@ -7,10 +7,11 @@ it holds. Where several servers or turns share the load, each has an equal part 
 these servers start with --enforce-eager, because to compile takes longer than they run.
 """
 
+import io
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,13 @@ LOG = MORE / "server.log"
 WARM_UP = Load("closed", "16:4", 8, request_rate=0, max_concurrency=8, seed=1)
 
 
-def ours(deltas: dict[str, Path], max_loras: int) -> AbstractContextManager[str]:
+def ours(
+    deltas: dict[str, Path], max_loras: int, *options: str
+) -> AbstractContextManager[str]:
     """Our server with these deltas."""
     named = [f"--delta={name}={folder}" for name, folder in deltas.items()]
     arguments = [*DQRELO, "serve", base(), *named, f"--max-loras={max_loras}", *COMMON]
-    return server(arguments, LOG)
+    return server([*arguments, *options], LOG)
 
 
 def stock(
@@ -101,25 +104,35 @@ def one_merged(count: int, load: Load) -> Iterator[Measured]:
 
 def many_servers(count: int, load: Load) -> Iterator[Measured]:
     """A server for each fine-tune as a whole model, all at once."""
-    part = replace(
-        load,
-        num_prompts=load.num_prompts // count,
-        request_rate=load.request_rate / count,
-        max_concurrency=max(load.max_concurrency // count, 1),
-    )
     with ExitStack() as stack, ThreadPoolExecutor(count) as pool:
         logs = [LOG.with_name(f"server-{i}.log") for i in range(count)]
         servers = [
             stock(merged(i), "--enforce-eager", log=logs[i]) for i in range(count)
         ]
         addresses = list(pool.map(stack.enter_context, servers))
-        for now in (WARM_UP, part):
-            models = ["base"] * now.num_prompts
-            start = time.perf_counter()
-            jobs = [pool.submit(drive, a, base(), models, now) for a in addresses]
-            results = [job.result() for job in jobs]
-            seconds = time.perf_counter() - start
+        at_once(addresses, WARM_UP)
+        results, seconds = at_once(addresses, part_of(load, count))
     yield results, seconds, count * base_bytes(str(base()))
+
+
+def at_once(addresses: list[str], load: Load) -> tuple[list[dict[str, Any]], float]:
+    """The load on each of several servers at the same time, and the seconds of all."""
+    models = ["base"] * load.num_prompts
+    # A client puts back the stdout that it found, which may be another client's.
+    with redirect_stdout(io.StringIO()), ThreadPoolExecutor(len(addresses)) as pool:
+        start = time.perf_counter()
+        jobs = [pool.submit(drive, a, base(), models, load) for a in addresses]
+        return [job.result() for job in jobs], time.perf_counter() - start
+
+
+def part_of(load: Load, count: int) -> Load:
+    """The load of one of ``count`` servers that share it."""
+    return replace(
+        load,
+        num_prompts=load.num_prompts // count,
+        request_rate=load.request_rate / count,
+        max_concurrency=max(load.max_concurrency // count, 1),
+    )
 
 
 def swapping(count: int, load: Load) -> Iterator[Measured]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from reliability import fuzz_table, soak_table
 from rows import RESULTS, Row, read, table
+from serving_tables import capacity_table, compare_table, serving_table
 
 OURS, PAPER = "dqrelo 1/8", "dqrelo-paper 1/8"
 
@@ -198,34 +199,6 @@ def cpu_table(rows: list[Row]) -> str:
     return table([*head, "native / base", "native / LoRA", "native / copy"], body)
 
 
-TIMES = ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "itl_p99_ms")
-TIME_HEADS = ["TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "ITL p99"]
-
-
-def measured(row: Row) -> list[str]:
-    """Tokens per second, times and goodput of a row under load."""
-    cells = [f"{float(row['output_tokens_per_s']):.1f}"]
-    cells += [f"{float(row[key]):.0f}" for key in TIMES]
-    return [*cells, f"{float(row['goodput_per_s']):.2f}"]
-
-
-def serving_table(rows: list[Row]) -> str:
-    """One line for each traffic; arrivals in bursts and at random for one law only."""
-    body = [
-        [row["popularity"], row["models"], row["arrivals"], *measured(row)]
-        for row in rows
-        if row["arrivals"] == "closed" or row["popularity"] in ("identical", "zipf:1")
-    ]
-    head = ["popularity", "models", "arrivals", "tokens/s", *TIME_HEADS, "goodput/s"]
-    return table(head, body)
-
-
-def compare_table(rows: list[Row]) -> str:
-    """One line for each way to serve."""
-    body = [[row["system"], row["weights_mb"], *measured(row)] for row in rows]
-    return table(["system", "weights, MB", "tokens/s", *TIME_HEADS, "goodput/s"], body)
-
-
 def turns_table(rows: list[Row], way: str) -> str:
     """One way of computing as a part of the time by tiles, the two by turns."""
     threads = max(row["threads"] for row in rows)
@@ -385,6 +358,7 @@ def tables() -> dict[str, str]:
         "memory": memory_table(read("memory.csv")),
         "bytes": bytes_table(read("memory.csv")),
         "cards": cards_table(read("cards.csv")),
+        "capacity": capacity_table(read("capacity.csv")),
         "router": router_table(read("router.csv")),
         "versions": versions_table(read("versions.csv")),
         "fuzz": fuzz_table(read("fuzz.csv")),

@@ -215,6 +215,23 @@ def test_tables(bench):
     assert "| 0.8.0 | 2.1 | 5 | refused |" in shown
 
 
+def test_rows_measured_before_hits_were_counted_have_a_dash(bench):
+    tables = bench("serving_tables")
+    about = {"popularity": "uniform", "models": "4", "arrivals": "closed"}
+    about |= dict.fromkeys((*tables.TIMES, "output_tokens_per_s"), "1")
+    about["goodput_per_s"] = "2"
+    # Without the column; in a file that has it for other rows; with it.
+    rows = [about, about | {"hits": ""}, about | {"hits": "0.906"}]
+    head, _, *lines = tables.serving_table(rows).splitlines()
+    cells = [line.strip("| ").split(" | ") for line in (head, *lines)]
+    assert [cell[-2:] for cell in cells] == [
+        ["goodput/s", "resident"],
+        ["2.00", "-"],
+        ["2.00", "-"],
+        ["2.00", "91%"],
+    ]
+
+
 def test_a_figure_shows_its_rows(bench):
     figures = bench("figures")
     rows = [
