@@ -81,10 +81,13 @@ class Linear {
 #pragma omp for schedule(dynamic)
             for (int i = 0; i < count[0]; i++) stage(stages[i]);
 #pragma omp for schedule(dynamic)
-            for (int i = 0; i < count[1]; i++) shrink(shrinks[i], own);
+            for (int i = 0; i < count[1]; i++) {
+                if (i + 1 < count[1]) prefetch_shrink(shrinks[i + 1]);
+                shrink(shrinks[i], own);
+            }
 #pragma omp for schedule(dynamic, chunk) nowait
             for (int i = 0; i < count[2]; i++) {
-                if (i + 1 < count[2]) prefetch(expands[i + 1]);
+                if (i + 1 < count[2]) prefetch_expand(expands[i + 1]);
                 expand(expands[i], own);
             }
 #if defined(__AMX_BF16__)
@@ -171,7 +174,11 @@ class Linear {
         return std::min(height_of_tile(unit.group->way), size - unit.first);
     }
 
-    __attribute__((always_inline)) void prefetch(const Unit& unit) const {
+    __attribute__((always_inline)) void prefetch_shrink(const Unit& unit) const {
+        const Job& job = *unit.job;
+        factor(job, LORA_A).prefetch(unit.first, rows_of(unit, job.rank));
+    }
+    __attribute__((always_inline)) void prefetch_expand(const Unit& unit) const {
         const Job& job = *unit.job;
         int rows = rows_of(unit, job.size);
         for (int plane = 0; plane < planes_of(job.entry); plane++)
