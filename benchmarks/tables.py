@@ -199,16 +199,27 @@ def cpu_table(rows: list[Row]) -> str:
     return table([*head, "native / base", "native / LoRA", "native / copy"], body)
 
 
-def turns_table(rows: list[Row], way: str) -> str:
-    """One way of computing as a part of the time by tiles, the two by turns."""
-    threads = max(row["threads"] for row in rows)
+def lanes_table(rows: list[Row]) -> str:
+    """The CPU's ways to compute, and the build before, as parts of one another."""
+    body = [
+        [row["rows"].replace("+", " + ")]
+        + [
+            f"{float(row['now_ms']) / float(row[other]):.2f}"
+            for other in ("amx_ms", "before_ms")
+        ]
+        for row in rows
+    ]
+    return table(["rows of each delta", "now / by AMX", "now / before"], body)
+
+
+def amx_table(rows: list[Row]) -> str:
+    """The time by AMX as a part of that by tiles, the two by turns."""
     ratios = [
         [row["rows"].replace("+", " + ")]
-        + [f"{float(row[f'{way}_ms']) / float(row['tiles_ms']):.2f}"]
+        + [f"{float(row['amx_ms']) / float(row['tiles_ms']):.2f}"]
         for row in rows
-        if (row["method"], row["threads"]) == ("dqrelo", threads)
     ]
-    return table(["rows of each delta", f"time by {way} / by tiles"], ratios)
+    return table(["rows of each delta", "time by AMX / by tiles"], ratios)
 
 
 def roofline_table(rows: list[Row]) -> str:
@@ -349,8 +360,8 @@ def tables() -> dict[str, str]:
         "quantized": quantized_table(read("quantized.csv")),
         "convert": convert_table(read("convert.csv")),
         "cpu": cpu_table(read("cpu.csv")),
-        "amx": turns_table(read("amx.csv"), "amx"),
-        "lanes": turns_table(read("lanes.csv"), "lanes"),
+        "amx": amx_table(read("amx.csv")),
+        "lanes": lanes_table(read("lanes.csv")),
         "roofline": roofline_table(read("kernels_predicted.csv")),
         "predictions": prediction_table(rows, read("predicted.csv")),
         "serving": serving_table(read("serving.csv")),

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from dqrelo_kernels import layout
 from dqrelo_kernels import table as t
+from dqrelo_kernels.tiles import TALL
 
 ABSENT = tl.constexpr(t.ABSENT)
 SIGNS = tl.constexpr(int(t.Field.SIGNS))
@@ -38,8 +39,6 @@ INT4_BYTES = tl.constexpr(layout.INT4_BLOCK // 2)  # of a full block
 
 # As many as an SM can hold at a time at the registers that the kernels take.
 PROGRAMS_PER_SM = 8
-# From this many rows on a step is mostly prompts: many rows share a delta.
-TALL = 257
 
 
 @triton.jit

@@ -9,8 +9,6 @@ the 16 consecutive columns of up to BLOCK_M rows of one delta. A sum over K is n
 split, so a row's result depends neither on the other rows nor on where they are.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -29,7 +27,6 @@ from dqrelo_kernels.low_rank import (
     RANK,
     SCALE,
     SIGNS,
-    TALL,
     arena_pointer,
     decode_int4,
     load_factor,
@@ -38,28 +35,10 @@ from dqrelo_kernels.low_rank import (
     row_numbers,
     row_tiles,
 )
+from dqrelo_kernels.tiles import tiles
 
 WORD_BITS = tl.constexpr(layout.WORD_BITS)
 BLOCK = tl.constexpr(layout.BLOCK)
-
-
-class _Tiles(NamedTuple):
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    maxnreg: int | None
-
-
-def _tiles(rows: int, dtype: torch.dtype) -> _Tiles:
-    """The tiles of a step, from what a captured graph keeps: shape and dtype."""
-    if dtype == torch.float32:  # no tensor core: the tiles pass through registers
-        return _Tiles(16, 32, num_warps=8, num_stages=2, maxnreg=None)
-    # Two warps keep Hopper on mma.sync (wgmma needs four): one instruction for both
-    # heights, so that a row's bits do not depend on the height of its step either.
-    if rows >= TALL:
-        return _Tiles(64, 64, num_warps=2, num_stages=2, maxnreg=None)
-    return _Tiles(16, 64, num_warps=2, num_stages=3, maxnreg=128)
 
 
 @triton.jit
@@ -317,9 +296,9 @@ def sign_matmul(
         arena, table, slices, rows, starts: see ops.py.
     """
     (m, k), (slots, n_slices, _) = x.shape, table.shape
-    tiles = _tiles(m, x.dtype)
-    row_tiles_at_most = min(slots, m) + m // tiles.block_m
-    n_tiles_at_most = y.shape[1] // tiles.block_n + n_slices
+    tile = tiles(m, x.dtype)
+    row_tiles_at_most = min(slots, m) + m // tile.block_m
+    n_tiles_at_most = y.shape[1] // tile.block_n + n_slices
     _sign_matmul_kernel[(programs(row_tiles_at_most * n_tiles_at_most, x.device),)](
         y_ptr=y,
         scratch_ptr=scratch,
@@ -341,10 +320,10 @@ def sign_matmul(
         IN_PAIRS=x.is_cuda and x.dtype != torch.float32,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         BLOCK_S=triton.next_power_of_2(slots),
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
         BLOCK_R=16,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        maxnreg=tiles.maxnreg,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        maxnreg=tile.maxnreg,
     )
