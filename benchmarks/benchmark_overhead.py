@@ -36,6 +36,7 @@ from transformers import (
 from vllm import LLM, SamplingParams
 
 from dqrelo_tools.convert import convert
+from dqrelo_tools.footprint import base_bytes
 from vllm_dqrelo import load_delta
 
 REQUESTS, PARTS = 8, 10
@@ -125,6 +126,7 @@ def main() -> None:
         base, delta_folder = arguments.base, arguments.delta
         if base in RANDOM:
             base, delta_folder = random_base(RANDOM[base], Path(folder))
+        size_mb = base_bytes(base) / 1e6
         alone = engine(base, **options)
         plugin = engine(base, quantization="dqrelo", **options)
         delta = load_delta(plugin, "delta", delta_folder)
@@ -139,7 +141,7 @@ def main() -> None:
         1000 * statistics.median(times) for times in zip(*pairs, strict=True)
     )
     row = {
-        "base": arguments.base if arguments.base in RANDOM else Path(base).name,
+        "base_mb": f"{size_mb:.0f}",
         "mode": "compiled" if arguments.compiled else "eager",
         "base_ms": f"{alone_ms:.2f}",
         "plugin_ms": f"{plugin_ms:.2f}",
@@ -150,7 +152,7 @@ def main() -> None:
     }
     print(*(f"{key} {value}" for key, value in row.items()), sep="\n")
     if arguments.output:
-        Table(arguments.output, ("base", "mode", "commit")).add(row)
+        Table(arguments.output, ("base_mb", "mode", "commit")).add(row)
 
 
 def ratio(pairs: list[tuple[float, float]]) -> float:
