@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from vllm import LLM
 from vllm.lora.request import LoRARequest
 
+from dqrelo_kernels.layout import side_by_side
 from dqrelo_tools.convert import convert
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import weight_files, write_delta
@@ -144,6 +145,9 @@ def is_whole(packed: Any, folder: Path) -> bool:
                 tensor = tensor.expand(-1, n)  # of a plane, for each row
             elif tensor.ndim == 1:
                 tensor = tensor.float()  # as vectors are
+            else:
+                matrices = tensor if tensor.ndim == 3 else [tensor]
+                tensor = torch.cat([side_by_side(matrix) for matrix in matrices])
             found = tensor.contiguous().view(torch.uint8).numpy().tobytes() in extent
         if not found:
             return False
