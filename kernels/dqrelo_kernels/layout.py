@@ -216,8 +216,9 @@ def side_by_side(packed: torch.Tensor) -> torch.Tensor:
     parts, data = [], packed.contiguous().view(torch.uint8)
     for run in _runs(data):
         words, rest = run.tensor_split([data.shape[1] // 4 * 4], dim=2)
-        words = words.unflatten(2, (-1, 4)).transpose(1, 2)
-        parts.append(torch.cat((words.flatten(1), rest.flatten(1)), dim=1).flatten())
+        words = words.reshape(-1).view(torch.int32).view(*run.shape[:2], -1)
+        words = words.transpose(1, 2).flatten(1).view(torch.uint8)
+        parts.append(torch.cat((words, rest.flatten(1)), dim=1).flatten())
     return torch.cat(parts)
 
 
