@@ -23,6 +23,7 @@ POPULARITY = {
     "base": [-1, -1, -1, -1],
     "identical": [1, 1, 1, 1, 1, 1],
     "distinct": [0, 1, 2],
+    "alone": [0, 0],
     "mixed": [2, -1, 0, 2, 1, -1, 2],
     "skewed": [0] * 9 + [2, 1, -1],
     "many": [0] * 37 + [1] * 20 + [-1] + [2] * 12,
@@ -153,6 +154,7 @@ DELTAS = {
         ((64, 1, 7), 0, INT4),
     ],
     "one dtype": [((5, 2, 1), 1, INT4), ((3, 0, 2), 2, INT4), ((9, 130, 1), 0, INT4)],
+    "hardly any": [((0, 0, 0), 0, INT4), ((3, 0, 0), 0, INT4), ((0, 0, 0), 0, INT4)],
 }
 
 
@@ -176,7 +178,9 @@ def random_deltas(arena, deltas, k):
 @pytest.mark.parametrize("deltas", DELTAS.values(), ids=DELTAS)
 @pytest.mark.parametrize("popularity", POPULARITY)
 @pytest.mark.parametrize("k", [5, 63, 96, 272, 300, 700])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 def test_delta_linear(popularity, k, dtype, deltas):
     slot_of_row, arena = POPULARITY[popularity], Arena(3, SIZES, seed=k)
     change, bias = random_deltas(arena, deltas, k)
@@ -214,7 +218,7 @@ def test_delta_linear(popularity, k, dtype, deltas):
 
 @pytest.mark.parametrize("deltas", DELTAS.values(), ids=DELTAS)
 @pytest.mark.parametrize("k", [5, 96, 300])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("merge_rows", [1, 20, 21, None])
 def test_linear(merge_rows, has_bias, dtype, k, deltas):
@@ -329,7 +333,7 @@ def test_rebase_moves_offsets_and_nothing_else():
     assert (moved == ABSENT).sum() == (entries == ABSENT).sum()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("k", [96, 576])
 def test_a_row_alone_and_in_a_mixed_batch(path, dtype, k):
     """Bit by bit: neither rows of other deltas nor the number of threads matter, nor

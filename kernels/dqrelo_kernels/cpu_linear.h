@@ -11,6 +11,10 @@
 #include <memory>
 #include <vector>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace {
 
 constexpr int WINDOW = 256;  // rows of x in work at a time: they stay in the L2 cache
@@ -53,7 +57,12 @@ char* workspace(size_t bytes, Use use = SHARED) {
     static thread_local size_t size[USES] = {};
     if (size[use] < bytes) memory[use].reset(new char[(size[use] = bytes) + 64]);
     auto start = reinterpret_cast<uintptr_t>(memory[use].get());
-    return reinterpret_cast<char*>((start + 63) & ~uintptr_t(63));
+    start = (start + 63) & ~uintptr_t(63);
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_poison_memory_region(memory[use].get(), size[use] + 64);
+    __asan_unpoison_memory_region(reinterpret_cast<void*>(start), bytes);
+#endif
+    return reinterpret_cast<char*>(start);
 }
 
 class Linear {
@@ -104,7 +113,7 @@ class Linear {
         for (int slot = 0; slot < deltas.slots; slot++) {
             int from = std::max(begin, starts[slot]),
                 to = std::min(end, starts[slot + 1]);
-            if (from >= to) continue;
+            if (from >= to || !is_changed_by(slot)) continue;
             Way way = way_of(slot, starts[slot + 1] - starts[slot]);
             groups.push_back({rows + from, to - from, way, bytes});
             Group& group = groups.back();
@@ -122,9 +131,8 @@ class Linear {
             }
             for (int slice = 0; slice < deltas.slices; slice++) {
                 const int64_t* entry = deltas.entry(slot, slice);
-                int rank = rank_of(entry);
-                if (!rank && entry[SIGNS] == ABSENT && entry[BIAS] == ABSENT) continue;
-                int size = ends[slice + 1] - ends[slice];
+                if (!changes(entry)) continue;
+                int rank = rank_of(entry), size = ends[slice + 1] - ends[slice];
                 jobs.push_back({&group, entry, rank, ends[slice], size, bytes});
                 size_t t_bytes = size_t(height) * padded_rank(jobs.back()) * sizeof(float);
                 bytes += t_bytes;
@@ -137,6 +145,12 @@ class Linear {
             }
         }
         memory = workspace(bytes);
+    }
+
+    bool is_changed_by(int slot) const {
+        for (int slice = 0; slice < deltas.slices; slice++)
+            if (changes(deltas.entry(slot, slice))) return true;
+        return false;
     }
 
     Way way_of(int slot, int count) const {

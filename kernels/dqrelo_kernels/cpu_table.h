@@ -49,5 +49,8 @@ struct Deltas {
 
 int planes_of(const int64_t* entry) { return entry[SIGNS] == ABSENT ? 0 : entry[PLANES]; }
 int rank_of(const int64_t* entry) { return entry[RANK] == ABSENT ? 0 : entry[RANK]; }
+bool changes(const int64_t* entry) {
+    return entry[SIGNS] != ABSENT || rank_of(entry) || entry[BIAS] != ABSENT;
+}
 
 }  // namespace
