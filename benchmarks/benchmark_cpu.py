@@ -111,7 +111,7 @@ class Deltas:
             )
             for table in self.norms:
                 torch.ops.dqrelo.delta_norm_(
-                    torch.empty_like(x), x, self.arena, table, *by_row, 1e-5
+                    torch.empty_like(x), x, self.arena, table, *by_row, 1e-5, False
                 )
             for call in calls:
                 torch.ops.dqrelo.delta_linear_(

@@ -6,17 +6,22 @@
 
 Two engines in one process, vLLM alone and vLLM with the plugin and a resident delta,
 decode the same eight prompts of the base, a step of one and a step of the other by
-turns. The ratio is that of the medians; its range is that of ten parts of the run,
-which says how much of it is noise. Instead of a folder there are two bases of random
-weights, with a delta of their norms: a small mixture of experts, which the plugin
-computes by itself, and a Llama of 1.1 billion parameters.
+turns. The engine that was started first is faster by some percent, whichever it is, so
+there are two such processes, one for each order. In both the ratio is that of the
+medians; what is written is their geometric mean, and as a range, which says how much of
+it is noise, that of the mean for each of ten parts of the runs. Instead of a folder
+there are two bases of random weights, with a delta of their norms: a small mixture of
+experts, which the plugin computes by itself, and a Llama of 1.1 billion parameters.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -112,42 +117,63 @@ def seconds(llm: Any) -> float:
     return time.perf_counter() - begin
 
 
+def measure(
+    base: str, delta: str, compiled: bool, steps: int, plugin_first: bool
+) -> list[tuple[float, float]]:
+    """Seconds of every step, without the plugin and with it."""
+    options: dict[bool, dict[str, str]] = {False: {}, True: {"quantization": "dqrelo"}}
+    llms = {
+        plugin: engine(base, enforce_eager=not compiled, **options[plugin])
+        for plugin in sorted(options, reverse=plugin_first)
+    }
+    one = SamplingParams(max_tokens=1, detokenize=False)
+    request = load_delta(llms[True], "delta", delta)
+    llms[True].generate(
+        {"prompt_token_ids": [1]}, one, lora_request=request, use_tqdm=False
+    )
+    for llm in llms.values():
+        start(llm)
+    return [(seconds(llms[False]), seconds(llms[True])) for _ in tqdm(range(steps))]
+
+
 def main() -> None:
     """Measure, and write the row."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", help=f"a folder, or one of {', '.join(RANDOM)}")
     parser.add_argument("delta", nargs="?", help="a folder, where the base is one")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=600, help="in each process")
     parser.add_argument("--compiled", action="store_true", help="no --enforce-eager")
     parser.add_argument("--output", type=Path, help="a CSV file to add the row to")
     arguments = parser.parse_args()
-    steps, options = arguments.steps, {"enforce_eager": not arguments.compiled}
     with tempfile.TemporaryDirectory() as folder:
-        base, delta_folder = arguments.base, arguments.delta
+        base, delta = arguments.base, arguments.delta
         if base in RANDOM:
-            base, delta_folder = random_base(RANDOM[base], Path(folder))
+            base, delta = random_base(RANDOM[base], Path(folder))
         size_mb = base_bytes(base) / 1e6
-        alone = engine(base, **options)
-        plugin = engine(base, quantization="dqrelo", **options)
-        delta = load_delta(plugin, "delta", delta_folder)
-    one = SamplingParams(max_tokens=1, detokenize=False)
-    plugin.generate({"prompt_token_ids": [1]}, one, lora_request=delta, use_tqdm=False)
-    start(alone)
-    start(plugin)
-    pairs = [(seconds(alone), seconds(plugin)) for _ in tqdm(range(steps))]
-    size = steps // PARTS
-    parts = [ratio(pairs[i : i + size]) for i in range(0, steps, size)]
+        runs = []
+        for plugin_first in (False, True):
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                call = (base, delta, arguments.compiled, arguments.steps, plugin_first)
+                runs.append(process.submit(measure, *call).result())
+    size = arguments.steps // PARTS
+    parts = [
+        ratio(*(run[i : i + size] for run in runs))
+        for i in range(0, size * PARTS, size)
+    ]
     alone_ms, plugin_ms = (
-        1000 * statistics.median(times) for times in zip(*pairs, strict=True)
+        1000 * statistics.median(times)
+        for times in zip(*itertools.chain(*runs), strict=True)
     )
     row = {
         "base_mb": f"{size_mb:.0f}",
         "mode": "compiled" if arguments.compiled else "eager",
         "base_ms": f"{alone_ms:.2f}",
         "plugin_ms": f"{plugin_ms:.2f}",
-        "ratio": f"{ratio(pairs):.4f}",
+        "ratio": f"{ratio(*runs):.4f}",
         "lowest": f"{min(parts):.4f}",
         "highest": f"{max(parts):.4f}",
+        "plugin_second": f"{ratio(runs[0]):.4f}",
+        "plugin_first": f"{ratio(runs[1]):.4f}",
         **{key: str(value) for key, value in machine().items()},
     }
     print(*(f"{key} {value}" for key, value in row.items()), sep="\n")
@@ -155,10 +181,12 @@ def main() -> None:
         Table(arguments.output, ("base_mb", "mode", "commit")).add(row)
 
 
-def ratio(pairs: list[tuple[float, float]]) -> float:
-    """Of the medians: the plugin's to the base's."""
-    alone, plugin = zip(*pairs, strict=True)
-    return statistics.median(plugin) / statistics.median(alone)
+def ratio(*runs: list[tuple[float, float]]) -> float:
+    """Geometric mean over the runs of the ratio of the medians, plugin to base."""
+    return statistics.geometric_mean(
+        statistics.median(with_plugin) / statistics.median(alone)
+        for alone, with_plugin in (zip(*run, strict=True) for run in runs)
+    )
 
 
 if __name__ == "__main__":

@@ -389,7 +389,9 @@ def test_activations_that_native_code_cannot_read():
     step = (groups.rows, groups.slots, groups.num_active)
     for x in (torch.zeros(4, 4).T, torch.zeros(4, 4, dtype=torch.float64)):
         with pytest.raises(ValueError, match="must be float32, bfloat16 or float16"):
-            torch.ops.dqrelo.delta_norm_(x, x, arena.data, arena.table, *step, 1e-5)
+            torch.ops.dqrelo.delta_norm_(
+                x, x, arena.data, arena.table, *step, 1e-5, False
+            )
 
 
 def test_without_a_compiler_one_warning_and_plain_torch(path, monkeypatch, caplog):

@@ -25,12 +25,18 @@ def test_the_merged_slots_of_the_docstring():
     assert groups.num_active.tolist() == [2]
 
 
+def steps(random):
+    """Random steps, some of them of the base alone, also one after another."""
+    for _ in range(10):
+        slot_of_row = random.integers(-1, 5, random.integers(0, 41)).astype(np.int32)
+        yield slot_of_row if random.random() < 0.5 else np.full_like(slot_of_row, -1)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_merged_slots_against_a_plain_loop(seed):
     random = np.random.default_rng(seed)
     groups = RowGroups(capacity=40, slots=5, device="cpu", merge_rows=6)
-    for _ in range(5):
-        slot_of_row = random.integers(-1, 5, random.integers(0, 41)).astype(np.int32)
+    for slot_of_row in steps(random):
         groups.set(slot_of_row)
         of = {s: [i for i, t in enumerate(slot_of_row) if t == s] for s in range(5)}
         merged = [s for s in range(5) if len(of[s]) >= 6]
@@ -53,8 +59,7 @@ def test_against_a_plain_loop_and_reused_buffers(seed):
     random = np.random.default_rng(seed)
     groups = RowGroups(capacity=40, slots=5, device="cpu")
     addresses = [t.data_ptr() for t in (groups.rows, groups.slots, groups.starts)]
-    for _ in range(5):
-        slot_of_row = random.integers(-1, 5, random.integers(0, 41)).astype(np.int32)
+    for slot_of_row in steps(random):
         groups.set(slot_of_row)
         rows, starts = [], [0]
         for slot in range(5):

@@ -167,7 +167,7 @@ def delta_norm_(
     slots: torch.Tensor,
     num_active: torch.Tensor,
     eps: float,
-    centred: bool = False,
+    centred: bool,
 ) -> None:
     """Redo a norm with the weight and the bias of every row's delta.
 

@@ -59,6 +59,7 @@ class RowGroups:
         self.num_active = torch.zeros(1, dtype=torch.int32)
         most = min(slots, max(1, capacity // self.merge_rows))
         self.merged = torch.empty(most, 3, dtype=torch.int32)
+        self._is_base = False
         self.set(np.empty(0, dtype=np.int32))
 
     def set(self, slot_of_row: np.ndarray) -> None:
@@ -71,6 +72,9 @@ class RowGroups:
             raise ValueError(
                 f"a step of {len(slot_of_row)} rows, room for {self.capacity}"
             )
+        was_base, self._is_base = self._is_base, bool((slot_of_row == BASE).all())
+        if was_base and self._is_base:
+            return  # all is as it was
         host, capacity = self._host.numpy(), self.capacity
         starts = host[4 * capacity :]
         slots = len(starts) - 1

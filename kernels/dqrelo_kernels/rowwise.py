@@ -200,7 +200,7 @@ def norm(
     rows: torch.Tensor,
     slots: torch.Tensor,
     eps: float,
-    centred: bool = False,
+    centred: bool,
 ) -> None:
     """Redo a norm with the weight and the bias of every row's delta.
 
