@@ -26,6 +26,7 @@ from shapes import GROUPED, SHAPE, TIED, UNTIED
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    MixtralConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -42,6 +43,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**GROUPED, **UNTIED),
     "qwen2": Qwen2Config(**GROUPED, **TIED),
     "qwen3": Qwen3Config(**GROUPED, **UNTIED),
+    "mixtral": MixtralConfig(**GROUPED, **UNTIED, num_local_experts=3),
 }
 
 

@@ -2,7 +2,7 @@
 """How much of a fine-tune's behaviour its delta keeps, on a user's own text."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dqrelo_tools.prompts import Prompt
 from vllm_dqrelo.format.checkpoint import Checkpoint
 from vllm_dqrelo.format.delta import Delta
-from vllm_dqrelo.format.errors import DqreloError, refuse
+from vllm_dqrelo.format.errors import refuse
 from vllm_dqrelo.format.tensors import ADDED
 
 WINDOW = 128  # tokens whose logits are in memory at a time
@@ -99,7 +99,7 @@ def measure(
             parameters otherwise than the checkpoint does.
     """
     inputs = encode(model, prompts)
-    models = [load(model), with_delta(load(base), Checkpoint(base), delta)]
+    models = [load(model), load(base, delta)]
     if not delta.added_tokens:  # which the base could not read
         models.append(load(base))
     config = models[0].config.get_text_config()
@@ -148,43 +148,39 @@ def chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
     )
 
 
-def load(folder: Path) -> Any:
-    """A model in float32; a quantised one as what its weights stand for."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def load(folder: Path, delta: Delta | None = None) -> Any:
+    """A model in float32, maybe with a delta; a quantised one as what it stands for.
+
+    transformers knows which of its parameters a checkpoint calls by which names.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+    )
 
     checkpoint = Checkpoint(folder)
-    if not checkpoint.quantization:
+    if not checkpoint.quantization and delta is None:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     config = AutoConfig.from_pretrained(folder)
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for name, parameter in parameters_of(model, checkpoint, checkpoint).items():
-        parameter.data = checkpoint.get(name).float()
+    if checkpoint.quantization:
+        del config.quantization_config
+    tensors = {name: checkpoint.get(name).float() for name in checkpoint}
+    if delta is not None:
+        config.get_text_config().vocab_size += delta.added_tokens
+        for name in {n.removesuffix(ADDED) for n in (*delta.matrices, *delta.exact)}:
+            tensors[name] = delta.merged(name, tensors[name])
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, loaded = kind.from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    wrong = sorted(set(loaded["missing_keys"]) | set(loaded["unexpected_keys"]))
+    refuse(f"parameters of {folder} that transformers has or lacks:", wrong)
     return model
-
-
-def with_delta(model: Any, base: Checkpoint, delta: Delta) -> Any:
-    """``model``, which is the base, with the delta's parameters in place of its own."""
-    if delta.added_tokens:
-        tokens = model.get_input_embeddings().num_embeddings + delta.added_tokens
-        model.resize_token_embeddings(tokens, mean_resizing=False)
-    changed = {n.removesuffix(ADDED) for n in (*delta.matrices, *delta.exact)}
-    for name, parameter in parameters_of(model, base, changed).items():
-        parameter.data = delta.merged(name, base.get(name).float())
-    return model
-
-
-def parameters_of(
-    model: Any, base: Checkpoint, names: Iterable[str]
-) -> dict[str, torch.nn.Parameter]:
-    """Those parameters of a model that ``base`` calls by these names."""
-    parameters = dict(model.named_parameters())
-    if unknown := sorted(set(names) - parameters.keys()):
-        raise DqreloError(
-            f"transformers has other names for the parameters of {base.folder}, "
-            f"{unknown[0]} for one; the prompts cannot be run"
-        )
-    return {name: parameters[name] for name in names}
 
 
 @torch.no_grad()
