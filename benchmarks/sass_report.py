@@ -85,7 +85,7 @@ def launches(rows: int, dtype: torch.dtype, k: int) -> dict[Any, dict[str, Any]]
         low_rank.low_rank(scratch, x, arena, table, groups, starts)
         sign_matmul.sign_matmul(y, scratch, x, arena, table, slices, groups, starts)
         rowwise.embedding(x, groups, arena, table, slices, groups, groups)
-        rowwise.norm(x, x, arena, table, groups, groups, 1e-5)
+        rowwise.norm(x, x, arena, table, groups, groups, 1e-5, False)
         weight = torch.empty(6144, k, dtype=dtype, device="cuda")
         merge.merge(weight, None, arena, table, slices, 0)
     return {getattr(*kernel): r.arguments for kernel, r in recorders.items()}
