@@ -6,11 +6,12 @@
 
 Two engines in one process, vLLM alone and vLLM with the plugin and a resident delta,
 decode the same eight prompts of the base, a step of one and a step of the other by
-turns. The engine that was started first is faster by some percent, whichever it is, so
-there are two such processes, one for each order. In both the ratio is that of the
-medians; what is written is their geometric mean, and as a range, which says how much of
-it is noise, that of the mean for each of ten parts of the runs. Instead of a folder
-there are two bases of random weights, with a delta of their norms: a small mixture of
+turns. The ratio is the median over these pairs, so that a slow phase of the machine
+is in both. It differs between processes, by where the two engines' weights happen to
+lie and by which was started first, so that there are several processes, which start
+either by turns; what is written is the geometric mean of their ratios, its standard
+error, and the lowest and the highest. Instead of a folder there are two bases of random
+weights, with a delta of their norms: a small mixture of
 experts, which the plugin computes by itself, and a Llama of 1.1 billion parameters.
 """
 
@@ -44,7 +45,7 @@ from dqrelo_tools.convert import convert
 from dqrelo_tools.footprint import base_bytes
 from vllm_dqrelo import load_delta
 
-REQUESTS, PARTS = 8, 10
+REQUESTS = 8
 
 RANDOM: dict[str, PretrainedConfig] = {
     "mixture": Qwen3MoeConfig(
@@ -133,7 +134,12 @@ def measure(
     )
     for llm in llms.values():
         start(llm)
-    return [(seconds(llms[False]), seconds(llms[True])) for _ in tqdm(range(steps))]
+    pairs = []
+    for step in tqdm(range(steps), f"{'plugin' if plugin_first else 'base'} first"):
+        order = sorted(llms, reverse=bool(step % 2))
+        taken = {plugin: seconds(llms[plugin]) for plugin in order}
+        pairs.append((taken[False], taken[True]))
+    return pairs
 
 
 def main() -> None:
@@ -141,7 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", help=f"a folder, or one of {', '.join(RANDOM)}")
     parser.add_argument("delta", nargs="?", help="a folder, where the base is one")
-    parser.add_argument("--steps", type=int, default=600, help="in each process")
+    parser.add_argument("--steps", type=int, default=200, help="in each process")
+    parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--compiled", action="store_true", help="no --enforce-eager")
     parser.add_argument("--output", type=Path, help="a CSV file to add the row to")
     arguments = parser.parse_args()
@@ -151,15 +158,11 @@ def main() -> None:
             base, delta = random_base(RANDOM[base], Path(folder))
         size_mb = base_bytes(base) / 1e6
         runs = []
-        for plugin_first in (False, True):
+        for i in range(arguments.processes):
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                call = (base, delta, arguments.compiled, arguments.steps, plugin_first)
+                call = base, delta, arguments.compiled, arguments.steps, bool(i % 2)
                 runs.append(process.submit(measure, *call).result())
-    size = arguments.steps // PARTS
-    parts = [
-        ratio(*(run[i : i + size] for run in runs))
-        for i in range(0, size * PARTS, size)
-    ]
+    mean, error, ratios = summary(runs)
     alone_ms, plugin_ms = (
         1000 * statistics.median(times)
         for times in zip(*itertools.chain(*runs), strict=True)
@@ -169,11 +172,11 @@ def main() -> None:
         "mode": "compiled" if arguments.compiled else "eager",
         "base_ms": f"{alone_ms:.2f}",
         "plugin_ms": f"{plugin_ms:.2f}",
-        "ratio": f"{ratio(*runs):.4f}",
-        "lowest": f"{min(parts):.4f}",
-        "highest": f"{max(parts):.4f}",
-        "plugin_second": f"{ratio(runs[0]):.4f}",
-        "plugin_first": f"{ratio(runs[1]):.4f}",
+        "ratio": f"{mean:.4f}",
+        "error": f"{error:.4f}",
+        "lowest": f"{min(ratios):.4f}",
+        "highest": f"{max(ratios):.4f}",
+        "processes": str(len(runs)),
         **{key: str(value) for key, value in machine().items()},
     }
     print(*(f"{key} {value}" for key, value in row.items()), sep="\n")
@@ -181,12 +184,13 @@ def main() -> None:
         Table(arguments.output, ("base_mb", "mode", "commit")).add(row)
 
 
-def ratio(*runs: list[tuple[float, float]]) -> float:
-    """Geometric mean over the runs of the ratio of the medians, plugin to base."""
-    return statistics.geometric_mean(
-        statistics.median(with_plugin) / statistics.median(alone)
-        for alone, with_plugin in (zip(*run, strict=True) for run in runs)
-    )
+def summary(
+    runs: list[list[tuple[float, float]]],
+) -> tuple[float, float, list[float]]:
+    """Plugin to base: geometric mean of the runs, its standard error, and each run."""
+    ratios = [statistics.median(one / alone for alone, one in run) for run in runs]
+    error = statistics.stdev(ratios) / len(ratios) ** 0.5
+    return statistics.geometric_mean(ratios), error, ratios
 
 
 if __name__ == "__main__":
