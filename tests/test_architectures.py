@@ -31,6 +31,7 @@ from transformers import (
 
 from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
+from vllm_dqrelo.experts import DeltaExperts
 from vllm_dqrelo.format.checkpoint import Checkpoint
 
 vllm = pytest.importorskip("vllm")
@@ -131,16 +132,16 @@ def batch(llm, prompts, requests):
 
 
 def engine(base, dtype="float32", **options):
+    given = {"enforce_eager": True, **options}
     return vllm.LLM(
         str(base),
         quantization="dqrelo",
         skip_tokenizer_init=True,
-        enforce_eager=True,
         dtype=dtype,
         max_model_len=128,
         max_num_seqs=16,
         additional_config={"dqrelo": {"delta_memory_gib": 0.001}},
-        **options,
+        **given,
     )
 
 
@@ -179,6 +180,17 @@ def test_mixed_batch_equals_each_model_alone(kind, save_model, tmp_path):
         for seed in (1, 2, 3)
     )
     check_mixed_batch(base, tuned, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["qwen3-moe", "qwen2-moe"])
+def test_experts_as_on_a_gpu(kind, save_model, tmp_path, monkeypatch):
+    """All experts of the base in one product, and compiled, as vLLM does by default."""
+    monkeypatch.setattr(DeltaExperts, "on_cpu", False)
+    base, tuned = (
+        save_model(ARCHITECTURES[kind], tmp_path / f"model-{seed}", seed)
+        for seed in (1, 2)
+    )
+    check_mixed_batch(base, [tuned], tmp_path, enforce_eager=False)
 
 
 def move(model, folder, seed, part=""):

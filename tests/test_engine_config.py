@@ -65,19 +65,6 @@ def test_what_is_not_right_with_deltas_is_refused(
         DeltaManager(config, torch.device("cpu"))
 
 
-def test_a_mixture_of_experts_is_not_compiled(config, tmp_path):
-    """Whose rows are sorted by what the router chose."""
-    from transformers import Qwen3MoeConfig
-    from vllm.config import CompilationMode
-    from vllm.engine.arg_utils import EngineArgs
-
-    assert config.compilation_config.mode != CompilationMode.NONE
-    Qwen3MoeConfig(architectures=["Qwen3MoeForCausalLM"]).save_pretrained(tmp_path)
-    options = {"quantization": "dqrelo", "skip_tokenizer_init": True}
-    mixture = EngineArgs(str(tmp_path), **options).create_engine_config()
-    assert mixture.compilation_config.mode == CompilationMode.NONE
-
-
 def compressed(bits, type_, inputs):
     """The quantization_config of a checkpoint of compressed-tensors."""
     one = {"num_bits": bits, "type": type_, "strategy": "channel", "symmetric": True}
@@ -203,7 +190,11 @@ def test_a_gpu_is_refused_until_it_was_tested(monkeypatch, config):
     with pytest.raises(ValueError, match="runs on the CPU only so far, not on cuda"):
         DeltaManager(config, torch.device("cuda"))
     monkeypatch.setattr(type(config.model_config), "is_moe", True)
-    with pytest.raises(ValueError, match="it has mixtures of experts on the CPU only"):
+    message = "graphs of mixtures of experts in bfloat16 only"
+    with pytest.raises(ValueError, match=message):
+        DeltaManager(config, torch.device("cuda"))
+    config.model_config.enforce_eager = True
+    with pytest.raises(ValueError, match=r"not on cuda$"):
         DeltaManager(config, torch.device("cuda"))
 
 

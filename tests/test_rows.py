@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
+
 import numpy as np
 import pytest
+import torch
 
-from dqrelo_kernels.rows import RowGroups
+from dqrelo_kernels.rows import ExpertGroups, RowGroups
 
 
 def test_the_example_of_the_docstring():
@@ -93,3 +96,39 @@ def test_only_a_step_without_deltas_is_skipped():
     assert step.skips
     step.set(np.array([-1, 1], dtype=np.int32), base)
     assert not step.skips
+
+
+def expert_groups(slot_of_row, expert_of_row, slots, experts):
+    return ExpertGroups.of(
+        torch.tensor(slot_of_row, dtype=torch.int32),
+        torch.tensor(expert_of_row),
+        slots,
+        experts,
+    )
+
+
+def test_the_experts_of_the_docstring():
+    groups = expert_groups([2, -1, 0, 2], [0, 0, 1, 0], slots=3, experts=2)
+    assert groups.rows.tolist() == [2, 0, 3, -1]
+    assert groups.slots.tolist() == [1, 4, 4, -1]
+    assert groups.starts.tolist() == [0, 0, 1, 1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_experts_against_a_plain_loop(seed):
+    random = np.random.default_rng(seed)
+    for slot_of_row in steps(random):
+        expert_of_row = random.integers(0, 7, len(slot_of_row))
+        groups = expert_groups(slot_of_row, expert_of_row, slots=5, experts=7)
+        pairs = [(slot, expert) for slot in range(5) for expert in range(7)]
+        chosen = list(zip(slot_of_row, expert_of_row, strict=True))
+        of = [[i for i, one in enumerate(chosen) if one == pair] for pair in pairs]
+        rows = [i for group in of for i in group]
+        behind = [-1] * (len(slot_of_row) - len(rows))
+        assert groups.rows.tolist() == rows + behind
+        want = [7 * slot_of_row[i] + expert_of_row[i] for i in rows]
+        assert groups.slots.tolist() == want + behind
+        starts = groups.starts.tolist()
+        assert [rows[a:b] for a, b in itertools.pairwise(starts)] == of
+        assert groups.rows.dtype == groups.slots.dtype == groups.starts.dtype
+        assert groups.rows.dtype == torch.int32

@@ -48,8 +48,14 @@ def test_tiles_are_those_of_the_gpu(gpu, tune_tiles, monkeypatch):
     for name, sizes in (("GPU X", TUNED), ("GPU Y", default)):
         gpu(name)
         for rows, height in ((1, "short"), (TALL - 1, "short"), (TALL, "tall")):
-            assert tiles.tiles(rows, torch.bfloat16) == Tiles(**sizes[height])
-        assert tiles.tiles(TALL, torch.float32) == tiles.FLOAT32
+            assert tiles.tiles(rows, 64, torch.bfloat16) == Tiles(**sizes[height])
+        assert tiles.tiles(TALL, 64, torch.float32) == tiles.FLOAT32
+
+
+def test_many_rows_of_a_mixture_are_no_prompt():
+    """64 rows that chose 8 of 128 experts each: hardly two belong together."""
+    assert not tiles.are_tall(64 * 8, slots=16 * 128)
+    assert tiles.are_tall(2048 * 8, slots=16 * 128)
 
 
 def test_the_fastest_tiles_are_found(tune_tiles):

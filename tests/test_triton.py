@@ -41,7 +41,7 @@ import dqrelo_kernels.ops  # noqa: E402, F401  registers torch.ops.dqrelo
 from dqrelo_kernels import reference  # noqa: E402
 from dqrelo_kernels.low_rank import low_rank  # noqa: E402
 from dqrelo_kernels.merge import merge  # noqa: E402
-from dqrelo_kernels.rows import RowGroups  # noqa: E402
+from dqrelo_kernels.rows import ExpertGroups, RowGroups  # noqa: E402
 from dqrelo_kernels.rowwise import embedding, norm  # noqa: E402
 from dqrelo_kernels.sign_matmul import sign_matmul  # noqa: E402
 from dqrelo_kernels.table import (  # noqa: E402
@@ -112,6 +112,21 @@ def test_linear(rows, sizes, k, law, dtype):
     x, y = step(deltas, slot_of_row, dtype)
     got = y.clone()
     linear(deltas, got, x, groups_of(slot_of_row))
+    check_linear(deltas, y, x, got, slot_of_row)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+def test_experts(dtype):
+    """Rows of three slots that chose one of four experts: twelve matrices a slice."""
+    deltas = Deltas([48, 20], 96).fill()
+    pairs = torch.arange(3 * 4) % SLOTS
+    slots = torch.randint(-1, 3, (40,), generator=deltas.generator)
+    experts = torch.randint(0, 4, (40,), generator=deltas.generator)
+    slot_of_row = torch.where(slots < 0, -1, pairs[slots * 4 + experts]).tolist()
+    x, y = step(deltas, slot_of_row, dtype)
+    got = y.clone()
+    groups = ExpertGroups.of(slots.int().to(DEVICE), experts.to(DEVICE), 3, 4)
+    linear(deltas, got, x, groups, deltas.table[pairs].to(DEVICE))
     check_linear(deltas, y, x, got, slot_of_row)
 
 

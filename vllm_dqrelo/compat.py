@@ -239,6 +239,31 @@ def map_name(model: torch.nn.Module, name: str) -> tuple[str, Any] | None:
     return ".".join([*path, name]), shard
 
 
+EXPERTS = {"moe_forward": "_moe_forward", "moe_forward_shared": "_moe_forward_shared"}
+
+
+def hide_experts(runner: Any) -> None:
+    """Let torch.compile see a layer's experts as one operator, as on a GPU.
+
+    On a CPU vLLM would have it trace them (fused_moe/runner/moe_runner.py:315), and
+    ours sort the rows of a step by what the router chose.
+    """
+    find(runner, "_forward_entry")
+    op = "moe_forward_shared" if runner.shared_experts else "moe_forward"
+    runner._forward_entry = getattr(torch.ops.vllm, op)
+
+
+def within(op: Any) -> Callable[..., Any] | None:
+    """What an operator that hides the experts of a layer calls; None for another."""
+    from vllm.model_executor.layers.fused_moe.runner import moe_runner
+
+    namespace, _, name = op._schema.name.partition("::")
+    if namespace != "vllm" or name not in EXPERTS:
+        return None
+    function: Callable[..., Any] = find(moe_runner, EXPERTS[name])
+    return function
+
+
 def adds_batch_dimension(model: torch.nn.Module) -> bool:
     """Whether activations are [1, M, ...] and not [M, ...].
 

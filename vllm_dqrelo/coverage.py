@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+from vllm_dqrelo import compat
 from vllm_dqrelo.residency import Residency
 from vllm_dqrelo.sites import Sites
 
@@ -30,6 +31,9 @@ class _Calls(TorchDispatchMode):
         if func.namespace == "dqrelo":
             names = [argument.name for argument in func._schema.arguments]
             self.tables.add(args[names.index("table")].data_ptr())
+        if experts := compat.within(func):
+            with self:
+                return experts(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

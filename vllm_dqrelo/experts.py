@@ -2,7 +2,8 @@
 """Mixtures of experts: each expert of the base, and the deltas of its rows behind it.
 
 A row that chose k experts counts as k rows, each of which belongs to one expert and,
-maybe, to one delta: what is a slot elsewhere is a pair of slot and expert here.
+maybe, to one delta: what is a slot elsewhere is a pair of slot and expert here. They
+are sorted by expert on the device, and one launch has all deltas of all experts.
 """
 
 from collections.abc import Callable
@@ -23,9 +24,10 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.utils import replace_parameter
+from vllm.platforms import current_platform
 
 from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
-from dqrelo_kernels.rows import BASE, RowGroups
+from dqrelo_kernels.rows import ExpertGroups
 from vllm_dqrelo.step import Step
 
 ACTIVATIONS: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -37,15 +39,21 @@ GATE_UP, DOWN = "gate_up", "down"
 
 
 class DeltaExperts(FusedMoEMethodBase):
-    """The experts of one layer, one after another, with the deltas of their rows.
+    """The experts of one layer, with the deltas of their rows.
 
     It is the method of the layer from the start, unlike DeltaMethod: a delta belongs
-    between an expert's two matrices, where a fused kernel lets nobody in. Each matrix
-    is what vLLM makes of that of a linear layer.
+    between an expert's two matrices, where a fused kernel lets nobody in. On the CPU
+    each matrix is what vLLM makes of that of a linear layer, and the experts come one
+    after another; elsewhere the layer keeps its weights, and torch multiplies all.
 
     Args:
         moe: configuration of the layer.
+
+    Attributes:
+        on_cpu: whether vLLM's kernels for the CPU have the matrices.
     """
+
+    on_cpu = current_platform.is_cpu()
 
     def __init__(self, moe: FusedMoEConfig) -> None:
         super().__init__(moe)
@@ -56,6 +64,8 @@ class DeltaExperts(FusedMoEMethodBase):
                 + ", ".join(known.value for known in ACTIVATIONS)
             )
         self.activation = ACTIVATIONS[moe.activation]
+        self.experts = moe.num_local_experts
+        self.weights: dict[str, torch.Tensor] = {}  # [experts, N, K]
         self.matrices: dict[str, list[torch.nn.Module]] = {}  # of each expert
         self.step: Step  # by install, before the layer is called
         self.deltas: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
@@ -69,11 +79,14 @@ class DeltaExperts(FusedMoEMethodBase):
         UnquantizedFusedMoEMethod.create_weights(self, layer, *args, **kwargs)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Lay each matrix out for vLLM's kernels; the layer keeps only the shapes."""
+        """On the CPU the layer keeps only the shapes of its weights."""
         for part, name in ((GATE_UP, "w13_weight"), (DOWN, "w2_weight")):
             weights = layer.get_parameter(name).data
-            self.matrices[part] = [_matrix(weight) for weight in weights]
-            replace_parameter(layer, name, weights.to("meta"))
+            if self.on_cpu:
+                self.matrices[part] = [_matrix(weight) for weight in weights]
+                replace_parameter(layer, name, weights.to("meta"))
+            else:
+                self.weights[part] = weights
 
     def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> FusedMoEQuantConfig:
         return FusedMoEQuantConfig.make()
@@ -120,9 +133,13 @@ class DeltaExperts(FusedMoEMethodBase):
         """
         experts, order = topk_ids.flatten().sort(stable=True)
         rows = order // topk_ids.shape[1]
-        count = len(self.matrices[DOWN])
-        ends = experts.bincount(minlength=count).cumsum(0).tolist()
-        groups = None if self.step.skips else self._groups(rows, experts, count)
+        numbers = torch.arange(self.experts, device=x.device)
+        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+        groups = None
+        if not self.step.skips:
+            slots = self.deltas[DOWN][1].shape[0] // self.experts
+            by_row = self.step.tokens.by_row[rows]
+            groups = ExpertGroups.of(by_row, experts, slots, self.experts)
 
         gate, up = self._multiply(GATE_UP, x[rows], ends, groups).chunk(2, dim=-1)
         hidden = self.activation(gate) * up
@@ -130,34 +147,21 @@ class DeltaExperts(FusedMoEMethodBase):
         out = out[order.argsort()].view(*topk_ids.shape, -1)
         return (out.float() * topk_weights[..., None].float()).sum(1).to(x.dtype)
 
-    def _groups(
-        self, rows: torch.Tensor, experts: torch.Tensor, count: int
-    ) -> RowGroups:
-        """Which of the pairs belong to which delta and expert."""
-        slots = self.step.tokens.by_row[rows]
-        pairs = torch.where(slots == BASE, BASE, slots * count + experts)
-        table = self.deltas[DOWN][1]  # [slots * experts, ...]
-        groups = RowGroups(len(pairs), len(table), rows.device)
-        groups.set(pairs.int().numpy())
-        return groups
-
-    def multiply(self, part: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """``x`` [M, K] by one expert's matrix, or its two: [M, N]."""
-        matrix: Any = self.matrices[part][expert]
-        return matrix.cpu_linear(x, matrix.weight, None)
-
     def _multiply(
-        self, part: str, x: torch.Tensor, ends: list[int], groups: RowGroups | None
+        self,
+        part: str,
+        x: torch.Tensor,
+        ends: torch.Tensor,
+        groups: ExpertGroups | None,
     ) -> torch.Tensor:
         """Rows ``ends[e - 1]`` to ``ends[e]`` of ``x`` by expert e; then the deltas."""
-        spans = enumerate(zip([0, *ends], ends, strict=False))
-        y = torch.cat([self.multiply(part, e, x[a:b]) for e, (a, b) in spans if b > a])
+        y = self._base(part, x, ends)
         if groups is None:
             return y
         arena, table, slices = self.deltas[part]
         torch.ops.dqrelo.delta_linear_(
             y,
-            self.step.scratch,
+            x.new_empty(len(x), self.step.scratch.shape[1], dtype=torch.float32),
             x,
             arena,
             table,
@@ -165,9 +169,25 @@ class DeltaExperts(FusedMoEMethodBase):
             groups.rows,
             groups.slots,
             groups.starts,
-            groups.num_active,
+            self.step.tokens.num_active,
         )
         return y
+
+    def _base(self, part: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        if not self.on_cpu:
+            return F.grouped_mm(x, self.weights[part].transpose(1, 2), offs=ends)
+        last = ends.tolist()
+        spans = enumerate(zip([0, *last], last, strict=False))
+        return torch.cat(
+            [self.multiply(part, e, x[a:b]) for e, (a, b) in spans if b > a]
+        )
+
+    def multiply(self, part: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """``x`` [M, K] by one expert's matrix, or its two: [M, N]."""
+        if not self.on_cpu:
+            return F.linear(x, self.weights[part][expert])
+        matrix: Any = self.matrices[part][expert]
+        return matrix.cpu_linear(x, matrix.weight, None)
 
 
 def _matrix(weight: torch.Tensor) -> torch.nn.Module:

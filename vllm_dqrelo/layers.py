@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a request meets its delta: the base's layers with the ops behind them."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -69,11 +69,11 @@ class DeltaMethod(QuantizeMethodBase):
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if self.step.skips and self.added is None:
+            return self.inner.apply(layer, x, bias)
         if self.merges and not self.step.skips:
             return self._linear(layer.weight, x, bias)
         y = self.inner.apply(layer, x, bias)
-        if self.step.skips and self.added is None:
-            return y
         groups = self.step.head_rows(x) if self.is_head else self.step.tokens
         torch.ops.dqrelo.delta_linear_(
             _rows(y),
@@ -146,63 +146,55 @@ class DeltaEmbedding(torch.nn.Embedding):
         return y
 
 
-class DeltaNorm(torch.nn.Module):
-    """A norm of the base, redone for the rows whose delta has its own weight.
+class NormDeltas(NamedTuple):
+    """What a norm needs for its deltas.
 
-    Args:
-        site: an RMS norm or a layer norm with a weight.
+    Attributes:
         arena, table, step: as for DeltaMethod.
+        eps: of the norm.
+        centred: whether it subtracts the mean.
         batched: whether activations are [1, M, ...] and not [M, ...].
     """
 
-    def __init__(
-        self,
-        site: Site,
-        arena: torch.Tensor,
-        table: torch.Tensor,
-        step: Step,
-        batched: bool,
-    ) -> None:
-        super().__init__()
-        self.base_layer = site.module
-        self.arena = arena
-        self.table = table
-        self.step = step
-        self.batched = batched
-        self.centred = site.is_layer_norm
-        eps = "eps" if self.centred else "variance_epsilon"
-        self.eps: float = getattr(site.module, eps)
+    arena: torch.Tensor
+    table: torch.Tensor
+    step: Step
+    eps: float
+    centred: bool
+    batched: bool
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """The base's weight."""
-        return self.base_layer.get_parameter("weight")
+
+class DeltaNorm(torch.nn.Module):
+    """A norm of the base, redone for the rows whose delta has its own weight.
+
+    ``install`` puts it in front of the module's class.
+    """
+
+    deltas: NormDeltas
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if residual is None:
-            y = self.base_layer(x)
-            return self._redo(y, x)
+            return self._redo(super().forward(x), x)
         # The base returns the sum that it normalised as the new residual.
-        y, residual = self.base_layer(x, residual)
+        y, residual = super().forward(x, residual)
         return self._redo(y, residual), residual
 
     def _redo(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        if self.step.skips:
-            return y
-        groups = self.step.tokens
-        torch.ops.dqrelo.delta_norm_(
-            y[0] if self.batched else y,
-            x[0] if self.batched else x,
-            self.arena,
-            self.table,
-            groups.rows,
-            groups.slots,
-            groups.num_active,
-            self.eps,
-            self.centred,
-        )
+        arena, table, step, eps, centred, batched = self.deltas
+        if not step.skips:
+            torch.ops.dqrelo.delta_norm_(
+                y[0] if batched else y,
+                x[0] if batched else x,
+                arena,
+                table,
+                step.tokens.rows,
+                step.tokens.slots,
+                step.tokens.num_active,
+                eps,
+                centred,
+            )
         return y
 
 
@@ -248,10 +240,10 @@ def install(
     """Put the deltas behind one module of ``model``, which is changed in place."""
     module: Any = site.module
     if site.is_norm:
-        parent, _, leaf = site.name.rpartition(".")
+        eps = module.eps if site.is_layer_norm else module.variance_epsilon
         batched = compat.adds_batch_dimension(model)
-        norm = DeltaNorm(site, arena, table, step, batched)
-        setattr(model.get_submodule(parent), leaf, norm)
+        module.__class__ = type(type(module).__name__, (DeltaNorm, type(module)), {})
+        module.deltas = NormDeltas(arena, table, step, eps, site.is_layer_norm, batched)
         return
     if not hasattr(module, "quant_method"):
         own = () if type(module) is torch.nn.Embedding else (type(module),)
@@ -260,8 +252,9 @@ def install(
         module.slices = site.slices(arena.device)
         return
     if isinstance(module.quant_method, DeltaExperts):
-        part = site.name.rpartition(".")[2]
+        path, _, part = site.name.rpartition(".")
         module.quant_method.install(part, arena, table, site.slices(arena.device), step)
+        compat.hide_experts(model.get_submodule(path.rpartition(".")[0]))
         return
     method = DeltaMethod(module.quant_method, site, arena, table, step, added)
     module.quant_method = method

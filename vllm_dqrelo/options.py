@@ -10,6 +10,7 @@ import torch
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from dqrelo_kernels.table import ALIGNMENT
 from vllm_dqrelo.arena import aligned
@@ -198,8 +199,14 @@ def refuse_unsupported(vllm_config: VllmConfig, device: torch.device) -> None:
         "model may call layers of the base with rows that are not the step's": (
             method != NGRAM
         ),
-        "has mixtures of experts on the CPU only": model.is_moe
-        and device.type != "cpu",
+        "captures graphs of mixtures of experts in bfloat16 only, and from compute "
+        "capability 9.0 on, where torch multiplies all experts in one launch: use "
+        "--enforce-eager": model.is_moe
+        and device.type == "cuda"
+        and not model.enforce_eager
+        and not (
+            model.dtype == torch.bfloat16 and current_platform.has_device_capability(90)
+        ),
         "has no deltas for images or sound: use --limit-mm-per-prompt with 0 for each "
         "kind of input": model.supports_multimodal_inputs,
         "has no deltas for encoder-decoder models": model.is_encoder_decoder,

@@ -55,7 +55,7 @@ def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) 
     if quantized and current_platform.is_cpu():
         refuse_dtype(quantized, model_config.dtype)
     patch_engine()  # for an engine in this process
-    compat.keep_compilation(can_be_compiled)
+    compat.keep_compilation(is_dqrelo)
     compat_frontend.show_reasons()
     engine_args.enable_lora = True
     if engine_args.max_loras == 1:
@@ -74,14 +74,6 @@ def is_dqrelo(vllm_config: compat.VllmConfig) -> bool:
     """Whether an engine has deltas."""
     model_config = vllm_config.model_config
     return model_config is not None and model_config.quantization == "dqrelo"
-
-
-def can_be_compiled(vllm_config: compat.VllmConfig) -> bool:
-    """Whether an engine has deltas behind layers that torch.compile understands.
-
-    experts.py makes its groups on the host, in the middle of a step.
-    """
-    return is_dqrelo(vllm_config) and not vllm_config.model_config.is_moe
 
 
 def patch_frontend() -> None:

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from dqrelo_kernels import layout
 from dqrelo_kernels import table as t
-from dqrelo_kernels.tiles import TALL
+from dqrelo_kernels.tiles import are_tall
 
 ABSENT = tl.constexpr(t.ABSENT)
 SIGNS = tl.constexpr(int(t.Field.SIGNS))
@@ -157,12 +157,13 @@ def _low_rank_kernel(
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     s = tl.arange(0, BLOCK_S)
+    tiles = row_tiles(starts_ptr, slots, BLOCK_M, BLOCK_S)
     rank_tiles = tl.zeros((BLOCK_S,), dtype=tl.int32)
     for j in tl.static_range(SLICES):
         field_ptr = table_ptr + s.to(tl.int64) * stride_ts + j * FIELDS + RANK
-        ranks = tl.maximum(tl.load(field_ptr, mask=s < slots, other=0), 0)
+        ranks = tl.maximum(tl.load(field_ptr, mask=tiles > 0, other=0), 0)
         rank_tiles += tl.cdiv(ranks.to(tl.int32), BLOCK_R)
-    ends = tl.cumsum(row_tiles(starts_ptr, slots, BLOCK_M, BLOCK_S) * rank_tiles)
+    ends = tl.cumsum(tiles * rank_tiles)
     k = tl.arange(0, BLOCK_K)
     byte = tl.arange(0, BLOCK_K // 2)
     for item in range(tl.program_id(0), tl.max(ends, axis=0), tl.num_programs(0)):
@@ -281,7 +282,7 @@ def low_rank(
         arena, table, rows, starts: see ops.py.
     """
     (m, k), (slots, slices, _) = x.shape, table.shape
-    tall = m >= TALL and x.dtype != torch.float32
+    tall = are_tall(m, slots) and x.dtype != torch.float32
     block_m, warps = (64, 4) if tall else (16, 2)
     # The same for all heights, so that a row's bits do not depend on the height: an
     # int4 sum goes by halves of block_k, and Hopper takes wgmma from block_r 64 on.

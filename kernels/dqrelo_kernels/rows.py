@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows of a step belong to which delta slot."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -98,3 +100,50 @@ class RowGroups:
             ends = np.searchsorted(order, (slots + slot, slots + slot + 1))
             self.merged[i] = torch.tensor([slot, *ends])
         self._device.copy_(self._host, non_blocking=True)
+
+
+class ExpertGroups(NamedTuple):
+    """Rows that chose an expert, grouped by delta slot and expert, on their device.
+
+    What is a slot in ``RowGroups`` is ``slot * experts + expert`` here. With two
+    experts and rows of the slots [2, -1, 0, 2] that chose the experts [0, 0, 1, 0]:
+
+        rows        [2, 0, 3, -1]
+        slots       [1, 4, 4, -1]
+        starts      [0, 0, 1, 1, 1, 3, 3]
+
+    Attributes:
+        rows, slots: int32 [M].
+        starts: int32 [slots * experts + 1].
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    starts: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        slot_of_row: torch.Tensor,
+        expert_of_row: torch.Tensor,
+        slots: int,
+        experts: int,
+    ) -> "ExpertGroups":
+        """Group the rows without waiting for the device.
+
+        Args:
+            slot_of_row: int32 [M]; BASE for a base row.
+            expert_of_row: int [M].
+            slots, experts: how many there are.
+        """
+        behind = slots * experts  # where the base's rows go
+        keys = slot_of_row * experts + expert_of_row
+        keys = torch.where(slot_of_row == BASE, behind, keys)
+        keys, rows = keys.sort(stable=True)
+        numbers = torch.arange(behind + 1, device=keys.device)
+        belongs = keys < behind
+        return cls(
+            torch.where(belongs, rows, BASE).int(),
+            torch.where(belongs, keys, BASE).int(),
+            torch.searchsorted(keys, numbers, out_int32=True),
+        )

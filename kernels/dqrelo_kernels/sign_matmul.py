@@ -296,7 +296,7 @@ def sign_matmul(
         arena, table, slices, rows, starts: see ops.py.
     """
     (m, k), (slots, n_slices, _) = x.shape, table.shape
-    tile = tiles(m, x.dtype)
+    tile = tiles(m, slots, x.dtype)
     row_tiles_at_most = min(slots, m) + m // tile.block_m
     n_tiles_at_most = y.shape[1] // tile.block_n + n_slices
     _sign_matmul_kernel[(programs(row_tiles_at_most * n_tiles_at_most, x.device),)](

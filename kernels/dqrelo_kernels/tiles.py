@@ -35,16 +35,26 @@ class Tiles(NamedTuple):
 FLOAT32 = Tiles(16, 32, num_stages=2, maxnreg=None, num_warps=8)
 
 
-def tiles(rows: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of a step, from what a captured graph keeps: shape and dtype.
+def are_tall(rows: int, slots: int) -> bool:
+    """Whether a step is mostly prompts, from what a captured graph keeps of it.
 
     Args:
         rows: of the step, those of the base as well.
+        slots: that rows may belong to; of a mixture, pairs of a slot and an expert.
+    """
+    return rows >= max(TALL, slots)
+
+
+def tiles(rows: int, slots: int, dtype: torch.dtype) -> Tiles:
+    """The tiles of a step.
+
+    Args:
+        rows, slots: as for ``are_tall``.
         dtype: of the activations.
     """
     if dtype == torch.float32:
         return FLOAT32
-    return _of_this_gpu()["tall" if rows >= TALL else "short"]
+    return _of_this_gpu()["tall" if are_tall(rows, slots) else "short"]
 
 
 @functools.cache
