@@ -91,11 +91,15 @@ def test_only_a_step_without_deltas_is_skipped():
     step, base = Step(4, 2, 8, "cpu"), np.array([-1, -1], dtype=np.int32)
     step.set(base, base)
     assert not step.skips  # a graph may be captured, the probe of coverage run
-    step.may_skip = True
+    assert not step.experts_skip
+    step.is_ready = True
     step.set(base, base)
-    assert step.skips
+    assert step.skips and step.experts_skip
     step.set(np.array([-1, 1], dtype=np.int32), base)
-    assert not step.skips
+    assert not step.skips and not step.experts_skip
+    step.is_traced = True
+    step.set(base, base)
+    assert not step.skips and step.experts_skip
 
 
 def expert_groups(slot_of_row, expert_of_row, slots, experts):

@@ -56,7 +56,7 @@ def test_a_compiled_engine(
     made, expected = family("llama-tied"), alone("llama-tied")
     options = {"quantization": "dqrelo", "max_loras": 2, "enforce_eager": False}
     llm = engine(made.base, **options)
-    assert not manager_of(llm).step.may_skip
+    assert manager_of(llm).step.is_traced
     requests = [None] + [
         load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)
     ]

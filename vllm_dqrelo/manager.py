@@ -313,7 +313,8 @@ def memory(worker: Any) -> Memory:
     manager = runner.lora_manager
     check_coverage(runner, manager.sites, manager.residency)
     mode = runner.vllm_config.compilation_config.mode
-    manager.step.may_skip = mode == CompilationMode.NONE
+    manager.step.is_traced = mode != CompilationMode.NONE
+    manager.step.is_ready = True
     return manager.memory
 
 

@@ -18,11 +18,12 @@ class Step:
         samples: the rows that are sampled from, for the LM head.
         scratch: float32 [max_tokens, ranks], for dqrelo::delta_linear_.
         merges: whether a delta with many rows has its matrices made whole.
-        may_skip: whether layers may leave the operators out of a step without deltas;
-            not where a graph is captured, which is to serve later steps.
-        skips: whether they do so in this one. The operators would do nothing, but to
-            call them takes time: that of 180 calls is several percent of a step of a
-            small model.
+        is_ready: whether operators may be left out of a step without deltas; not where
+            a graph is captured, which is to serve later steps, or coverage probed.
+        is_traced: whether the layers' code is run for a trace only.
+        skips: whether layers leave them out of this step. They would do nothing, but
+            to call them takes time.
+        experts_skip: whether experts do, whose code is run in every step.
     """
 
     def __init__(
@@ -40,15 +41,17 @@ class Step:
         self._prompt = RowGroups(max_tokens, slots, device)
         self._token_slots = np.empty(0, dtype=np.int32)
         self._prompt_hidden: torch.Tensor | None = None
-        self.may_skip = False
-        self.skips = False
+        self.is_ready = False
+        self.is_traced = False
+        self.skips = self.experts_skip = False
 
     def set(self, token_slots: np.ndarray, sample_slots: np.ndarray) -> None:
         """Start a step: the slot of each token and of each sampled row."""
         self._token_slots = token_slots
         self.tokens.set(token_slots)
         self.samples.set(sample_slots)
-        self.skips = self.may_skip and not int(self.tokens.num_active)
+        self.experts_skip = self.is_ready and not int(self.tokens.num_active)
+        self.skips = self.experts_skip and not self.is_traced
 
     @contextmanager
     def prompt_rows(self, hidden_states: torch.Tensor) -> Iterator[None]:
