@@ -241,9 +241,10 @@ def base_and_tuned(tmp_path, save_model):
     return base, *([tmp_path / f"{x}-{i}" for i in (0, 1)] for x in ("delta", "merged"))
 
 
-def test_two_workers_equal_each_model_alone(
+def test_workers_equal_each_model_alone(
     base_and_tuned, engine, answers, difference, load, prompts, monkeypatch
 ):
+    """Two that share all layers, and two such pairs with half of the layers each."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     base, deltas, merged = base_and_tuned
@@ -257,20 +258,26 @@ def test_two_workers_equal_each_model_alone(
         cleanup_dist_env_and_memory()  # of a mixture of experts there are more groups
     assert max(token for tokens, _, _ in expected[2] for token in tokens) >= 320
 
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
-    llm = engine(
-        base,
-        quantization="dqrelo",
-        max_loras=2,
-        tensor_parallel_size=2,
-        additional_config={"dqrelo": {"delta_memory_gib": 0.001, "added_tokens": 6}},
-    )
-    requests = [None] + [load(llm, folder.name, folder) for folder in deltas]
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     order = [(p, m) for p in range(len(prompts)) for m in range(3)]
-    got = answers(
-        llm, [prompts[p] for p, _ in order], [requests[m] for _, m in order], 1
-    )
-    for (p, m), answer in zip(order, got, strict=True):
-        assert difference(answer, expected[m][p]) <= TOLERANCE, (p, m)
-    with pytest.raises(Exception, match="is not a delta folder"):
-        load(llm, "none", base)
+    for stages in (1, 2):
+        llm = engine(
+            base,
+            quantization="dqrelo",
+            max_loras=2,
+            tensor_parallel_size=2,
+            pipeline_parallel_size=stages,
+            additional_config={
+                "dqrelo": {"delta_memory_gib": 0.001, "added_tokens": 6}
+            },
+        )
+        requests = [None] + [load(llm, folder.name, folder) for folder in deltas]
+        got = answers(
+            llm, [prompts[p] for p, _ in order], [requests[m] for _, m in order], 1
+        )
+        for (p, m), answer in zip(order, got, strict=True):
+            assert difference(answer, expected[m][p]) <= TOLERANCE, (p, m, stages)
+        with pytest.raises(Exception, match="is not a delta folder"):
+            load(llm, "none", base)
+        del llm
+        gc.collect()

@@ -9,9 +9,9 @@ shows which layers are met.
 from typing import Any
 
 import torch
+from torch.distributed import all_gather_object
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.distributed import get_pp_group
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_dqrelo import compat
 from vllm_dqrelo.residency import Residency
@@ -49,13 +49,15 @@ def check_coverage(model_runner: Any, sites: Sites, residency: Residency) -> Non
         if stage.is_last_rank and not model_runner.is_pooling_model:
             with torch.inference_mode():
                 model_runner.model.compute_logits(hidden_states)
-    missed = [
+    met = {
         name
         for name, site in sites.by_name.items()
-        if residency.table(site).data_ptr() not in calls.tables
-        # The last stage has an embedding for the sake of a tied LM head.
-        and (stage.is_first_rank or type(site.module) is not VocabParallelEmbedding)
-    ]
+        if residency.table(site).data_ptr() in calls.tables
+    }
+    # A stage of a pipeline may have a layer that only another one uses.
+    met_by_stage: list[set[str]] = [set()] * stage.world_size
+    all_gather_object(met_by_stage, met, stage.cpu_group)
+    missed = [name for name in sites.by_name if name not in set().union(*met_by_stage)]
     if missed:
         model = type(model_runner.model).__name__
         raise ValueError(
