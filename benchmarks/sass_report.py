@@ -56,7 +56,9 @@ class Recorder:
         self.arguments = arguments
 
 
-def launches(rows: int, dtype: torch.dtype, k: int) -> dict[Any, dict[str, Any]]:
+def launches(
+    rows: int, dtype: torch.dtype, k: int, slots: int
+) -> dict[Any, dict[str, Any]]:
     """Kernel -> launch arguments, for K columns and a fused q/k/v projection."""
     recorders = {
         (module, name): Recorder()
@@ -77,10 +79,10 @@ def launches(rows: int, dtype: torch.dtype, k: int) -> dict[Any, dict[str, Any]]
         y = torch.empty(rows, 6144, dtype=dtype, device="cuda")
         scratch = torch.empty(rows, 1024, device="cuda")
         arena = torch.empty(1024, dtype=torch.uint8, device="cuda")
-        table = empty_table(64, 3, "cuda")
+        table = empty_table(slots, 3, "cuda")
         slices, groups, starts = (
             torch.empty(size, dtype=torch.int32, device="cuda")
-            for size in (4, rows, 65)
+            for size in (4, rows, slots + 1)
         )
         low_rank.low_rank(scratch, x, arena, table, groups, starts)
         sign_matmul.sign_matmul(y, scratch, x, arena, table, slices, groups, starts)
@@ -183,11 +185,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 512])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--columns", type=int, default=4096)
+    parser.add_argument("--slots", type=int, default=64, help="times experts, if any")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     for target in options.target:
         for rows in options.rows:
-            for kernel, arguments in launches(rows, dtype, options.columns).items():
+            made = launches(rows, dtype, options.columns, options.slots)
+            for kernel, arguments in made.items():
                 print(report(kernel, arguments, target), flush=True)
 
 
