@@ -239,9 +239,6 @@ def map_name(model: torch.nn.Module, name: str) -> tuple[str, Any] | None:
     return ".".join([*path, name]), shard
 
 
-EXPERTS = {"moe_forward": "_moe_forward", "moe_forward_shared": "_moe_forward_shared"}
-
-
 def hide_experts(runner: Any) -> None:
     """Let torch.compile see a layer's experts as one operator, as on a GPU.
 
@@ -249,18 +246,23 @@ def hide_experts(runner: Any) -> None:
     ours sort the rows of a step by what the router chose.
     """
     find(runner, "_forward_entry")
-    op = "moe_forward_shared" if runner.shared_experts else "moe_forward"
+    op = "moe_forward" if runner.shared_experts is None else "moe_forward_shared"
     runner._forward_entry = getattr(torch.ops.vllm, op)
 
 
-def within(op: Any) -> Callable[..., Any] | None:
-    """What an operator that hides the experts of a layer calls; None for another."""
+def experts_behind(op: Any) -> Callable[..., Any] | None:
+    """The function of an operator that hides a layer's experts; None for another.
+
+    In a dispatch mode what the operator calls is not seen.
+    """
     from vllm.model_executor.layers.fused_moe.runner import moe_runner
 
-    namespace, _, name = op._schema.name.partition("::")
-    if namespace != "vllm" or name not in EXPERTS:
+    if op not in (
+        torch.ops.vllm.moe_forward.default,
+        torch.ops.vllm.moe_forward_shared.default,
+    ):
         return None
-    function: Callable[..., Any] = find(moe_runner, EXPERTS[name])
+    function: Callable[..., Any] = find(moe_runner, f"_{op._opname}")
     return function
 
 

@@ -31,7 +31,7 @@ class _Calls(TorchDispatchMode):
         if func.namespace == "dqrelo":
             names = [argument.name for argument in func._schema.arguments]
             self.tables.add(args[names.index("table")].data_ptr())
-        if experts := compat.within(func):
+        if experts := compat.experts_behind(func):
             with self:
                 return experts(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
