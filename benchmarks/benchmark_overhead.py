@@ -11,8 +11,8 @@ is in both. It differs between processes, by where the two engines' weights happ
 lie and by which was started first, so that there are several processes, which start
 either by turns; what is written is the geometric mean of their ratios, its standard
 error, and the lowest and the highest. Instead of a folder there are two bases of random
-weights, with a delta of their norms: a small mixture of
-experts, which the plugin computes by itself, and a Llama of 1.1 billion parameters.
+weights, with a delta of their norms: a small mixture of experts, which the plugin
+computes by itself, and a Llama of 1.1 billion parameters.
 """
 
 import argparse
