@@ -152,6 +152,8 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="no --enforce-eager")
     parser.add_argument("--output", type=Path, help="a CSV file to add the row to")
     arguments = parser.parse_args()
+    if arguments.processes < 2:
+        parser.error("--processes is at least 2: one that starts either engine first")
     with tempfile.TemporaryDirectory() as folder:
         base, delta = arguments.base, arguments.delta
         if base in RANDOM:
