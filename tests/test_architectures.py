@@ -189,7 +189,9 @@ def test_experts_as_on_a_gpu(save_model, tmp_path, monkeypatch):
         save_model(ARCHITECTURES["qwen2-moe"], tmp_path / f"model-{seed}", seed)
         for seed in (1, 2)
     )
-    check_mixed_batch(base, [tuned], tmp_path, enforce_eager=False)
+    llm = check_mixed_batch(base, [tuned], tmp_path, enforce_eager=False)
+    mode = llm.llm_engine.vllm_config.compilation_config.mode
+    assert mode != vllm.config.CompilationMode.NONE
 
 
 def move(model, folder, seed, part=""):

@@ -347,3 +347,12 @@ def test_a_mixture_of_copies_answers_as_their_original_does(bench):
     torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-5)
     first = mixture.model.layers[0].mlp
     assert first.experts.down_proj.shape == (4, 96, 200) and first.top_k == 2
+
+
+def test_the_overhead_of_several_processes(bench):
+    """By hand: ratios of 2 and of 8, whose slow steps are slow without the plugin."""
+    pytest.importorskip("vllm")
+    slow, fast = [(1, 2), (10, 20), (1, 9)], [(1, 8), (2, 16), (5, 5)]
+    mean, error, ratios = bench("benchmark_overhead").summary([slow, fast])
+    assert (mean, ratios) == (pytest.approx(4), [2, 8])
+    assert error == pytest.approx(3)  # sqrt((3^2 + 3^2) / 1 / 2)
