@@ -28,7 +28,14 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from dqrelo_kernels import cpu, ops  # noqa: F401
 from dqrelo_kernels.layout import int4_bytes, words_per_row
 from dqrelo_kernels.rows import RowGroups
-from dqrelo_kernels.table import ALIGNMENT, FACTOR_DTYPES, INT4, Field, empty_table
+from dqrelo_kernels.table import (
+    ALIGNMENT,
+    FACTOR_DTYPES,
+    INT4,
+    Field,
+    empty_table,
+    place_ranks,
+)
 from dqrelo_tools.compress import METHODS
 
 LAYERS, HIDDEN, VOCAB = 30, 576, 49152
@@ -70,7 +77,8 @@ class Deltas:
                 row[Field.SIDE_BY_SIDE] = 1
                 row[Field.SIGNS] = self._take(2 * n * words_per_row(k))
                 row[Field.SCALE] = self._take(4 * n)
-                row[Field.PLANES], row[Field.RANK] = size.planes, size.rank
+                row[Field.PLANES] = size.planes
+                row[Field.RANK_A] = row[Field.RANK_B] = size.rank
                 for field, rows, columns in (
                     (Field.LORA_A, size.rank, k),
                     (Field.LORA_B, n, size.rank),
@@ -80,6 +88,7 @@ class Deltas:
                 row[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(size.dtype)
                 if not size.dtype.is_floating_point:
                     row[Field.LORA_SCALE] = self._take(4 * size.rank)
+        place_ranks(table)
         return table
 
     def _weights(self) -> torch.Tensor:

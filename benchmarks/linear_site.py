@@ -9,7 +9,14 @@ import torch
 from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
 from dqrelo_kernels.layout import INT4_BLOCK, int4_bytes, words_per_row
 from dqrelo_kernels.rows import RowGroups
-from dqrelo_kernels.table import ALIGNMENT, FACTOR_DTYPES, INT4, Field, empty_table
+from dqrelo_kernels.table import (
+    ALIGNMENT,
+    FACTOR_DTYPES,
+    INT4,
+    Field,
+    empty_table,
+    place_ranks,
+)
 
 LINEARS = {  # output features of each slice, input features
     "qkv": ([4096, 1024, 1024], 4096),
@@ -70,7 +77,7 @@ class Site:
                 row[Field.PLANES] = 1
                 row[Field.SCALE] = place(4 * n)
                 if rank:
-                    row[Field.RANK] = rank
+                    row[Field.RANK_A] = row[Field.RANK_B] = rank
                     row[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(factors)
                     if factors == INT4:
                         row[Field.LORA_A] = place(rank * int4_bytes(k))
@@ -79,6 +86,7 @@ class Site:
                     else:
                         row[Field.LORA_A] = place(2 * rank * k)
                         row[Field.LORA_B] = place(2 * rank * n)
+        place_ranks(table)
         self.bytes_per_delta = size // deltas
         arena = torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda")
         for row, n, rank in (

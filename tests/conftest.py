@@ -33,6 +33,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from dqrelo_kernels import cpu
 from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
 
@@ -234,3 +235,18 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReque
         return tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(params=["torch", "native"])
+def path(request, monkeypatch):
+    """Twice: the ops in plain torch, and in native code."""
+    monkeypatch.setenv("DQRELO_NATIVE", str(int(request.param == "native")))
+    cpu.reset()
+    if request.param == "native":
+        try:
+            cpu.build()
+        except RuntimeError:
+            pytest.skip("no C++ compiler: there is no native code to test")
+        assert cpu.library()
+    yield
+    cpu.reset()

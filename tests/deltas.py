@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 from dqrelo_kernels import reference
-from dqrelo_kernels.layout import pack_int4, pack_signs
+from dqrelo_kernels.layout import int4_bytes, pack_int4, pack_signs, side_by_side
 from dqrelo_kernels.rows import RowGroups
 from dqrelo_kernels.table import (
     ABSENT,
@@ -14,7 +14,11 @@ from dqrelo_kernels.table import (
     INT4,
     Field,
     empty_table,
+    place_ranks,
+    read,
+    read_matrices,
 )
+from vllm_dqrelo.format.tensors import take_columns
 
 HAS_DEVICE = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_DEVICE else "cpu"
@@ -62,7 +66,7 @@ class Deltas:
                     row[Field.SCALE] = self.put(self.random(planes, n))
                 if rank := ranks[(i + j) % len(ranks)]:
                     dtype = dtypes[(i + 2 * j) % len(dtypes)]
-                    row[Field.RANK] = rank
+                    row[Field.RANK_A] = row[Field.RANK_B] = rank
                     row[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(dtype)
                     row[Field.LORA_A] = self.put(self.factor(rank, self.k, dtype))
                     row[Field.LORA_B] = self.put(self.factor(n, rank, dtype))
@@ -70,6 +74,7 @@ class Deltas:
                         peak = 8 if dtype == INT4 else 128
                         scale = self.random(rank) / peak**2
                         row[Field.LORA_SCALE] = self.put(scale)
+        place_ranks(self.table)
         if biases:
             for slot, j in ((0, 0), (BIASES, len(self.sizes) - 1)):
                 self.table[slot, j, Field.BIAS] = self.put(self.random(self.sizes[j]))
@@ -90,7 +95,7 @@ class Deltas:
         return torch.cat(self.parts).to(DEVICE)
 
     def scratch(self, rows: int) -> torch.Tensor:
-        ranks = self.table[:, :, Field.RANK].clamp_min(0).sum(1).max()
+        ranks = self.table[:, :, Field.RANK_A].clamp_min(0).sum(1).max()
         return torch.full((rows, int(ranks) + 3), torch.nan, device=DEVICE)
 
     def slack(self, x: torch.Tensor, slot: int, dtype: torch.dtype) -> torch.Tensor:
@@ -109,8 +114,9 @@ class Deltas:
             entry = self.table[slot, j].tolist()
             scale = sum(s.abs().T for s, _ in reference.planes(arena, entry, n, k))
             size = unit * (1 + scale * x.abs().sum(1, keepdim=True).expand(-1, n))
-            if entry[Field.RANK] != ABSENT:
-                b, a = reference.factors(arena, entry, n, k)
+            if entry[Field.RANK_A] != ABSENT:
+                a = reference.lora_a(arena, entry, k)
+                b = reference.lora_b(arena, entry, n)
                 product = x.abs() @ a.float().abs().T @ b.float().abs().T
                 lost = 2**-8 if HAS_DEVICE and dtype != torch.float32 else 0
                 if FACTOR_DTYPES[entry[Field.FACTOR_DTYPE]] == INT4:
@@ -127,6 +133,40 @@ def step(deltas: Deltas, slot_of_row: list[int], dtype: torch.dtype):
     base = torch.tensor(slot_of_row) < 0
     x[base], y[base] = torch.nan, torch.nan
     return x.to(DEVICE), y.to(DEVICE)
+
+
+def workers_of(deltas, arena: torch.Tensor, k: int, field: Field) -> list[torch.Tensor]:
+    """The tables of three workers, each with some ranks of LORA_A or of LORA_B.
+
+    Args:
+        deltas: has a ``table`` [slots, slices, Field], ``sizes``, and ``put``.
+        arena: uint8, what was put so far.
+    """
+    tables = [deltas.table.clone() for _ in range(3)]
+    is_a = field == Field.LORA_A
+    rank_field = Field.RANK_A if is_a else Field.RANK_B
+    first_field = Field.FIRST_A if is_a else Field.FIRST_B
+    for slot, index in (deltas.table[:, :, field] != ABSENT).nonzero().tolist():
+        entry = deltas.table[slot, index].tolist()
+        rank, dtype = entry[rank_field], FACTOR_DTYPES[entry[Field.FACTOR_DTYPE]]
+        rows, columns = (rank, k) if is_a else (deltas.sizes[index], rank)
+        width = int4_bytes(columns) if dtype == INT4 else columns
+        (factor,) = read_matrices(arena, entry, field, dtype, 1, rows, width)
+        parts = torch.arange(rank).tensor_split(3)
+        for table, of in zip(tables, parts, strict=True):
+            row = table[slot, index]
+            row[field] = row[rank_field] = row[first_field] = ABSENT
+            if not len(of):
+                continue
+            part = factor[of] if is_a else take_columns(factor, rank, of)
+            together = entry[Field.SIDE_BY_SIDE] != ABSENT
+            row[field] = deltas.put(side_by_side(part) if together else part)
+            row[rank_field] = len(of)
+            row[first_field] = entry[first_field] + int(of[0])
+            if is_a and entry[Field.LORA_SCALE] != ABSENT:
+                scale = read(arena, entry[Field.LORA_SCALE], torch.float32, rank)
+                row[Field.LORA_SCALE] = deltas.put(scale[of])
+    return tables
 
 
 def popularity(law: str, rows: int) -> list[int]:

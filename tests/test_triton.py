@@ -24,6 +24,7 @@ from deltas import (
     groups_of,
     popularity,
     step,
+    workers_of,
 )
 
 if not HAS_DEVICE:
@@ -77,7 +78,14 @@ def check_linear(deltas: Deltas, y, x, got, slot_of_row: list[int]) -> None:
     want = y.float()
     arena = deltas.arena.cpu()
     reference.delta_linear_(
-        want, x, arena, deltas.table, deltas.slices, groups.rows, groups.slots
+        want,
+        deltas.scratch(len(x)).cpu(),
+        x,
+        arena,
+        deltas.table,
+        deltas.slices,
+        groups.rows,
+        groups.slots,
     )
     for slot in range(-1, SLOTS):
         rows = [i for i, s in enumerate(slot_of_row) if s == slot]
@@ -145,6 +153,53 @@ def test_every_factor_dtype(ranks, k, factors, dtype):
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("k", [5, 64, 299])
+@pytest.mark.parametrize("field", [Field.LORA_A, Field.LORA_B], ids=lambda f: f.name)
+def test_some_ranks_of_a_factor(field, k, dtype):
+    """Each launch, of three workers that share a factor, against the reference."""
+    deltas = Deltas([20, 33], k).fill()
+    slot_of_row = [0, 1, 2, -1, 2]
+    x, y = step(deltas, slot_of_row, dtype)
+    groups, wide = groups_of(slot_of_row), x.cpu().float()
+    rows = groups.rows.cpu(), groups.slots.cpu()
+    whole = torch.zeros_like(deltas.scratch(5)).cpu()
+    reference.delta_shrink_(whole, wide, deltas.arena.cpu(), deltas.table, *rows)
+    for table in workers_of(deltas, deltas.arena.cpu(), k, field):
+        arena, on_device = deltas.arena, (table.to(DEVICE), groups.rows, groups.starts)
+        if field == Field.LORA_A:
+            got = deltas.scratch(5)
+            want = got.cpu().clone()
+            low_rank(got, x, arena, *on_device)
+            reference.delta_shrink_(want, wide, arena.cpu(), table, *rows)
+            assert torch.equal(got.cpu().isnan(), want.isnan())
+            some = ~want.isnan()
+            assert some.any()
+            # Sums of k products, of TF32 on a device; whole is of their size.
+            lost = 2**-9 if HAS_DEVICE else 4 * k**0.5 * torch.finfo(FLOAT32).eps
+            error = (got.cpu() - want)[some].abs()
+            assert (error <= lost * k**0.5 * (1 + whole[some].abs())).all()
+            continue
+        got, want = y.clone(), y.cpu().float()
+        slices = deltas.slices
+        sign_matmul(
+            got,
+            whole.to(DEVICE),
+            x,
+            arena,
+            on_device[0],
+            slices.to(DEVICE),
+            *on_device[1:],
+        )
+        reference.delta_expand_(want, whole, wide, arena.cpu(), table, slices, *rows)
+        for i, slot in enumerate(slot_of_row):
+            if slot < 0:
+                continue
+            slack = deltas.slack(wide[i : i + 1], slot, dtype)[0]
+            rounding = want[i].abs() * torch.finfo(dtype).eps / 2
+            assert ((got[i].cpu().float() - want[i]).abs() <= slack + rounding).all()
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
 @pytest.mark.parametrize("k", [5, 250, 256, 272, 300])
 def test_signs_are_exact(k, dtype):
     """Integers whose sums stay below 2^8 and scales of 1 leave nothing to round."""
@@ -161,7 +216,14 @@ def test_signs_are_exact(k, dtype):
     groups = groups_of([0, 1, 2, 0, 1, -1])
     linear(deltas, y, x, groups)
     reference.delta_linear_(
-        want, x, deltas.arena, deltas.table, deltas.slices, groups.rows, groups.slots
+        want,
+        deltas.scratch(6),
+        x,
+        deltas.arena,
+        deltas.table,
+        deltas.slices,
+        groups.rows,
+        groups.slots,
     )
     assert want.any()
     assert torch.equal(y, want)
@@ -236,10 +298,11 @@ def test_merge(sizes, k, has_bias, dtype):
             planes = reference.planes(parts[0], entry, size, k)
             terms = weight[rows].float().abs() + sum(scale.abs() for scale, _ in planes)
             slack = 4 * eps * terms
-            if entry[Field.RANK] != ABSENT:
-                b, a = reference.factors(parts[0], entry, size, k)
+            if entry[Field.RANK_A] != ABSENT:
+                a = reference.lora_a(parts[0], entry, k)
+                b = reference.lora_b(parts[0], entry, size)
                 product = b.float().abs() @ a.float().abs()
-                slack += product * (4 * entry[Field.RANK] ** 0.5 * eps + lost)
+                slack += product * (4 * entry[Field.RANK_A] ** 0.5 * eps + lost)
             error = (got[0].cpu()[rows].float() - want[0][rows]).abs()
             assert (error <= slack + want[0][rows].abs() * unit).all()
         error = (got[1].cpu().float() - want[1]).abs()

@@ -69,6 +69,7 @@ class DeltaExperts(FusedMoEMethodBase):
         self.matrices: dict[str, list[torch.nn.Module]] = {}  # of each expert
         self.step: Step  # by install, before the layer is called
         self.deltas: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.add: dict[str, Callable[..., None]] = {}
 
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         if layer.apply_router_weight_on_input:
@@ -98,6 +99,7 @@ class DeltaExperts(FusedMoEMethodBase):
         table: torch.Tensor,
         slices: torch.Tensor,
         step: Step,
+        add: Callable[..., None],
     ) -> None:
         """Put the deltas behind one of the two matrices of all experts.
 
@@ -107,10 +109,12 @@ class DeltaExperts(FusedMoEMethodBase):
             table: int64 [slots, experts * slices of one expert, Field].
             slices: int32 [slices of one expert + 1].
             step: which rows belong to which delta.
+            add: the op, dqrelo::delta_linear_ or one with its arguments.
         """
         entries = table.view(-1, len(slices) - 1, table.shape[-1])
         self.deltas[part] = arena, entries, slices
         self.step = step
+        self.add[part] = add
 
     def apply(
         self,
@@ -159,7 +163,7 @@ class DeltaExperts(FusedMoEMethodBase):
         if groups is None:
             return y
         arena, table, slices = self.deltas[part]
-        torch.ops.dqrelo.delta_linear_(
+        self.add[part](
             y,
             x.new_empty(len(x), self.step.scratch.shape[1], dtype=torch.float32),
             x,

@@ -15,6 +15,7 @@ from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
 from dqrelo_kernels.rows import RowGroups
 from vllm_dqrelo import compat
 from vllm_dqrelo.experts import DeltaExperts
+from vllm_dqrelo.fully_sharded import linear_of
 from vllm_dqrelo.sites import Site
 from vllm_dqrelo.step import Step
 from vllm_dqrelo.vocabulary import AddedRows
@@ -51,8 +52,10 @@ class DeltaMethod(QuantizeMethodBase):
         self.step = step
         self.added = added
         self.is_head = isinstance(site.module, ParallelLMHead)
+        self.add = linear_of(site)
         plain = getattr(inner, "_gemm_impl", None) is default_unquantized_gemm
-        self.merges = step.merges and plain and not self.is_head
+        alone = not self.is_head and not site.fully_sharded
+        self.merges = step.merges and plain and alone
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["inner"], name)
@@ -75,7 +78,7 @@ class DeltaMethod(QuantizeMethodBase):
             return self._linear(layer.weight, x, bias)
         y = self.inner.apply(layer, x, bias)
         groups = self.step.head_rows(x) if self.is_head else self.step.tokens
-        torch.ops.dqrelo.delta_linear_(
+        self.add(
             _rows(y),
             self.step.scratch,
             _rows(x),
@@ -253,7 +256,8 @@ def install(
         return
     if isinstance(module.quant_method, DeltaExperts):
         path, _, part = site.name.rpartition(".")
-        module.quant_method.install(part, arena, table, site.slices(arena.device), step)
+        slices, add = site.slices(arena.device), linear_of(site)
+        module.quant_method.install(part, arena, table, slices, step, add)
         compat.hide_experts(model.get_submodule(path.rpartition(".")[0]))
         return
     method = DeltaMethod(module.quant_method, site, arena, table, step, added)

@@ -109,7 +109,11 @@ class DeltaManager:
         ops.prepare(self.device)
         stages = get_pp_group()
         self.sites = Sites(
-            model, self.base, self.options.added_tokens, stages.world_size > 1
+            model,
+            self.base,
+            self.options.added_tokens,
+            stages.world_size > 1,
+            vllm_config.lora_config.fully_sharded_loras,
         )
         self.sites.rearranged = rearranged(self.sites, self.base, self.device)
         # A delta is in all stages, so that all are as large as the largest.
@@ -227,12 +231,10 @@ class DeltaManager:
         delta.config.check_base(self._fingerprint, self.model_config.model, folder)
         packed = pack(delta, self.sites, self.device)
         delta.check_unchanged()  # the digest is of what was packed
-        ranks = packed.entries[:, Field.RANK].clamp_min(0)
-        sites = self.sites.by_name.values()
-        parts = ranks.split([len(site.sizes) for site in sites])
+        entries = packed.entries
         rank = max(  # that one row meets
-            int(part.view(site.experts, -1).sum(1).max())
-            for site, part in zip(sites, parts, strict=True)
+            int((entries[:, Field.FIRST_A] + entries[:, Field.RANK_A]).max()),
+            int((entries[:, Field.FIRST_B] + entries[:, Field.RANK_B]).max()),
         )
         if rank > self.ranks:
             raise DqreloError(

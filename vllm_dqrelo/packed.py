@@ -9,12 +9,18 @@ import torch
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 
 from dqrelo_kernels.layout import side_by_side
-from dqrelo_kernels.table import ABSENT, FACTOR_DTYPES, Field, empty_table
+from dqrelo_kernels.table import (
+    ABSENT,
+    FACTOR_DTYPES,
+    Field,
+    empty_table,
+    place_ranks,
+)
 from vllm_dqrelo.arena import aligned
 from vllm_dqrelo.format.checkpoint import HEAD
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError, refuse
-from vllm_dqrelo.format.tensors import ADDED
+from vllm_dqrelo.format.tensors import ADDED, take_columns
 from vllm_dqrelo.sites import Place, Sites
 
 NORM_FIELDS = {"weight": Field.WEIGHT, "bias": Field.BIAS}
@@ -137,6 +143,9 @@ def pack(delta: Delta, sites: Sites, device: torch.device) -> PackedDelta:
                 )
             for field, value in fields.items():
                 entries[place.slice, field] = value
+    for site in sites.by_name.values():
+        mine = entries[site.first : site.first + len(site.sizes)]
+        place_ranks(mine.view(site.experts, -1, len(Field)))
     _complete_norms(entries, sites, extent)
     refuse(f"{delta.folder} does not fit the served model:", problems)
     data = extent.bytes()
@@ -159,13 +168,17 @@ def _matrix(
         fields[Field.PLANES] = matrix.planes
         scale = matrix.scale.expand(matrix.planes, matrix.shape[0])
         fields[Field.SCALE] = extent.add(scale)
-    if matrix.rank:
-        fields[Field.RANK] = matrix.rank
-        fields[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(matrix.lora_a.dtype)
-        fields[Field.LORA_A] = extent.add_matrices(matrix.lora_a)
-        fields[Field.LORA_B] = extent.add_matrices(matrix.lora_b)
+    fields[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(matrix.lora_a.dtype)
+    of_a, of_b = place.site.ranks(matrix.rank)
+    if len(of_a):
+        fields[Field.RANK_A], fields[Field.FIRST_A] = len(of_a), int(of_a[0])
+        fields[Field.LORA_A] = extent.add_matrices(matrix.lora_a[of_a])
         if matrix.lora_scale is not None:
-            fields[Field.LORA_SCALE] = extent.add(matrix.lora_scale)
+            fields[Field.LORA_SCALE] = extent.add(matrix.lora_scale[of_a])
+    if len(of_b):
+        fields[Field.RANK_B], fields[Field.FIRST_B] = len(of_b), int(of_b[0])
+        lora_b = take_columns(matrix.lora_b, matrix.rank, of_b)
+        fields[Field.LORA_B] = extent.add_matrices(lora_b)
     return fields, shape
 
 

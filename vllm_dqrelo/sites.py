@@ -47,6 +47,7 @@ class Site:
         columns: input features of its matrices that this worker has; 0 for a norm.
         whole_sizes, whole_columns: of all workers together.
         experts: how many the module has, one after another in ``sizes``.
+        fully_sharded: whether workers share both factors of its matrices.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Site:
     whole_sizes: tuple[int, ...]
     whole_columns: int
     experts: int = 1
+    fully_sharded: bool = False
 
     @property
     def is_norm(self) -> bool:
@@ -74,6 +76,21 @@ class Site:
         here = self.sizes, self.columns
         return here != (self.whole_sizes, self.whole_columns)
 
+    @property
+    def splits_columns(self) -> bool:
+        """Whether workers add up what they compute, each of its columns."""
+        return self.columns != self.whole_columns
+
+    def ranks(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of ``rank`` ranks that A has in this worker, and B: int64 each."""
+        ranks = torch.arange(rank)
+        if not self.fully_sharded:
+            return ranks, ranks
+        experts = isinstance(self.module, RoutedExperts)
+        group = self.module.moe_config if experts else self.module
+        some = ranks.tensor_split(group.tp_size)[group.tp_rank]
+        return (ranks, some) if self.splits_columns else (some, ranks)
+
     def rows(self, index: int) -> torch.Tensor:
         """The checkpoint's rows that a slice has, int64 [sizes[index]]."""
         size, whole = self.sizes[index], self.whole_sizes[index]
@@ -87,7 +104,7 @@ class Site:
 
     def kept_columns(self) -> torch.Tensor:
         """The checkpoint's columns that the site has, int64 [columns]."""
-        if self.columns == self.whole_columns:
+        if not self.splits_columns:
             return torch.arange(self.columns)
         experts = isinstance(self.module, RoutedExperts)
         columns = shards.expert_columns_here if experts else shards.columns_here
@@ -113,8 +130,7 @@ class Site:
     @property
     def adds_bias(self) -> bool:
         """Whether it is this worker whose part of the output has the bias."""
-        row_parallel = self.columns != self.whole_columns
-        return not row_parallel or self.module.tp_rank == 0
+        return not self.splits_columns or self.module.tp_rank == 0
 
     @property
     def is_layer_norm(self) -> bool:
@@ -172,6 +188,7 @@ class Sites:
             the checkpoint has one slice.
         added_tokens: rows of its vocabulary matrices that are not the base's.
         is_stage: whether other workers have other layers of the model.
+        fully_sharded: whether workers that share a layer share both factors.
 
     Attributes:
         by_name: module path -> site, in the order of the model.
@@ -187,9 +204,11 @@ class Sites:
         parameters: Iterable[str],
         added_tokens: int = 0,
         is_stage: bool = False,
+        fully_sharded: bool = False,
     ) -> None:
         self.model = model
         self.is_stage = is_stage
+        self._fully_sharded = fully_sharded
         self.added_tokens = added_tokens
         self.by_name: dict[str, Site] = {}
         self.count = 0
@@ -217,7 +236,10 @@ class Sites:
         self, name: str, module: Any, here: Shape, in_all: Shape, experts: int = 1
     ) -> None:
         (sizes, columns), whole = here, in_all
-        site = Site(name, module, self.count, sizes, columns, *whole, experts)
+        # Of a vocabulary matrix the factor that is not split is a small part.
+        vocabulary = isinstance(module, VocabParallelEmbedding)
+        shared = self._fully_sharded and here != in_all and not vocabulary
+        site = Site(name, module, self.count, sizes, columns, *whole, experts, shared)
         self.by_name[name] = site
         self.count += len(site.sizes)
 

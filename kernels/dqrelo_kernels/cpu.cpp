@@ -38,7 +38,7 @@ constexpr int TOGETHER = 8;  // rows of a delta for which a row of A is read onc
 // y[m] += row ids[m] of a matrix of `size` rows, for `count` <= TOGETHER rows
 void embed(char* const* y, int dtype, const int64_t* ids, int count, int columns,
            int size, const Deltas& deltas, const int64_t* entry) {
-    int rank = rank_of(entry), factors = entry[FACTOR_DTYPE];
+    int rank = rank_of(entry, RANK_B), factors = entry[FACTOR_DTYPE];
     auto b = reinterpret_cast<float*>(workspace(count * (rank + 1) * sizeof(float)));
     for (int m = 0; m < count && rank; m++) {
         float* row = b + m * (rank + 1);
@@ -103,28 +103,48 @@ void normalise(char* y, int y_dtype, const char* x, int x_dtype, int columns,
 
 // ---- called by torch: arguments as in ops.py -----------------------------------------
 
+Rows rows_of(const Tensor& numbers) {
+    return {numbers.data(), numbers.stride(0), numbers.numbers()};
+}
+
+// For all rows; `ends` are those of the slices of y, and y is nothing to a SHRINK.
+void linear(Part part, Rows y, Tensor scratch, Tensor x, Tensor arena, Tensor table,
+            const int32_t* ends, Tensor rows, Tensor starts) {
+    Deltas deltas = {arena.data(), table.data<int64_t>(), int(table.size(0)),
+                     int(table.size(1))};
+    auto start = starts.data<int32_t>();
+    for (int begin = 0, all = start[deltas.slots]; begin < all; begin += WINDOW) {
+        Linear op(part, y, rows_of(scratch), rows_of(x), x.size(1), deltas, ends);
+        op.run(rows.data<int32_t>(), start, begin, std::min(begin + WINDOW, all),
+               omp_get_max_threads());
+    }
+}
+
 void delta_linear(StableIValue* stack, uint64_t, uint64_t) {
     Arguments<10> at(stack);
     if (!*at[9].data<int32_t>()) return;
-    Tensor y = at[0], x = at[2], table = at[4];
-    Rows out = {y.data(), y.stride(0), y.numbers()};
-    Rows in = {x.data(), x.stride(0), x.numbers()};
-    Deltas deltas = {at[3].data(), table.data<int64_t>(), int(table.size(0)),
-                     int(table.size(1))};
-    auto ends = at[5].data<int32_t>(), rows = at[6].data<int32_t>(),
-         starts = at[8].data<int32_t>();
-    for (int begin = 0, all = starts[deltas.slots]; begin < all; begin += WINDOW) {
-        Linear op(out, in, x.size(1), deltas, ends);
-        op.run(rows, starts, begin, std::min(begin + WINDOW, all),
-               omp_get_max_threads());
-    }
+    linear(WHOLE, rows_of(at[0]), at[1], at[2], at[3], at[4], at[5].data<int32_t>(),
+           at[6], at[8]);
+}
+
+void delta_shrink(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments<8> at(stack);
+    if (!*at[7].data<int32_t>()) return;
+    linear(SHRINK, {}, at[0], at[1], at[2], at[3], nullptr, at[4], at[6]);
+}
+
+void delta_expand(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments<10> at(stack);
+    if (!*at[9].data<int32_t>()) return;
+    linear(EXPAND, rows_of(at[0]), at[1], at[2], at[3], at[4], at[5].data<int32_t>(),
+           at[6], at[8]);
 }
 
 void delta_embedding(StableIValue* stack, uint64_t, uint64_t) {
     Arguments<8> at(stack);
     if (!*at[7].data<int32_t>()) return;
     Tensor y = at[0], ids = at[1];
-    Rows out = {y.data(), y.stride(0), y.numbers()};
+    Rows out = rows_of(y);
     int id_bytes = ids.dtype() == aoti_torch_dtype_int64() ? 8 : 4;
     Deltas deltas = {at[2].data(), at[3].data<int64_t>(), 0, 1};
     int columns = y.size(1), size = at[4].data<int32_t>()[1];
@@ -151,8 +171,7 @@ void delta_norm(StableIValue* stack, uint64_t, uint64_t) {
     Arguments<7> at(stack);
     if (!*at[6].data<int32_t>()) return;
     Tensor y = at[0], x = at[1];
-    Rows out = {y.data(), y.stride(0), y.numbers()};
-    Rows in = {x.data(), x.stride(0), x.numbers()};
+    Rows out = rows_of(y), in = rows_of(x);
     bool has_groups = y.dim() == 3, centred = at.value<bool>(8);
     int groups = has_groups ? y.size(1) : 1, columns = y.size(y.dim() - 1);
     int64_t y_group = has_groups ? y.stride(1) : 0, x_group = has_groups ? x.stride(1) : 0;
@@ -196,6 +215,8 @@ int dqrelo_register() {
     if (aoti_torch_library_init_impl("dqrelo", "CPU", __FILE__, __LINE__, &registered))
         return 0;
     return !aoti_torch_library_impl(registered, "delta_linear_", delta_linear) &&
+           !aoti_torch_library_impl(registered, "delta_shrink_", delta_shrink) &&
+           !aoti_torch_library_impl(registered, "delta_expand_", delta_expand) &&
            !aoti_torch_library_impl(registered, "delta_embedding_", delta_embedding) &&
            !aoti_torch_library_impl(registered, "delta_norm_", delta_norm);
 }

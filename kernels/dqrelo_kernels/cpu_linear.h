@@ -23,6 +23,9 @@ constexpr int WINDOW = 256;  // rows of x in work at a time: they stay in the L2
 // (cpu_amx.h)
 enum Way { LANES, FLOATS, NARROW, AMX };
 
+// All of the op; or A x into scratch; or the rest of it, with A x from there
+enum Part { WHOLE, SHRINK, EXPAND };
+
 struct Group {  // rows of one delta
     const int32_t* rows;
     int count;
@@ -34,6 +37,7 @@ struct Job {  // one matrix of one delta
     const Group* group;
     const int64_t* entry;
     int rank;
+    int first;   // column of scratch
     int column;  // of y
     int size;    // rows of the matrix
     size_t t;    // A x in the workspace, staged as x is: [rows, padded rank]
@@ -67,8 +71,11 @@ char* workspace(size_t bytes, Use use = SHARED) {
 
 class Linear {
  public:
-    Linear(Rows y, Rows x, int columns, const Deltas& deltas, const int32_t* ends)
-        : y(y),
+    Linear(Part part, Rows y, Rows scratch, Rows x, int columns, const Deltas& deltas,
+           const int32_t* ends)
+        : part(part),
+          y(y),
+          scratch(scratch),
           x(x),
           columns(columns),
           deltas(deltas),
@@ -91,6 +98,10 @@ class Linear {
             for (int i = 0; i < count[0]; i++) stage(stages[i]);
 #pragma omp for schedule(dynamic)
             for (int i = 0; i < count[1]; i++) {
+                if (part == EXPAND) {
+                    fetch(shrinks[i]);
+                    continue;
+                }
                 if (i + 1 < count[1]) prefetch_shrink(shrinks[i + 1]);
                 shrink(shrinks[i], own);
             }
@@ -132,8 +143,11 @@ class Linear {
             for (int slice = 0; slice < deltas.slices; slice++) {
                 const int64_t* entry = deltas.entry(slot, slice);
                 if (!changes(entry)) continue;
-                int rank = rank_of(entry), size = ends[slice + 1] - ends[slice];
-                jobs.push_back({&group, entry, rank, ends[slice], size, bytes});
+                int rank = rank_of(entry, part == EXPAND ? RANK_B : RANK_A);
+                int first = entry[part == EXPAND ? FIRST_B : FIRST_A];
+                int column = part == SHRINK ? 0 : ends[slice];
+                int size = part == SHRINK ? 0 : ends[slice + 1] - column;
+                jobs.push_back({&group, entry, rank, first, column, size, bytes});
                 size_t t_bytes = size_t(height) * padded_rank(jobs.back()) * sizeof(float);
                 bytes += t_bytes;
                 if (way == LANES) pair_bytes = std::max({pair_bytes, staged, t_bytes});
@@ -145,6 +159,11 @@ class Linear {
             }
         }
         memory = workspace(bytes);
+    }
+
+    bool changes(const int64_t* entry) const {
+        if (part == SHRINK) return rank_of(entry, RANK_A);
+        return entry[SIGNS] != ABSENT || rank_of(entry, RANK_B) || entry[BIAS] != ABSENT;
     }
 
     bool is_changed_by(int slot) const {
@@ -159,7 +178,8 @@ class Linear {
         for (int slice = 0; slice < deltas.slices; slice++) {
             const int64_t* entry = deltas.entry(slot, slice);
             int factors = entry[FACTOR_DTYPE];
-            if (rank_of(entry) && (factors == F32 || factors == F16)) return FLOATS;
+            bool has_factors = rank_of(entry, RANK_A) || rank_of(entry, RANK_B);
+            if (has_factors && (factors == F32 || factors == F16)) return FLOATS;
         }
         return HAS_AMX ? AMX : NARROW;
     }
@@ -216,6 +236,14 @@ class Linear {
             case AMX: return shrink_amx(unit);
         }
     }
+    void fetch(const Unit& unit) const {
+        switch (unit.group->way) {
+            case LANES: return fetch_few(unit);
+            case FLOATS: return fetch_tiles<float>(unit);
+            case NARROW: return fetch_tiles<Narrow>(unit);
+            case AMX: return fetch_amx(unit);
+        }
+    }
     void expand(const Unit& unit, Own& own) const {
         switch (unit.group->way) {
             case LANES: return expand_few(unit, own);
@@ -223,6 +251,18 @@ class Linear {
             case NARROW: return expand_tiles<Narrow>(unit);
             case AMX: return expand_amx(unit);
         }
+    }
+
+    // 16 numbers of a row of scratch, or what there is of them
+    float* of_scratch(const Unit& unit, int m, int r) const {
+        char* found = scratch.at(unit.group->rows[m], unit.job->first + r);
+        return reinterpret_cast<float*>(found);
+    }
+    Floats from_scratch(const Unit& unit, int m, int r) const {
+        return load(of_scratch(unit, m, r), F32, std::min(TILE, unit.job->rank - r));
+    }
+    void to_scratch(const Unit& unit, int m, int r, Floats values) const {
+        store(of_scratch(unit, m, r), F32, values, std::min(TILE, unit.job->rank - r));
     }
 
     // By tiles.
@@ -261,10 +301,33 @@ class Linear {
         if (job.entry[LORA_SCALE] != ABSENT)
             multiply_rows(c, count, deltas.floats(job.entry, LORA_SCALE) + unit.first,
                           rows);
-        int last = unit.first + TILE, width = padded_rank(job);
-        for (int m = 0; m < count; m += TILE)
-            Product<T>::restage(t<T>(job, m), c + m, std::min(TILE, count - m), width,
-                                unit.first, last < job.rank ? last : width);
+        for (int m = 0; m < count; m += TILE) {
+            transpose(c + m);
+            int rows = std::min(TILE, count - m);
+            if (part == WHOLE) keep(t<T>(job, m), c + m, unit, rows);
+            for (int i = m; part == SHRINK && i < m + rows; i++)
+                to_scratch(unit, i, unit.first, c[i]);
+        }
+    }
+
+    template <class T>
+    void fetch_tiles(const Unit& unit) const {
+        Floats c[TILE];
+        for (int m = 0, rows; m < unit.group->count; m += rows) {
+            rows = std::min(TILE, unit.group->count - m);
+            for (int i = 0; i < rows; i++)
+                c[i] = from_scratch(unit, m + i, unit.first);
+            keep(t<T>(*unit.job, m), c, unit, rows);
+        }
+    }
+
+    // Ranks `unit.first` to `unit.first` + 16 of t for some rows
+    template <class T>
+    static void keep(T* t, const Floats* values, const Unit& unit, int rows) {
+        int last = unit.first + TILE, rank = unit.job->rank;
+        int width = padded_rank(*unit.job);
+        Product<T>::restage(t, values, rows, width, unit.first,
+                            last < rank ? last : width);
     }
 
     // c[m + n] *= scale[n] for the first `rows` n, all m
@@ -350,6 +413,16 @@ class Linear {
         return {t<Bf16>(job), height_of(job.group->count), padded_rank(job), true};
     }
 
+    // Ranks r to r + 16 of row m of t, which are shifted where int4 columns of B are.
+    static void keep(const Left& t, const Job& job, int m, int r, Floats values) {
+        int n = std::min(TILE, job.rank - r);
+        int shift = job.entry[FACTOR_DTYPE] == I4 ? shift_of(job.rank) : 0;
+        int half = job.rank - job.rank % I4_BLOCK / 2;  // of the last block
+        if (!shift || r + n <= half) return put(t, m, r, values, n);
+        for (int j = 0; j < n; j++)
+            put(t, m, r + j + (r + j < half ? 0 : shift), Floats{} + values[j], 1);
+    }
+
     // Ranks r to r + n of row m of t = values. They are in one operand.
     static void put(const Left& t, int m, int r, Floats values, int n) {
         Bf16* out = t.x + m / TILE * t.stride() + m % TILE * SPAN +
@@ -367,20 +440,22 @@ class Linear {
         multiply_amx(c, a, unit.first, rows, x);
         if (job.entry[LORA_SCALE] != ABSENT)
             load_pair(scale, deltas.floats(job.entry, LORA_SCALE) + unit.first, rows);
-        int shift = a.dtype == I4 ? shift_of(job.rank) : 0;
-        int half = job.rank - job.rank % I4_BLOCK / 2;  // of the last block
-        for (int m = 0; m < x.height; m++)
-            for (int i = 0; i * TILE < rows; i++) {
-                Floats values = c[m][i] * scale[i];
-                int r = unit.first + i * TILE, n = std::min(TILE, job.rank - r);
-                if (!shift || r + n <= half) {
-                    put(t, m, r, values, n);
-                    continue;
-                }
-                for (int j = 0; j < n; j++)
-                    put(t, m, r + j + (r + j < half ? 0 : shift), Floats{} + values[j],
-                        1);
-            }
+        for (int i = 0; i * TILE < rows; i++) {
+            int r = unit.first + i * TILE;
+            for (int m = 0; m < x.height && part == WHOLE; m++)
+                keep(t, job, m, r, c[m][i] * scale[i]);
+            for (int m = 0; m < unit.group->count && part == SHRINK; m++)
+                to_scratch(unit, m, r, c[m][i] * scale[i]);
+        }
+    }
+
+    void fetch_amx(const Unit& unit) const {
+        const Job& job = *unit.job;
+        Left t = t_of(job);
+        for (int r = unit.first; r < std::min(unit.first + PAIR, job.rank); r += TILE)
+            for (int m = 0; m < t.height; m++)
+                keep(t, job, m, r,
+                     m < unit.group->count ? from_scratch(unit, m, r) : Floats{});
     }
 
     void expand_amx(const Unit& unit) const {
@@ -421,6 +496,7 @@ class Linear {
 #else
     void stage_amx(const Unit&) const {}
     void shrink_amx(const Unit&) const {}
+    void fetch_amx(const Unit&) const {}
     void expand_amx(const Unit&) const {}
 #endif
 
@@ -446,7 +522,16 @@ class Linear {
             scale = load(deltas.floats(job.entry, LORA_SCALE) + unit.first, F32,
                          rows_of(unit, job.rank));
         for (int m = 0; m < count; m++)
-            store(t<float>(job, m) + unit.first, F32, sums[m] * scale, TILE);
+            if (part == WHOLE)
+                store(t<float>(job, m) + unit.first, F32, sums[m] * scale, TILE);
+            else
+                to_scratch(unit, m, unit.first, sums[m] * scale);
+    }
+
+    void fetch_few(const Unit& unit) const {
+        for (int m = 0; m < unit.group->count; m++)
+            store(t<float>(*unit.job, m) + unit.first, F32,
+                  from_scratch(unit, m, unit.first), TILE);
     }
 
     void expand_few(const Unit& unit, Own& own) const {
@@ -471,6 +556,7 @@ class Linear {
 #else
     void stage_few(const Group&, const Own&) const {}
     void shrink_few(const Unit&, Own&) const {}
+    void fetch_few(const Unit&) const {}
     void expand_few(const Unit&, Own&) const {}
 #endif
 
@@ -480,7 +566,8 @@ class Linear {
         store(out, y.dtype, load(out, y.dtype, count) + sums, count);
     }
 
-    const Rows y, x;
+    const Part part;
+    const Rows y, scratch, x;
     const int columns;
     const Deltas& deltas;
     const int32_t* const ends;

@@ -17,7 +17,10 @@ enum Field {
     LORA_A,
     LORA_B,
     LORA_SCALE,
-    RANK,
+    RANK_A,
+    RANK_B,
+    FIRST_A,
+    FIRST_B,
     FACTOR_DTYPE,
     BIAS,
     WEIGHT,
@@ -48,9 +51,8 @@ struct Deltas {
 };
 
 int planes_of(const int64_t* entry) { return entry[SIGNS] == ABSENT ? 0 : entry[PLANES]; }
-int rank_of(const int64_t* entry) { return entry[RANK] == ABSENT ? 0 : entry[RANK]; }
-bool changes(const int64_t* entry) {
-    return entry[SIGNS] != ABSENT || rank_of(entry) || entry[BIAS] != ABSENT;
+int rank_of(const int64_t* entry, Field rank) {
+    return entry[rank] == ABSENT ? 0 : entry[rank];
 }
 
 }  // namespace

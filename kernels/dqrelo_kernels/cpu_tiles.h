@@ -351,10 +351,10 @@ struct Product {
         }
     }
 
-    // Columns `first` to `first` + 16 of x, as staged, from c[n][m], n being the column;
-    // zeros from there to `end`. Changes c.
-    static void restage(T* out, Floats* c, int count, int padded, int first, int end) {
-        transpose(c);
+    // Columns `first` to `first` + 16 of x, as staged, from c[m][n], n being the column;
+    // zeros from there to `end`.
+    static void restage(T* out, const Floats* c, int count, int padded, int first,
+                        int end) {
         for (int m = 0; m < count; m++) {
             T* to = out + m * padded + first;
             store(to, sizeof(T) == 2 ? BF16 : F32, c[m], TILE);

@@ -24,7 +24,10 @@ SCALE = tl.constexpr(int(t.Field.SCALE))
 LORA_A = tl.constexpr(int(t.Field.LORA_A))
 LORA_B = tl.constexpr(int(t.Field.LORA_B))
 LORA_SCALE = tl.constexpr(int(t.Field.LORA_SCALE))
-RANK = tl.constexpr(int(t.Field.RANK))
+RANK_A = tl.constexpr(int(t.Field.RANK_A))
+RANK_B = tl.constexpr(int(t.Field.RANK_B))
+FIRST_A = tl.constexpr(int(t.Field.FIRST_A))
+FIRST_B = tl.constexpr(int(t.Field.FIRST_B))
 FACTOR_DTYPE = tl.constexpr(int(t.Field.FACTOR_DTYPE))
 BIAS = tl.constexpr(int(t.Field.BIAS))
 FIELDS = tl.constexpr(len(t.Field))
@@ -160,7 +163,7 @@ def _low_rank_kernel(
     tiles = row_tiles(starts_ptr, slots, BLOCK_M, BLOCK_S)
     rank_tiles = tl.zeros((BLOCK_S,), dtype=tl.int32)
     for j in tl.static_range(SLICES):
-        field_ptr = table_ptr + s.to(tl.int64) * stride_ts + j * FIELDS + RANK
+        field_ptr = table_ptr + s.to(tl.int64) * stride_ts + j * FIELDS + RANK_A
         ranks = tl.maximum(tl.load(field_ptr, mask=tiles > 0, other=0), 0)
         rank_tiles += tl.cdiv(ranks.to(tl.int32), BLOCK_R)
     ends = tl.cumsum(tiles * rank_tiles)
@@ -175,18 +178,16 @@ def _low_rank_kernel(
             rows_ptr, starts_ptr, slot, (item - before) % count, BLOCK_M
         )
 
-        # The slice of this rank tile, its first rank, and the ranks before the slice.
+        # The slice of this rank tile, and its first rank.
         tile = (item - before) // count
         entry_ptr = table_ptr + slot.to(tl.int64) * stride_ts
         first_r = tile * BLOCK_R
-        rank = tl.maximum(tl.load(entry_ptr + RANK), 0).to(tl.int32)
-        column = 0
+        rank = tl.maximum(tl.load(entry_ptr + RANK_A), 0).to(tl.int32)
         for _ in tl.static_range(SLICES - 1):
             if first_r >= rank:
                 first_r -= tl.cdiv(rank, BLOCK_R) * BLOCK_R
-                column += rank
                 entry_ptr += FIELDS
-                rank = tl.maximum(tl.load(entry_ptr + RANK), 0).to(tl.int32)
+                rank = tl.maximum(tl.load(entry_ptr + RANK_A), 0).to(tl.int32)
 
         r = first_r + tl.arange(0, BLOCK_R)
         wanted = (r < rank)[:, None]
@@ -257,6 +258,7 @@ def _low_rank_kernel(
         if tl.load(entry_ptr + LORA_SCALE) != ABSENT:
             scale_ptr = arena_pointer(arena_ptr, entry_ptr, LORA_SCALE, tl.float32)
             acc *= tl.load(scale_ptr + r, mask=r < rank, other=0.0)[:, None]
+        column = tl.load(entry_ptr + FIRST_A).to(tl.int32)
         out_ptrs = scratch_ptr + row[None, :] * stride_sm + (column + r)[:, None]
         tl.store(out_ptrs, acc, mask=wanted & exists[None, :])
 
@@ -271,8 +273,8 @@ def low_rank(
 ) -> None:
     """Multiply every row by the A of its delta, for all slices.
 
-    Semantics: ``scratch[m, R_j + r] = lora_scale_dj[r] * (A_dj[r] . x[m])``, where R_j
-    is the sum of the ranks of the slices before j and an absent lora_scale is 1.
+    Semantics: ``scratch[m, first_dj + r] = lora_scale_dj[r] * (A_dj[r] . x[m])``, where
+    first is the table's FIRST_A and an absent lora_scale is 1.
     Products of integer or 16-bit factors and 16-bit activations are exact; float32
     factors meet these as TF32.
 

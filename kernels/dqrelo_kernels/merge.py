@@ -20,7 +20,7 @@ from dqrelo_kernels.low_rank import (
     LORA_B,
     LORA_SCALE,
     PLANES,
-    RANK,
+    RANK_B,
     SCALE,
     SIGNS,
     arena_pointer,
@@ -88,7 +88,7 @@ def _merge_kernel(
         positive = ((words >> (within // width)[None, :]) & 1) != 0
         change += tl.where(positive, scale, -scale)
 
-    rank = tl.load(entry_ptr + RANK).to(tl.int32)
+    rank = tl.load(entry_ptr + RANK_B).to(tl.int32)
     if rank != ABSENT:
         code = tl.load(entry_ptr + FACTOR_DTYPE)
         a_ptr = arena_pointer(arena_ptr, entry_ptr, LORA_A, tl.int16)

@@ -68,7 +68,77 @@ def delta_linear_(
         )
     else:
         some = slice(int(starts[-1]))  # what is behind belongs to merged slots
-        reference.delta_linear_(y, x, arena, table, slices, rows[some], slots[some])
+        reference.delta_linear_(
+            y, scratch, x, arena, table, slices, rows[some], slots[some]
+        )
+
+
+def delta_shrink_(
+    scratch: torch.Tensor,
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    starts: torch.Tensor,
+    num_active: torch.Tensor,
+) -> None:
+    """The first half of ``delta_linear_``, of workers that share the matrices of A.
+
+    Semantics: ``scratch[m, first_dj + r] = lora_scale_dj[r] * (A_dj[r] . x[m])`` for
+    the rows r of A that this worker has, in slice j; other columns keep what they hold.
+
+    Args:
+        scratch: see ``delta_linear_``. Mutated.
+        x: [M, K] float, the layer's input.
+    """
+    if not int(num_active):
+        return
+    if x.is_cuda:
+        from dqrelo_kernels.low_rank import low_rank  # imports Triton
+
+        low_rank(scratch, x, arena, table, rows, starts)
+    elif x.is_cpu and cpu.library():
+        torch.ops.dqrelo.delta_shrink_(
+            scratch, x, arena, table, rows, slots, starts, num_active
+        )
+    else:
+        some = slice(int(starts[-1]))
+        reference.delta_shrink_(scratch, x, arena, table, rows[some], slots[some])
+
+
+def delta_expand_(
+    y: torch.Tensor,
+    scratch: torch.Tensor,
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    slices: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    starts: torch.Tensor,
+    num_active: torch.Tensor,
+) -> None:
+    """The second half of ``delta_linear_``, with A x of all workers in scratch.
+
+    Semantics: ``y[m, j] += sum_p scale_djp * (S_djp x[m]) + B_dj scratch[m, first_dj:]
+    + bias_dj`` with the columns of B that this worker has, otherwise as there.
+    """
+    if not int(num_active):
+        return
+    if y.is_cuda:
+        from dqrelo_kernels.sign_matmul import sign_matmul  # imports Triton
+
+        sign_matmul(y, scratch, x, arena, table, slices, rows, starts)
+    elif y.is_cpu and cpu.library():
+        torch.ops.dqrelo.delta_expand_(
+            y, scratch, x, arena, table, slices, rows, slots, starts, num_active
+        )
+    else:
+        some = slice(int(starts[-1]))
+        reference.delta_expand_(
+            y, scratch, x, arena, table, slices, rows[some], slots[some]
+        )
 
 
 def linear(
@@ -217,6 +287,8 @@ def _linear_fake(x: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Ten
 
 
 _register(delta_linear_, "y", "scratch", fake=_nothing)
+_register(delta_shrink_, "scratch", fake=_nothing)
+_register(delta_expand_, "y", fake=_nothing)
 _register(linear, "scratch", fake=_linear_fake)
 _register(delta_embedding_, "y", fake=_nothing)
 _register(delta_norm_, "y", fake=_nothing)

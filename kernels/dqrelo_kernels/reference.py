@@ -22,19 +22,29 @@ def groups(
         yield slot, rows[: len(active)][active == slot].long()
 
 
-def factors(
-    arena: torch.Tensor, entry: list[int], n: int, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """B [N, R] and A [R, K] of a table row, as stored; A times its scale if any."""
-    rank, dtype = entry[Field.RANK], FACTOR_DTYPES[entry[Field.FACTOR_DTYPE]]
-    widths = (int4_bytes(rank), int4_bytes(k)) if dtype == INT4 else (rank, k)
-    (b,) = read_matrices(arena, entry, Field.LORA_B, dtype, 1, n, widths[0])
-    (a,) = read_matrices(arena, entry, Field.LORA_A, dtype, 1, rank, widths[1])
-    if dtype == INT4:
-        b, a = unpack_int4(b, rank), unpack_int4(a, k)
-    if entry[Field.LORA_SCALE] != ABSENT:
+def lora_a(arena: torch.Tensor, entry: list[int], k: int) -> torch.Tensor:
+    """A [R, K] of a table row, as stored, or times its scale if it has one."""
+    rank = max(entry[Field.RANK_A], 0)
+    a = _factor(arena, entry, Field.LORA_A, rank, k)
+    if rank and entry[Field.LORA_SCALE] != ABSENT:
         a = read(arena, entry[Field.LORA_SCALE], torch.float32, rank, 1) * a
-    return b, a
+    return a
+
+
+def lora_b(arena: torch.Tensor, entry: list[int], n: int) -> torch.Tensor:
+    """B [N, R] of a table row, as stored."""
+    return _factor(arena, entry, Field.LORA_B, n, max(entry[Field.RANK_B], 0))
+
+
+def _factor(
+    arena: torch.Tensor, entry: list[int], field: Field, rows: int, columns: int
+) -> torch.Tensor:
+    if entry[field] == ABSENT:
+        return torch.zeros(rows, columns, device=arena.device)
+    dtype = FACTOR_DTYPES[entry[Field.FACTOR_DTYPE]]
+    width = int4_bytes(columns) if dtype == INT4 else columns
+    (factor,) = read_matrices(arena, entry, field, dtype, 1, rows, width)
+    return unpack_int4(factor, columns) if dtype == INT4 else factor
 
 
 def planes(
@@ -50,27 +60,9 @@ def planes(
         )
 
 
-def linear(
-    x: torch.Tensor, arena: torch.Tensor, entry: list[int], n: int
-) -> torch.Tensor:
-    """One matrix of one delta, float32 [M, N].
-
-    Semantics: ``sum over planes of scale * (S x) + B (lora_scale * (A x)) + bias``.
-    """
-    k = x.shape[1]
-    out = torch.zeros(x.shape[0], n, dtype=torch.float32, device=x.device)
-    for scale, words in planes(arena, entry, n, k):
-        out += scale.T * (x @ unpack_signs(words, k, x.dtype).T).float()
-    if entry[Field.RANK] != ABSENT:
-        b, a = factors(arena, entry, n, k)
-        out += ((x @ a.to(x.dtype).T) @ b.to(x.dtype).T).float()
-    if entry[Field.BIAS] != ABSENT:
-        out += read(arena, entry[Field.BIAS], torch.float32, n)
-    return out
-
-
 def delta_linear_(
     y: torch.Tensor,
+    scratch: torch.Tensor,
     x: torch.Tensor,
     arena: torch.Tensor,
     table: torch.Tensor,
@@ -78,14 +70,56 @@ def delta_linear_(
     rows: torch.Tensor,
     slots: torch.Tensor,
 ) -> None:
-    """``y[m] += linear(x[m])`` of row m's delta, per slice."""
-    ends = slices.tolist()
+    """``y[m] += sum over planes of scale * (S x[m]) + B (lora_scale * (A x[m])) +
+    bias`` of row m's delta, per slice."""
+    delta_shrink_(scratch, x, arena, table, rows, slots)
+    delta_expand_(y, scratch, x, arena, table, slices, rows, slots)
+
+
+def delta_shrink_(
+    scratch: torch.Tensor,
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """``scratch[m, first:] = lora_scale * (A x[m])`` of row m's delta, per slice."""
+    for slot, group in groups(rows, slots):
+        for entry in table[slot].tolist():
+            a = lora_a(arena, entry, x.shape[1]).float()
+            columns = slice(entry[Field.FIRST_A], entry[Field.FIRST_A] + len(a))
+            if len(a):
+                scratch[group, columns] = x[group].float() @ a.T
+
+
+def delta_expand_(
+    y: torch.Tensor,
+    scratch: torch.Tensor,
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    slices: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """``y[m] += sum over planes of scale * (S x[m]) + B scratch[m, first:] + bias`` of
+    row m's delta, per slice."""
+    k, ends = x.shape[1], slices.tolist()
     for slot, group in groups(rows, slots):
         x_group = x[group].float()
         for j, entry in enumerate(table[slot].tolist()):
-            columns = slice(ends[j], ends[j + 1])
-            change = linear(x_group, arena, entry, ends[j + 1] - ends[j])
-            y[group, columns] = (y[group, columns].float() + change).to(y.dtype)
+            mine, n = slice(ends[j], ends[j + 1]), ends[j + 1] - ends[j]
+            out = y[group, mine].float()
+            for scale, words in planes(arena, entry, n, k):
+                out += scale.T * (x_group @ unpack_signs(words, k, torch.float32).T)
+            b = lora_b(arena, entry, n).float()
+            if b.shape[1]:
+                first = entry[Field.FIRST_B]
+                out += scratch[group, first : first + b.shape[1]] @ b.T
+            if entry[Field.BIAS] != ABSENT:
+                out += read(arena, entry[Field.BIAS], torch.float32, n)
+            y[group, mine] = out.to(y.dtype)
 
 
 def merge(
@@ -105,9 +139,8 @@ def merge(
         mine, size = slice(ends[j], ends[j + 1]), ends[j + 1] - ends[j]
         for scale, words in planes(arena, entry, size, k):
             merged[mine] += scale * unpack_signs(words, k, torch.float32)
-        if entry[Field.RANK] != ABSENT:
-            b, a = factors(arena, entry, size, k)
-            merged[mine] += b.float() @ a.float()
+        a, b = lora_a(arena, entry, k), lora_b(arena, entry, size)
+        merged[mine] += b.float() @ a.float()
         if entry[Field.BIAS] != ABSENT:
             merged_bias[mine] += read(arena, entry[Field.BIAS], torch.float32, size)
     return merged.to(weight.dtype), merged_bias.to(weight.dtype)
@@ -122,7 +155,7 @@ def delta_embedding_(
     rows: torch.Tensor,
     slots: torch.Tensor,
 ) -> None:
-    """``y[m]`` += row ids[m] of the matrix that ``linear`` multiplies by."""
+    """``y[m]`` += row ids[m] of the matrix that ``delta_linear_`` multiplies by."""
     n, k = int(vocab[-1]), y.shape[1]
     for slot, group in groups(rows, slots):
         entry = table[slot, 0].tolist()
@@ -130,9 +163,8 @@ def delta_embedding_(
         change = torch.zeros(len(group), k, dtype=torch.float32, device=y.device)
         for scale, words in planes(arena, entry, n, k):
             change += scale[token] * unpack_signs(words[token], k, torch.float32)
-        if entry[Field.RANK] != ABSENT:
-            b, a = factors(arena, entry, n, k)
-            change += b[token].float() @ a.float()
+        a, b = lora_a(arena, entry, k), lora_b(arena, entry, n)
+        change += b[token].float() @ a.float()
         y[group] = (y[group].float() + change).to(y.dtype)
 
 

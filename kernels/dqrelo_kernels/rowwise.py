@@ -22,7 +22,7 @@ from dqrelo_kernels.low_rank import (
     LORA_B,
     LORA_SCALE,
     PLANES,
-    RANK,
+    RANK_B,
     SCALE,
     SIGNS,
     WEIGHT,
@@ -88,7 +88,7 @@ def _embedding_kernel(
             set_ = (words.to(tl.int32) >> (i // width)) & 1
             scale = tl.load(arena_pointer(arena_ptr, entry_ptr, SCALE, tl.float32) + n)
             change += tl.where(set_ != 0, scale, -scale)
-        rank = tl.load(entry_ptr + RANK).to(tl.int32)
+        rank = tl.load(entry_ptr + RANK_B).to(tl.int32)
         if rank != ABSENT:
             code = tl.load(entry_ptr + FACTOR_DTYPE)
             scaled = tl.load(entry_ptr + LORA_SCALE) != ABSENT

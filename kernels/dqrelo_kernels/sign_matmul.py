@@ -19,12 +19,13 @@ from dqrelo_kernels.low_rank import (
     BIAS,
     FACTOR_DTYPE,
     FIELDS,
+    FIRST_B,
     INT4,
     INT4_BLOCK,
     INT4_BYTES,
     LORA_B,
     PLANES,
-    RANK,
+    RANK_B,
     SCALE,
     SIGNS,
     arena_pointer,
@@ -161,24 +162,22 @@ def _sign_matmul_kernel(
             rows_ptr, starts_ptr, slot, item % count - before, BLOCK_M
         )
 
-        # The slice of this tile, the tile's place in it, and the ranks before it.
+        # The slice of this tile, and the tile's place in it.
         tile = item // count
         entry_ptr = table_ptr + slot.to(tl.int64) * stride_ts
         first = tl.load(slices_ptr)
         size = tl.load(slices_ptr + 1) - first
-        ranks_before = 0
         for j in tl.static_range(1, SLICES):
             tiles = tl.cdiv(size, BLOCK_N)
             if tile >= tiles:
                 tile -= tiles
-                ranks_before += tl.maximum(tl.load(entry_ptr + RANK), 0).to(tl.int32)
                 entry_ptr += FIELDS
                 first = tl.load(slices_ptr + j)
                 size = tl.load(slices_ptr + j + 1) - first
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
 
         planes = tl.load(entry_ptr + PLANES).to(tl.int32)
-        rank = tl.load(entry_ptr + RANK).to(tl.int32)
+        rank = tl.load(entry_ptr + RANK_B).to(tl.int32)
         bias = tl.load(entry_ptr + BIAS)
         if (planes > 0) | (rank != ABSENT) | (bias != ABSENT):
             change = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
@@ -230,6 +229,7 @@ def _sign_matmul_kernel(
             inside = n < size
             if rank != ABSENT:
                 code = tl.load(entry_ptr + FACTOR_DTYPE)
+                first_b = tl.load(entry_ptr + FIRST_B).to(tl.int32)
                 b_ptr = arena_pointer(arena_ptr, entry_ptr, LORA_B, tl.int16)
                 ax_rows = scratch_ptr + row[None, :] * stride_sm
                 if code == INT4:
@@ -239,7 +239,7 @@ def _sign_matmul_kernel(
                         n_inside,
                         ax_rows,
                         exists,
-                        ranks_before,
+                        first_b,
                         rank,
                         dtype,
                         IN_PAIRS,
@@ -258,7 +258,7 @@ def _sign_matmul_kernel(
                             code,
                         )
                         ax = tl.load(
-                            ax_rows + (ranks_before + r)[:, None],
+                            ax_rows + (first_b + r)[:, None],
                             mask=(r < rank)[:, None] & exists[None, :],
                             other=0.0,
                         )
@@ -284,10 +284,10 @@ def sign_matmul(
 ) -> None:
     """Add every row's delta, with ``scratch`` as ``low_rank`` left it.
 
-    Semantics: ``y[m, j] += sum_p scale_djp * (S_djp x[m]) + B_dj scratch[m, j] +
-    bias_dj`` in slice j over the sign planes p, accumulated in float32, rounded once;
-    for 16-bit x the product with B is one of TF32 operands, or of operands of the
-    dtype of x where B is int4.
+    Semantics: ``y[m, j] += sum_p scale_djp * (S_djp x[m]) + B_dj scratch[m,
+    first_dj:] + bias_dj`` in slice j over the sign planes p, where first is the table's
+    FIRST_B, accumulated in float32, rounded once; for 16-bit x the product with B is
+    one of TF32 operands, or of operands of the dtype of x where B is int4.
 
     Args:
         y: [M, N] float, the elements of a row side by side. Mutated.

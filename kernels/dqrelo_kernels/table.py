@@ -7,8 +7,12 @@ The table of a site is int64 ``[slots, slices, Field]``: for each delta slot and
 slice, the byte offsets of its tensors in the arena. A field of ``ABSENT`` means
 that this delta leaves that part of the matrix alone.
 
-To add a factor dtype: append it to ``FACTOR_DTYPES`` and teach ``reference.factors``
-and the kernels to read it.
+To add a factor dtype: append it to ``FACTOR_DTYPES`` and teach ``reference.lora_a``,
+``reference.lora_b`` and the kernels to read it.
+
+Between two kernels A x lies in a row of *scratch*, with the ranks of a slice behind
+those of the slices before it. Of workers that share a matrix each may have some rows
+of A and some columns of B only; it says which by the columns of scratch they stand for.
 """
 
 from enum import IntEnum
@@ -40,12 +44,15 @@ class Field(IntEnum):
     SCALE = 2  # offset of float32 [PLANES, N]
     LORA_A = 3  # offset of factor dtype [R, K]; INT4: [R, ceil(K / 2)]
     LORA_B = 4  # offset of factor dtype [N, R]; INT4: [N, ceil(R / 2)]
-    LORA_SCALE = 5  # offset of float32 [R], which A x is multiplied by; or ABSENT
-    RANK = 6  # R, a number; ABSENT without low-rank part
-    FACTOR_DTYPE = 7  # index into FACTOR_DTYPES
-    BIAS = 8  # offset of float32 [N], added to the output; a norm's whole bias
-    WEIGHT = 9  # offset of float32 [K], a norm's whole weight
-    SIDE_BY_SIDE = 10  # 1 if rows of SIGNS, LORA_A and LORA_B do, see layout.py; ABSENT
+    LORA_SCALE = 5  # offset of float32 [R of A], which A x is multiplied by; or ABSENT
+    RANK_A = 6  # R of LORA_A, a number; ABSENT without it
+    RANK_B = 7  # R of LORA_B, likewise
+    FIRST_A = 8  # the column of scratch that row 0 of LORA_A is for
+    FIRST_B = 9  # the column of scratch that column 0 of LORA_B is for
+    FACTOR_DTYPE = 10  # index into FACTOR_DTYPES
+    BIAS = 11  # offset of float32 [N], added to the output; a norm's whole bias
+    WEIGHT = 12  # offset of float32 [K], a norm's whole weight
+    SIDE_BY_SIDE = 13  # 1 if rows of SIGNS, LORA_A and LORA_B do, see layout.py; ABSENT
 
 
 OFFSETS = (
@@ -64,6 +71,21 @@ def empty_table(slots: int, slices: int, device: torch.device | str) -> torch.Te
     return torch.full(
         (slots, slices, len(Field)), ABSENT, dtype=torch.int64, device=device
     )
+
+
+def place_ranks(entries: torch.Tensor) -> None:
+    """Put the ranks of each slice behind those of the slices before it.
+
+    Args:
+        entries: int64 [..., slices of a row, Field], whose FIRST_A and FIRST_B, 0 if
+            absent, count from the first rank of their slice, and of whose A and B one
+            has all ranks. Mutated: they count from the first rank of the first slice.
+    """
+    ranks = entries[..., [Field.RANK_A, Field.RANK_B]].amax(-1).clamp_min(0)
+    before = ranks.cumsum(-1) - ranks
+    for rank, first in ((Field.RANK_A, Field.FIRST_A), (Field.RANK_B, Field.FIRST_B)):
+        moved = entries[..., first].clamp_min(0) + before
+        entries[..., first] = moved.where(entries[..., rank] != ABSENT, ABSENT)
 
 
 def rebase(entries: torch.Tensor, offset: int) -> torch.Tensor:

@@ -109,15 +109,11 @@ class MatrixDelta:
         """The change of some rows and columns, int64 each, that keep their order."""
         k = self.shape[1]
         signs = [take_signs(plane[rows], k, columns) for plane in self.signs]
-        if self.lora_a.dtype == INT4:
-            lora_a = take_int4(self.lora_a, k, columns)
-        else:
-            lora_a = self.lora_a[:, columns]
         return MatrixDelta(
             shape=(len(rows), len(columns)),
             signs=torch.stack(signs) if signs else self.signs[:, : len(rows)],
             scale=self.scale if self.scale.shape[1] == 1 else self.scale[:, rows],
-            lora_a=lora_a,
+            lora_a=take_columns(self.lora_a, k, columns),
             lora_b=self.lora_b[rows],
             lora_scale=self.lora_scale,
         )
@@ -133,6 +129,15 @@ class MatrixDelta:
             plane = unpack_signs(signs, self.shape[1], torch.float32)
             out += scale[:, None] * plane
         return out
+
+
+def take_columns(
+    factor: torch.Tensor, columns: int, taken: torch.Tensor
+) -> torch.Tensor:
+    """Some columns of a factor that has ``columns``: int64, in ascending order."""
+    if factor.dtype == INT4:
+        return take_int4(factor, columns, taken)
+    return factor[:, taken]
 
 
 def group(names: Iterable[str]) -> tuple[dict[str, set[str]], list[str]]:
