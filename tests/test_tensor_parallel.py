@@ -29,6 +29,8 @@ def worker(monkeypatch):
 
     Args:
         names: of the checkpoint; modules that are one parameter there, too.
+        times: how much larger the layers are.
+        fully_sharded: as in --fully-sharded-loras.
     """
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor import parameter
@@ -36,23 +38,24 @@ def worker(monkeypatch):
 
     from vllm_dqrelo.sites import Sites
 
-    def make(rank, size, names=(), tokens=120):
+    def make(rank, size, names=(), tokens=120, times=1, fully_sharded=False):
         for module in (parameter, linear, vocab_parallel_embedding):
             for name, value in (("rank", rank), ("world_size", size)):
                 full = f"get_tensor_model_parallel_{name}"
                 monkeypatch.setattr(module, full, lambda value=value: value)
         model = torch.nn.Module()
         with set_current_vllm_config(VllmConfig()):
-            model.column = linear.ColumnParallelLinear(24, 40)
-            model.merged = linear.MergedColumnParallelLinear(24, [40, 80])
-            model.qkv = linear.QKVParallelLinear(24, 8, 4, 2)
-            model.one_head = linear.QKVParallelLinear(24, 8, 4, 1)
-            model.row = linear.RowParallelLinear(40, 24)
-            model.replicated = linear.ReplicatedLinear(24, 5)
-            model.head = vocab_parallel_embedding.ParallelLMHead(tokens + 8, 24)
+            narrow, wide = 24 * times, 40 * times
+            model.column = linear.ColumnParallelLinear(narrow, wide)
+            model.merged = linear.MergedColumnParallelLinear(narrow, [wide, 2 * wide])
+            model.qkv = linear.QKVParallelLinear(narrow, 8 * times, 4, 2)
+            model.one_head = linear.QKVParallelLinear(narrow, 8 * times, 4, 1)
+            model.row = linear.RowParallelLinear(wide, narrow)
+            model.replicated = linear.ReplicatedLinear(narrow, 5)
+            model.head = vocab_parallel_embedding.ParallelLMHead(tokens + 8, narrow)
         for parameters in model.parameters():
             parameters.data.fill_(1)
-        return Sites(model, names, added_tokens=8)
+        return Sites(model, names, added_tokens=8, fully_sharded=fully_sharded)
 
     return make
 
@@ -114,34 +117,73 @@ def write(folder, tensors):
     return Delta(folder)
 
 
-def test_bytes_of_a_delta_in_each_of_two_workers(worker, tmp_path):
-    """Signs halve, and of the two factors the one that is split."""
+def zeros(n, k, rank):
+    """The stored change of a matrix, of one sign plane and factors of four bits."""
+    return MatrixDelta(
+        (n, k),
+        torch.zeros(1, n, -(-k // 16), dtype=torch.int16),
+        torch.ones(1, n),
+        torch.zeros(rank, -(-k // 2), dtype=torch.uint8),
+        torch.zeros(n, -(-rank // 2), dtype=torch.uint8),
+        torch.ones(rank),
+    )
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True])
+def test_bytes_of_a_delta_in_each_of_two_workers(worker, tmp_path, fully_sharded):
+    """Signs halve, and of the two factors the one that is split, or both."""
     from vllm_dqrelo.packed import pack
 
     rows, columns, rank = 40, 24, 64
 
-    def size(n, k):
-        parts = (n * -(-k // 16) * 2, 4 * n, rank * k // 2, n * rank // 2, 4 * rank)
+    def size(n, k, of_a=rank, of_b=rank):
+        parts = (n * -(-k // 16) * 2, 4 * n, of_a * k // 2, n * of_b // 2, 4 * of_a)
         return sum(-(-part // 64) * 64 for part in parts)
 
+    half = rank // 2 if fully_sharded else rank
     for name, n, k, here in (
-        ("column", rows, columns, (20, 24)),
-        ("row", columns, rows, (24, 20)),
+        ("column", rows, columns, (20, 24, half, rank)),
+        ("row", columns, rows, (24, 20, rank, half)),
     ):
-        matrix = MatrixDelta(
-            (n, k),
-            torch.zeros(1, n, -(-k // 16), dtype=torch.int16),
-            torch.ones(1, n),
-            torch.zeros(rank, k // 2, dtype=torch.uint8),
-            torch.zeros(n, rank // 2, dtype=torch.uint8),
-            torch.ones(rank),
-        )
-        delta = write(tmp_path / name, matrix.tensors(f"{name}.weight"))
+        stored = zeros(n, k, rank).tensors(f"{name}.weight")
+        delta = write(tmp_path / name, stored)
         for workers, shape in ((1, (n, k)), (2, here)):
             for worker_rank in range(workers):
-                sites = worker(worker_rank, workers)
+                sites = worker(worker_rank, workers, fully_sharded=fully_sharded)
                 packed = pack(delta, sites, torch.device("cpu"))
                 assert packed.size == size(*shape), (name, workers)
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True])
+def test_room_for_a_delta_of_the_default_ratio(worker, tmp_path, fully_sharded):
+    """Of every matrix: it fits, and little of the room is left."""
+    from dqrelo_tools.compress import METHODS
+    from vllm_dqrelo.options import DEFAULT_RATIO, Options
+    from vllm_dqrelo.packed import pack
+
+    size = {"times": 40, "tokens": 5000}
+    names = ["column", "row", "head", "merged", "qkv", "one_head"]
+    whole = worker(0, 1, [f"{name}.weight" for name in names], **size)
+    stored = {}
+    for name in names:
+        n, k = whole.places(f"{name}.weight")[0].shape
+        rank = METHODS["dqrelo"].size(n, k, DEFAULT_RATIO, torch.bfloat16).rank
+        stored |= zeros(n, k, rank).tensors(f"{name}.weight")
+    delta = write(tmp_path / "delta", stored)
+    taken = []
+    for workers in (1, 2):
+        sites = worker(
+            workers - 1,
+            workers,
+            [f"{name}.weight" for name in names],
+            fully_sharded=fully_sharded,
+            **size,
+        )
+        packed = pack(delta, sites, torch.device("cpu"))
+        room = Options().typical_bytes(sites)
+        assert 0.9 * room <= packed.size <= room, workers
+        taken.append(packed.size)
+    assert taken[1] / taken[0] <= (0.53 if fully_sharded else 0.67)
 
 
 def test_a_bias_is_added_once(worker, tmp_path):
@@ -244,7 +286,8 @@ def base_and_tuned(tmp_path, save_model):
 def test_workers_equal_each_model_alone(
     base_and_tuned, engine, answers, difference, load, prompts, monkeypatch
 ):
-    """Two that share all layers, and two such pairs with half of the layers each."""
+    """Two that share all layers and both factors of a delta; and two pairs that have
+    half of the layers each, and share one factor."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     base, deltas, merged = base_and_tuned
@@ -267,6 +310,7 @@ def test_workers_equal_each_model_alone(
             max_loras=2,
             tensor_parallel_size=2,
             pipeline_parallel_size=stages,
+            fully_sharded_loras=stages == 1,
             additional_config={
                 "dqrelo": {"delta_memory_gib": 0.001, "added_tokens": 6}
             },

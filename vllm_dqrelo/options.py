@@ -140,14 +140,20 @@ def _delta_bytes(sites: Sites, ratio: float) -> int:
     """What a delta of every matrix takes in the arena, at most."""
     total = 0
     for site in sites.by_name.values():
-        for n in site.sizes:
+        k, whole_k = site.columns, site.whole_columns
+        for n, whole_n in zip(site.sizes, site.whole_sizes, strict=True):
             if site.is_vocabulary:  # of which the last worker may have fewer rows
-                n = min(site.module.num_embeddings_per_partition, *site.whole_sizes)
+                n = min(site.module.num_embeddings_per_partition, whole_n)
             total += aligned(4 * n)  # a bias or a norm in float32
-            if k := site.columns:
-                # What rounding a rank up and scales for each row may add.
-                total += int(2 * ratio * n * k) + 2 * (n + k) + 4 * n
-                total += TENSORS * ALIGNMENT
+            if not k:
+                continue
+            size, signs = 2 * ratio * whole_n * whole_k, whole_n * whole_k / 8
+            factors = size - signs if size > signs else size
+            split = n * k / (whole_n * whole_k)
+            held = split if site.fully_sharded else (n + k) / (whole_n + whole_k)
+            total += int((size - factors) * split + factors * held)
+            # What rounding a rank up and scales for each row may add.
+            total += 2 * (n + k) + 4 * n + TENSORS * ALIGNMENT
     return total
 
 
