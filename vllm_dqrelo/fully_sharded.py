@@ -12,10 +12,8 @@ from collections.abc import Callable
 import torch
 from vllm.distributed import get_tp_group
 
-from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
+from dqrelo_kernels.ops import register
 from vllm_dqrelo.sites import Site
-
-_library = torch.library.Library("dqrelo", "FRAGMENT")
 
 
 def linear_of(site: Site) -> Callable[..., None]:
@@ -52,11 +50,4 @@ def sharded_linear_(
     )
 
 
-def _nothing(*args: torch.Tensor) -> None:
-    """The fake of an op that only changes its arguments."""
-
-
-_schema = torch.library.infer_schema(sharded_linear_, mutates_args=("y", "scratch"))
-_library.define(f"sharded_linear_{_schema}")
-_library.impl("sharded_linear_", sharded_linear_, "CompositeExplicitAutograd")
-torch.library.register_fake("dqrelo::sharded_linear_", _nothing, lib=_library)
+register(sharded_linear_, "y", "scratch")

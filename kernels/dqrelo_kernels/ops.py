@@ -271,24 +271,33 @@ def prepare(device: torch.device) -> None:
         cpu.library()
 
 
-def _register(op: Callable[..., Any], *mutated: str, fake: Callable[..., Any]) -> None:
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """The fake of an op that only changes its arguments."""
+
+
+def register(
+    op: Callable[..., Any], *mutated: str, fake: Callable[..., Any] = _nothing
+) -> None:
+    """Make ``op`` torch.ops.dqrelo's, for every device.
+
+    Args:
+        mutated: names of the arguments that it changes.
+        fake: computes shapes and dtypes only; by default that of an op which returns
+            nothing.
+    """
     schema = torch.library.infer_schema(op, mutates_args=mutated)
     _library.define(f"{op.__name__}{schema}")
     _library.impl(op.__name__, op, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dqrelo::{op.__name__}", fake, lib=_library)
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """The fake of an op that only changes its arguments."""
-
-
 def _linear_fake(x: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
     return x.new_empty(len(x), len(weight))
 
 
-_register(delta_linear_, "y", "scratch", fake=_nothing)
-_register(delta_shrink_, "scratch", fake=_nothing)
-_register(delta_expand_, "y", fake=_nothing)
-_register(linear, "scratch", fake=_linear_fake)
-_register(delta_embedding_, "y", fake=_nothing)
-_register(delta_norm_, "y", fake=_nothing)
+register(delta_linear_, "y", "scratch")
+register(delta_shrink_, "scratch")
+register(delta_expand_, "y")
+register(linear, "scratch", fake=_linear_fake)
+register(delta_embedding_, "y")
+register(delta_norm_, "y")
