@@ -7,8 +7,10 @@ SmolLM2-135M in bfloat16. One sequence for each of n models decodes; a step give
 one more token. Three ways: deltas on one base; vLLM's own LoRA, adapters of as many
 bytes; full copies, whose steps come one after another, so that one model is timed and
 counted n times. Each way has a process of its own, and memory is what that process grew
-by (anonymous pages: no file mapping), beside what ``dqrelo plan`` counts for the same
-files. A last table is ``dqrelo plan``'s alone: models on one card of 80 GB.
+by (anonymous pages: no file mapping), beside what ``dqrelo plan --device cpu`` counts
+for the same files. What is measured was done before in the same process, so that
+modules are imported. A last table is ``dqrelo plan``'s alone: models on one card of
+80 GB.
 """
 
 import argparse
@@ -33,6 +35,13 @@ MODELS = (2, 4, 8, 16)
 SYSTEMS = ("deltas", "vLLM LoRA", "full copies")
 Row = dict[str, Any]
 PROMPT, STEPS = 8, 12  # tokens of a prompt, and steps that are timed
+# Of a process that is measured. malloc_trim leaves what is free at the end of any arena
+# but the first: in that of the thread that loads deltas 1 to 8 MB, now more, now less.
+ALONE = {
+    **ENVIRONMENT,
+    "MALLOC_ARENA_MAX": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 
 
 def anonymous() -> int:
@@ -59,23 +68,32 @@ def grown(work: Callable[..., Any], sizes: list[int]) -> Callable[..., Any]:
 
 
 def engine(model: Path, **options: Any) -> tuple[Any, int]:
-    """A model in this process, and the bytes that its weights added to it."""
+    """A model in this process, and the bytes that its weights added to it.
+
+    It is made twice, as the first adds 3 to 7 MB of imported modules and the like.
+    """
     from vllm import LLM
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     sizes: list[int] = []
     BaseModelLoader.load_model = grown(BaseModelLoader.load_model, sizes)
-    llm = LLM(
-        str(model),
-        dtype="bfloat16",
-        enforce_eager=True,
-        max_model_len=128,
-        max_num_seqs=max(MODELS),
-        skip_tokenizer_init=True,
-        enable_prefix_caching=False,
-        **options,
-    )
-    return llm, sizes[0]
+    llm = None
+    for _ in range(2):
+        del llm
+        # Now, as the end of the first ends what the second would share with it.
+        gc.unfreeze()  # an engine has frozen all that there was at its start
+        gc.collect()
+        llm = LLM(
+            str(model),
+            dtype="bfloat16",
+            enforce_eager=True,
+            max_model_len=128,
+            max_num_seqs=max(MODELS),
+            skip_tokenizer_init=True,
+            enable_prefix_caching=False,
+            **options,
+        )
+    return llm, sizes[1]
 
 
 def step_ms(llm: Any, requests: Sequence[Any]) -> float:
@@ -125,23 +143,28 @@ def deltas() -> list[Row]:
     )
     host: list[int] = []
     device: list[int] = []
+    for _ in range(2):
+        first = load_delta(llm, "m0", str(folders[0]))
+        llm.llm_engine.remove_lora(first.lora_int_id)
     load, residency = grown(load_delta, host), worker_of(llm).lora_manager.residency
-    residency.use = grown(residency.use, device)
-    # Not the first one: modules are imported for it.
-    rows, requests = [], [load_delta(llm, "m0", str(folders[0]))]
+    use = residency.use
+    rows: list[Row] = []
+    requests: list[Any] = []
     for count in MODELS:
         for i in range(len(requests), count):
             requests.append(load(llm, f"m{i}", str(folders[i])))
+        residency.use = grown(use, device)
         step_ms(llm, requests)  # they become resident
+        residency.use = use
         files = [f for folder in folders[:count] for f in weight_files(folder)]
         rows.append(
             {
                 "models": count,
                 "base_mb": weights,
-                "predicted_base_mb": base_bytes(str(base())),
+                "predicted_base_mb": base_bytes(str(base()), "cpu"),
                 "predicted_mb": sum(bytes_of[:count]),
                 "device_mb": sum(device),
-                "host_mb": sum(host) * count / len(host),
+                "host_mb": sum(host),
                 "disk_mb": sum(f.stat().st_size for f in files),
                 "step_ms": step_ms(llm, requests),
             }
@@ -174,7 +197,7 @@ def lora() -> list[Row]:
             {
                 "models": count,
                 "base_mb": weights,
-                "predicted_base_mb": base_bytes(str(base())),
+                "predicted_base_mb": base_bytes(str(base()), "cpu"),
                 "device_mb": slots * count / most,
                 "disk_mb": sum(file.stat().st_size for file in made[:count]),
                 "step_ms": step_ms(llm, requests[:count]),
@@ -198,7 +221,7 @@ def copies() -> list[Row]:
         {
             "models": count,
             "base_mb": count * weights,
-            "predicted_base_mb": count * base_bytes(str(folder)),
+            "predicted_base_mb": count * base_bytes(str(folder), "cpu"),
             "device_mb": 0,
             "disk_mb": count * disk,
             "step_ms": count * alone,
@@ -262,8 +285,7 @@ def main() -> None:
             if (system, str(MODELS[-1])) not in table:
                 again = [sys.executable, *sys.argv, f"--system={system}"]
                 plugins = "dqrelo" if system == "deltas" else ""
-                variables = {**ENVIRONMENT, "VLLM_PLUGINS": plugins}
-                variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+                variables = {**ALONE, "VLLM_PLUGINS": plugins}
                 subprocess.run(again, env={**os.environ, **variables}, check=True)
         return
     measure = dict(zip(SYSTEMS, (deltas, lora, copies), strict=True))

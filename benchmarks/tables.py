@@ -272,6 +272,17 @@ def bytes_table(rows: list[Row]) -> str:
     return table([*head, "largest difference"], body)
 
 
+def bases_table(rows: list[Row]) -> str:
+    """What bases took on the CPU, and what ``dqrelo plan`` counts for them."""
+    keys, body = ("weights_mb", "predicted_mb", "measured_mb"), []
+    for row in rows:
+        weights, predicted, measured = (float(row[key]) for key in keys)
+        sizes = (f"{size:.1f}" for size in (weights, predicted, measured))
+        body.append([row["base"], *sizes, f"{abs(measured / predicted - 1):.1%}"])
+    head = ["base", "weights, MB", "predicted", "in the process", "difference"]
+    return table(head, body)
+
+
 def cards_table(rows: list[Row]) -> str:
     """How many models one card holds, by ``dqrelo plan``."""
     body = [
@@ -376,6 +387,7 @@ def tables() -> dict[str, str]:
         "serving-compare": compare_table(read("serving_compare.csv")),
         "memory": memory_table(read("memory.csv")),
         "bytes": bytes_table(read("memory.csv")),
+        "bases": bases_table(read("bases.csv")),
         "workers": workers_table(read("workers.csv")),
         "cards": cards_table(read("cards.csv")),
         "capacity": capacity_table(read("capacity.csv")),

@@ -81,14 +81,30 @@ def test_the_versions_that_are_served_are_those_whose_tests_pass():
     assert f'vllm = ["vllm{bounds}"]' in (ROOT / "pyproject.toml").read_text()
 
 
+def rows_of(name):
+    with (RESULTS / name).open() as file:
+        return list(csv.DictReader(file))
+
+
 def test_memory_is_what_plan_counts_within_two_percent():
-    with (RESULTS / "memory.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["system"] == "deltas"]
+    rows = [row for row in rows_of("memory.csv") if row["system"] == "deltas"]
     assert [row["models"] for row in rows] == ["2", "4", "8", "16"]
     for row in rows:
         for tier in ("disk", "host", "device"):
             measured = float(row[f"{tier}_mb"]) / float(row["predicted_mb"])
             assert abs(measured - 1) < 0.02, (tier, row["models"])
+
+
+def test_a_base_is_what_plan_counts_within_two_percent():
+    """Under deltas, under LoRA and as whole copies; other bases beside it."""
+    rows = rows_of("memory.csv")
+    assert len({row["system"] for row in rows}) == 3
+    sizes = [(row["base_mb"], row["predicted_base_mb"]) for row in rows]
+    bases = rows_of("bases.csv")
+    assert {"tied" in row["base"] for row in bases} == {True, False}
+    sizes += [(row["measured_mb"], row["predicted_mb"]) for row in bases]
+    for measured, predicted in sizes:
+        assert abs(float(measured) / float(predicted) - 1) < 0.02
 
 
 def test_the_map_of_the_repository_is_true():

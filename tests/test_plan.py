@@ -3,6 +3,7 @@
 
 import json
 import math
+import shutil
 import types
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dqrelo_tools import cli
+from dqrelo_tools import cli, footprint
 from dqrelo_tools.footprint import base_bytes, bytes_of, delta_bytes
 from dqrelo_tools.plan import Fleet, Traffic, gpus_needed, plan, simulate
 from dqrelo_tools.popularity import Popularity
@@ -251,7 +252,40 @@ def test_a_base_takes_16_bits_a_weight(family, kind):
     assert bytes_of(str(base), base_bytes) == 2 * weights
 
 
-def test_a_model_on_the_hub_is_described_not_fetched(monkeypatch):
+@pytest.mark.vllm
+@pytest.mark.parametrize("kind", ["llama-tied", "llama", "qwen2", "mixtral"])
+def test_a_base_on_the_cpu_takes_what_vllm_keeps(family, engine, kind, monkeypatch):
+    """The parameters that are left once vLLM has packed some, and what it packed."""
+    pytest.importorskip("vllm")
+    from vllm.model_executor.layers import utils
+
+    pack, packed = utils.dispatch_cpu_unquantized_gemm, []
+
+    def noted(layer, remove_weight):
+        packed.append(layer.weight.nbytes)
+        pack(layer, remove_weight)
+
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", noted)
+    base = family(kind).base
+    core = engine(base, quantization="dqrelo").llm_engine.engine_core.engine_core
+    model = core.model_executor.driver_worker.worker.model_runner.model
+    held = sum(packed) + sum(parameter.nbytes for parameter in model.parameters())
+    assert 2 * base_bytes(str(base), "cpu") == held  # in 32 bits
+
+
+def test_a_base_without_a_matrix_of_the_vocabulary(family, tmp_path):
+    base = shutil.copytree(family("llama").base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 321}))
+    assert base_bytes(str(base)) == base_bytes(str(family("llama").base))
+    with pytest.raises(DqreloError, match="no matrix of 321 rows"):
+        base_bytes(str(base), "cpu")
+
+
+def test_a_model_on_the_hub_is_described_not_fetched(monkeypatch, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"vocab_size": 3}')
+
     def described(self, repo_id):
         weights = {
             "a": types.SimpleNamespace(dtype="BF16", shape=[3, 5]),
@@ -261,10 +295,10 @@ def test_a_model_on_the_hub_is_described_not_fetched(monkeypatch):
         file = types.SimpleNamespace(tensors=weights)
         return types.SimpleNamespace(files_metadata={repo_id: file})
 
-    from huggingface_hub import HfApi
-
-    monkeypatch.setattr(HfApi, "get_safetensors_metadata", described)
+    monkeypatch.setattr(footprint.HfApi, "get_safetensors_metadata", described)
+    monkeypatch.setattr(footprint, "hf_hub_download", lambda *_: str(config))
     assert base_bytes("owner/model") == 2 * 15 + 2 * 7 + 4
+    assert base_bytes("owner/model", "cpu") == 2 * 15 + 2 * 7 + 4 + 2 * 2 * 15
 
 
 # The command.
@@ -293,6 +327,18 @@ def test_the_command(capsys):
     assert cases["full copies"]["gpus_for_all"] == 20
     assert cases["deltas"]["gpus_for_all"] == 4
     assert cases["deltas"]["device"] > cases["random routing"]["device"]
+
+
+def test_a_base_on_the_cpu_has_deltas_of_the_same_size(family, capsys):
+    """The default, an eighth of the weights, which are packed for the base alone."""
+    base, fleets = str(family("llama").base), {}
+    for device in ("cuda", "cpu"):
+        options = ["--base", base, "--models", "2", "--device", device, "--json"]
+        assert cli.main(["plan", *options]) == 0
+        fleets[device] = json.loads(capsys.readouterr().out)["fleet"]
+        assert fleets[device]["base"] == base_bytes(base, device)
+    assert fleets["cpu"]["base"] > fleets["cuda"]["base"]
+    assert fleets["cpu"]["delta"] == fleets["cuda"]["delta"]
 
 
 def test_the_options_give_a_server_room_for_what_is_resident(capsys):

@@ -5,15 +5,18 @@ import re
 from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.serialization._base import parse_size_to_int
 
+from dqrelo_tools.differences import vocabulary
 from vllm_dqrelo.arena import aligned
 from vllm_dqrelo.format.checkpoint import Checkpoint, SafetensorsFiles, locate
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import MODEL
 from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.format.json_file import read_json
 from vllm_dqrelo.format.tensors import ADDED, PACKED, SCALE, SHAPE, SUFFIXES
 
 
@@ -32,30 +35,64 @@ def bytes_of(text: str, measure: Callable[[str], int]) -> int:
     return size
 
 
-def base_bytes(name_or_path: str) -> int:
-    """Bytes of the weights of a folder or a model on the Hub, which is not downloaded.
+def base_bytes(name_or_path: str, device: str = "cuda") -> int:
+    """Bytes that the weights of a folder or a model on the Hub take on a device.
 
-    Floats of more than 16 bits count as 16, as vLLM's ``--dtype auto`` serves them.
+    Floats of more than 16 bits count as 16, as vLLM's ``--dtype auto`` serves them. On
+    the "cpu" vLLM packs the matrix of each layer for oneDNN. The embedding and the LM
+    head it keeps unpacked as well, and packs each of them even if they are one matrix
+    (dispatch_cpu_unquantized_gemm in vllm/model_executor/layers/utils.py): that is two
+    matrices of the vocabulary beside the weights. (One, where vLLM has no layer for the
+    LM head, as in Gemma 2 and Cohere's models.)
 
     Raises:
-        DqreloError: a folder without a model. FileNotFoundError: neither.
+        DqreloError: a folder without a model, or no matrix of the vocabulary where one
+            is needed. FileNotFoundError: neither a folder nor on the Hub.
     """
-    if Path(name_or_path).is_dir():
-        stored = Checkpoint(Path(name_or_path)).stored
-        return sum(weight_bytes(*stored.spec(name)) for name in stored)
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        base = Checkpoint(folder)
+        weights = [base.stored.spec(name) for name in base.stored]
+        config = base.config
+    else:
+        weights, config = on_hub(name_or_path)
+    total = sum(weight_bytes(*weight) for weight in weights)
+    if device != "cpu":
+        return total
+    words = vocabulary(config)
+    matrices = [
+        weight_bytes(dtype, shape)
+        for dtype, shape in weights
+        if len(shape) == 2 and shape[0] == words
+    ]
+    if not matrices:
+        raise DqreloError(
+            f"{name_or_path} has no matrix of {words} rows, its config.json's "
+            "vocab_size: what vLLM packs of it on the CPU is not known. Give its size"
+        )
+    return total + 2 * max(matrices)
+
+
+def on_hub(name: str) -> tuple[list[tuple[str, list[int]]], dict[str, Any]]:
+    """dtype and shape of the weights of a model on the Hub, and its config.json.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
     try:
-        found = HfApi().get_safetensors_metadata(name_or_path)
+        found = HfApi().get_safetensors_metadata(name)
+        config = hf_hub_download(name, "config.json")
     except Exception as error:  # which ones depends on the Hub's client
         raise FileNotFoundError(
-            f"{name_or_path} is neither a size such as 16GB, nor a folder, nor a model "
+            f"{name} is neither a size such as 16GB, nor a folder, nor a model "
             f"whose files the Hugging Face Hub could describe ({type(error).__name__})"
         ) from error
-    files = found.files_metadata.values()
-    return sum(
-        weight_bytes(weight.dtype, weight.shape)
-        for file in files
+    weights: list[tuple[str, list[int]]] = [
+        (weight.dtype, weight.shape)
+        for file in found.files_metadata.values()
         for weight in file.tensors.values()
-    )
+    ]
+    return weights, read_json(Path(config))
 
 
 def weight_bytes(dtype: str, shape: Iterable[int]) -> int:

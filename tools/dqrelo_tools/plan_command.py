@@ -3,6 +3,7 @@
 
 import argparse
 import json
+from functools import partial
 from typing import Any
 
 from dqrelo_tools.arguments import add_plot, count, share, size
@@ -26,9 +27,17 @@ def add_plan(commands: Any) -> None:
         help="the base's weights: a size such as 16.1GB, a folder or a Hub id",
     )
     command.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="what serves it; on the CPU vLLM packs the vocabulary's matrices as well "
+        "(default: cuda)",
+    )
+    command.add_argument(
         "--delta",
         metavar="SIZE|DELTA",
-        help="one delta: a size or a delta folder (default: an eighth of the base)",
+        help="one delta: a size or a delta folder (default: an eighth of the base's "
+        "weights)",
     )
     command.add_argument(
         "--models",
@@ -87,8 +96,12 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.plot and popularity.trace:
         raise DqreloError("--plot is over numbers of models, and a trace has its own")
     models = popularity.models(arguments.models)
-    base = bytes_of(arguments.base, base_bytes)
-    delta = bytes_of(arguments.delta, delta_bytes) if arguments.delta else base // 8
+    base = bytes_of(arguments.base, partial(base_bytes, device=arguments.device))
+    delta = (
+        bytes_of(arguments.delta, delta_bytes)
+        if arguments.delta
+        else bytes_of(arguments.base, base_bytes) // 8
+    )
     fleet = Fleet(
         base,
         delta,
