@@ -186,6 +186,45 @@ def test_room_for_a_delta_of_the_default_ratio(worker, tmp_path, fully_sharded):
     assert taken[1] / taken[0] <= (0.53 if fully_sharded else 0.67)
 
 
+@pytest.mark.parametrize("fully_sharded", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_part_comes_back_from_host_memory_as_it_was(
+    worker, tmp_path, rank, fully_sharded
+):
+    """Two deltas take turns on the device of a worker that has half of each."""
+    from vllm_dqrelo.host import HostTier
+    from vllm_dqrelo.packed import pack
+    from vllm_dqrelo.residency import Residency
+
+    cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
+    sites = worker(rank, 2, fully_sharded=fully_sharded)
+    packed = []
+    for i in range(2):
+        stored = {}
+        for name, n, k in (("column", 40, 24), ("row", 24, 40)):
+            stored |= zeros(n, k, 64).tensors(f"{name}.weight")
+        for name, tensor in stored.items():
+            if not name.endswith(("_shape", "_packed")):  # whose padding stays clear
+                some = torch.randint(1, 99, tensor.shape, generator=generator)
+                stored[name] = some.to(tensor.dtype)
+        packed.append(pack(write(tmp_path / str(i), stored), sites, cpu))
+    assert not torch.equal(packed[0].extent, packed[1].extent)
+    expected = [(delta.extent.clone(), delta.entries.clone()) for delta in packed]
+    host = HostTier(packed[0].size)  # what is on the device is read back from it
+    residency = Residency(sites, packed[0].size, 2, host, cpu)
+    for delta in packed:
+        host.put(delta)
+    for turn in range(6):
+        delta, (extent, table) = packed[turn % 2], expected[turn % 2]
+        slot = residency.use([delta.digest])[delta.digest]
+        assert torch.equal(residency.arena.data[: delta.size], extent), turn
+        for name in ("column", "row"):
+            site = sites.by_name[name]
+            entries = table[site.first : site.first + 1]
+            assert torch.equal(residency.table(site)[slot], entries), turn
+    assert residency.evicted == 5
+
+
 def test_a_bias_is_added_once(worker, tmp_path):
     """The outputs of row-parallel layers are summed, those of others are not."""
     from vllm_dqrelo.packed import pack
