@@ -2,6 +2,7 @@
 """``engine(model)``: vLLM in this process, what it is asked and what it answers."""
 
 import gc
+import weakref
 
 import pytest
 
@@ -23,8 +24,13 @@ def prompts_fixture():
 def engine_fixture():
     """The function ``engine``; memory is freed when the test has ended."""
     yield engine
+    for core in list(CORES):  # of a test that failed: its traceback has the engine
+        core.shutdown()
     gc.unfreeze()  # an engine has frozen all that there was at its start
     gc.collect()
+
+
+CORES: weakref.WeakSet = weakref.WeakSet()
 
 
 def engine(model, **options):
@@ -36,7 +42,7 @@ def engine(model, **options):
         options.setdefault("additional_config", room)
     options.setdefault("max_model_len", 128)
     options.setdefault("enforce_eager", True)
-    return LLM(
+    llm = LLM(
         str(model),
         skip_tokenizer_init=True,
         dtype="float32",
@@ -44,6 +50,8 @@ def engine(model, **options):
         enable_prefix_caching=True,
         **options,
     )
+    CORES.add(llm.llm_engine.engine_core)
+    return llm
 
 
 @pytest.fixture(name="load")
