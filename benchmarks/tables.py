@@ -212,6 +212,16 @@ def lanes_table(rows: list[Row]) -> str:
     return table(["rows of each delta", "now / by AMX", "now / before"], body)
 
 
+def vectors_table(rows: list[Row]) -> str:
+    """The build without a matrix unit as a part of the one before."""
+    body = [
+        [row["rows"].replace("+", " + ")]
+        + [f"{float(row['now_ms']) / float(row['before_ms']):.2f}"]
+        for row in rows
+    ]
+    return table(["rows of each delta", "now / before"], body)
+
+
 def amx_table(rows: list[Row]) -> str:
     """The time by AMX as a part of that by tiles, the two by turns."""
     ratios = [
@@ -381,6 +391,7 @@ def tables() -> dict[str, str]:
         "cpu": cpu_table(read("cpu.csv")),
         "amx": amx_table(read("amx.csv")),
         "lanes": lanes_table(read("lanes.csv")),
+        "vectors": vectors_table(read("vectors.csv")),
         "roofline": roofline_table(read("kernels_predicted.csv")),
         "predictions": prediction_table(rows, read("predicted.csv")),
         "serving": serving_table(read("serving.csv")),

@@ -5,11 +5,11 @@
 // A linear computes t = A x for all rows of a delta, then the sums S x, to which B t and
 // the bias are added before they are rounded, once, into y. There are three ways
 // (cpu_linear.h), which one is a question of how many rows the delta has in the step:
-// few by lanes, more by AMX where the CPU has it, else by tiles.
+// few by lanes, more in bf16 where the CPU multiplies it, else by tiles of float.
 //
-// Lanes multiply integers that stand for bf16 activations. Elsewhere numbers are bf16,
-// t as well, where the activations are, the factors are exact in it and the CPU multiplies
-// bf16; else float. All other sums are float.
+// Lanes multiply integers that stand for bf16 activations. Of many rows numbers are bf16,
+// t as well, where the activations are and the factors are exact in it; else float. All
+// other sums are float.
 //
 // The sum behind an element of y depends on its row of x, on its delta and on whether
 // that has few rows, and not on the rows of others, on where a group is cut, or on the

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = (
     "cpu.cpp",
-    *(f"cpu_{p}.h" for p in ("amx", "lanes", "linear", "table", "tiles", "torch")),
+    *(f"cpu_{p}.h" for p in ("lanes", "linear", "narrow", "table", "tiles", "torch")),
 )
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 TORCH = Path(torch.__file__).parent

@@ -3,8 +3,8 @@
 // The op for linear layers: the rows of every delta by the way that suits them best.
 #pragma once
 
-#include "cpu_amx.h"
 #include "cpu_lanes.h"
+#include "cpu_narrow.h"
 #include "cpu_table.h"
 #include "cpu_tiles.h"
 
@@ -19,9 +19,8 @@ namespace {
 
 constexpr int WINDOW = 256;  // rows of x in work at a time: they stay in the L2 cache
 
-// By lanes (cpu_lanes.h), by tiles of float or of bf16 (cpu_tiles.h), or by AMX
-// (cpu_amx.h)
-enum Way { LANES, FLOATS, NARROW, AMX };
+// By lanes (cpu_lanes.h), in bf16 (cpu_narrow.h), or by tiles of float (cpu_tiles.h)
+enum Way { LANES, NARROW, FLOATS };
 
 // All of the op; or A x into scratch; or the rest of it, with A x from there
 enum Part { WHOLE, SHRINK, EXPAND };
@@ -87,7 +86,6 @@ class Linear {
              int threads) {
         plan(rows, starts, begin, end);
         int count[] = {int(stages.size()), int(shrinks.size()), int(expands.size())};
-        int chunk = std::clamp(count[2] / (8 * threads), 1, 16);
 #pragma omp parallel num_threads(threads)
         {
             char* memory = workspace(few_bytes + pair_bytes, OWN);
@@ -96,7 +94,7 @@ class Linear {
                 if (group.way == LANES) stage_few(group, own);
 #pragma omp for schedule(dynamic)
             for (int i = 0; i < count[0]; i++) stage(stages[i]);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)
             for (int i = 0; i < count[1]; i++) {
                 if (part == EXPAND) {
                     fetch(shrinks[i]);
@@ -105,13 +103,16 @@ class Linear {
                 if (i + 1 < count[1]) prefetch_shrink(shrinks[i + 1]);
                 shrink(shrinks[i], own);
             }
-#pragma omp for schedule(dynamic, chunk) nowait
+            // Long runs of units for each thread, which the CPU then fetches ahead: a step
+            // of four deltas with two rows each on SmolLM2-135M takes 8.3 ms, with runs
+            // of 16 it took 13 (two threads, AMD EPYC).
+#pragma omp for schedule(guided) nowait
             for (int i = 0; i < count[2]; i++) {
                 if (i + 1 < count[2]) prefetch_expand(expands[i + 1]);
                 expand(expands[i], own);
             }
 #if defined(__AMX_BF16__)
-            Amx::release();
+            Products::release();
 #endif
         }
     }
@@ -128,7 +129,7 @@ class Linear {
             Way way = way_of(slot, starts[slot + 1] - starts[slot]);
             groups.push_back({rows + from, to - from, way, bytes});
             Group& group = groups.back();
-            int height = way == AMX ? height_of(group.count) : group.count;
+            int height = way == NARROW ? height_of(group.count) : group.count;
             size_t staged = size_t(height) * padded * sizeof(float);
             if (way == LANES) {
                 group.x = few_bytes;
@@ -174,14 +175,14 @@ class Linear {
 
     Way way_of(int slot, int count) const {
         if (count <= FEW && columns <= MOST_COLUMNS && x.dtype == BF16) return LANES;
-        if (sizeof(Narrow) != 2 || x.dtype != BF16) return FLOATS;
+        if (!HAS_NARROW || x.dtype != BF16) return FLOATS;
         for (int slice = 0; slice < deltas.slices; slice++) {
             const int64_t* entry = deltas.entry(slot, slice);
             int factors = entry[FACTOR_DTYPE];
             bool has_factors = rank_of(entry, RANK_A) || rank_of(entry, RANK_B);
             if (has_factors && (factors == F32 || factors == F16)) return FLOATS;
         }
-        return HAS_AMX ? AMX : NARROW;
+        return NARROW;
     }
 
     template <class T>
@@ -202,7 +203,7 @@ class Linear {
         if (which == LORA_A) return {data, job.rank, columns, dtype};
         return {data, job.size, job.rank, dtype};
     }
-    static int height_of_tile(Way way) { return way == AMX ? PAIR : TILE; }
+    static int height_of_tile(Way way) { return way == NARROW ? PAIR : TILE; }
     // Of the matrix's `size` rows, those in the unit
     static int rows_of(const Unit& unit, int size) {
         return std::min(height_of_tile(unit.group->way), size - unit.first);
@@ -211,45 +212,50 @@ class Linear {
     __attribute__((always_inline)) void prefetch_shrink(const Unit& unit) const {
         const Job& job = *unit.job;
         factor(job, LORA_A).prefetch(unit.first, rows_of(unit, job.rank));
+        if (job.entry[LORA_SCALE] != ABSENT)
+            __builtin_prefetch(deltas.floats(job.entry, LORA_SCALE) + unit.first);
     }
     __attribute__((always_inline)) void prefetch_expand(const Unit& unit) const {
         const Job& job = *unit.job;
         int rows = rows_of(unit, job.size);
-        for (int plane = 0; plane < planes_of(job.entry); plane++)
+        for (int plane = 0; plane < planes_of(job.entry); plane++) {
             signs(job, plane).prefetch(unit.first, rows);
+            const float* scale = deltas.floats(job.entry, SCALE) + plane * job.size;
+            __builtin_prefetch(scale + unit.first);
+        }
         if (job.rank) factor(job, LORA_B).prefetch(unit.first, rows);
+        if (unit.group->way == LANES)
+            for (int m = 0; m < unit.group->count; m++)
+                __builtin_prefetch(y.at(unit.group->rows[m], job.column + unit.first),
+                                   1);
     }
 
     void stage(const Unit& unit) const {
         switch (unit.group->way) {
             case LANES: break;
-            case FLOATS: return stage_tiles<float>(unit);
-            case NARROW: return stage_tiles<Narrow>(unit);
-            case AMX: return stage_amx(unit);
+            case NARROW: return stage_narrow(unit);
+            case FLOATS: return stage_tiles(unit);
         }
     }
     void shrink(const Unit& unit, Own& own) const {
         switch (unit.group->way) {
             case LANES: return shrink_few(unit, own);
-            case FLOATS: return shrink_tiles<float>(unit);
-            case NARROW: return shrink_tiles<Narrow>(unit);
-            case AMX: return shrink_amx(unit);
+            case NARROW: return shrink_narrow(unit);
+            case FLOATS: return shrink_tiles(unit);
         }
     }
     void fetch(const Unit& unit) const {
         switch (unit.group->way) {
             case LANES: return fetch_few(unit);
-            case FLOATS: return fetch_tiles<float>(unit);
-            case NARROW: return fetch_tiles<Narrow>(unit);
-            case AMX: return fetch_amx(unit);
+            case NARROW: return fetch_narrow(unit);
+            case FLOATS: return fetch_tiles(unit);
         }
     }
     void expand(const Unit& unit, Own& own) const {
         switch (unit.group->way) {
             case LANES: return expand_few(unit, own);
-            case FLOATS: return expand_tiles<float>(unit);
-            case NARROW: return expand_tiles<Narrow>(unit);
-            case AMX: return expand_amx(unit);
+            case NARROW: return expand_narrow(unit);
+            case FLOATS: return expand_tiles(unit);
         }
     }
 
@@ -267,36 +273,33 @@ class Linear {
 
     // By tiles.
 
-    template <class T>
     void stage_tiles(const Unit& unit) const {
         const Group& group = *unit.group;
-        Product<T>::stage(staged<T>(group, unit.first), x, group.rows + unit.first,
-                          std::min(TILE, group.count - unit.first), columns, padded);
+        stage_rows(staged<float>(group, unit.first), x, group.rows + unit.first,
+                   std::min(TILE, group.count - unit.first), columns, padded);
     }
 
     // c[m + n] += row `unit.first` + n of the matrix * row m of x, as staged
-    template <class T>
     void multiply(Floats* c, const Unit& unit, const Matrix& matrix, int rows,
-                  const T* x, int padded) const {
-        alignas(64) T tile[TILE_BYTES / sizeof(T)];
+                  const float* x, int padded) const {
+        alignas(64) float tile[TILE * STRIDE];
         int count = unit.group->count;
-        for (int k = 0; k < matrix.columns; k += CHUNK<T>) {
+        for (int k = 0; k < matrix.columns; k += CHUNK) {
             fill(tile, matrix, unit.first, rows, k);
             for (int m = 0; m < count; m += TILE)
-                Product<T>::multiply(c + m, tile, x + int64_t(m) * padded,
-                                     std::min(TILE, count - m), padded, k,
-                                     std::min(CHUNK<T>, padded - k));
+                multiply_tile(c + m, tile, x + int64_t(m) * padded,
+                              std::min(TILE, count - m), padded, k,
+                              std::min(CHUNK, padded - k));
         }
     }
 
     // t = scale * A x for a tile of rows of A
-    template <class T>
     void shrink_tiles(const Unit& unit) const {
         Floats c[WINDOW];
         const Job& job = *unit.job;
         int rows = rows_of(unit, job.rank), count = unit.group->count;
         std::fill_n(c, round_up(count, TILE), Floats{});
-        multiply(c, unit, factor(job, LORA_A), rows, staged<T>(*unit.group, 0),
+        multiply(c, unit, factor(job, LORA_A), rows, staged<float>(*unit.group, 0),
                  padded);
         if (job.entry[LORA_SCALE] != ABSENT)
             multiply_rows(c, count, deltas.floats(job.entry, LORA_SCALE) + unit.first,
@@ -304,30 +307,30 @@ class Linear {
         for (int m = 0; m < count; m += TILE) {
             transpose(c + m);
             int rows = std::min(TILE, count - m);
-            if (part == WHOLE) keep(t<T>(job, m), c + m, unit, rows);
+            if (part == WHOLE) keep(t<float>(job, m), c + m, unit, rows);
             for (int i = m; part == SHRINK && i < m + rows; i++)
                 to_scratch(unit, i, unit.first, c[i]);
         }
     }
 
-    template <class T>
     void fetch_tiles(const Unit& unit) const {
         Floats c[TILE];
         for (int m = 0, rows; m < unit.group->count; m += rows) {
             rows = std::min(TILE, unit.group->count - m);
             for (int i = 0; i < rows; i++)
                 c[i] = from_scratch(unit, m + i, unit.first);
-            keep(t<T>(*unit.job, m), c, unit, rows);
+            keep(t<float>(*unit.job, m), c, unit, rows);
         }
     }
 
     // Ranks `unit.first` to `unit.first` + 16 of t for some rows
-    template <class T>
-    static void keep(T* t, const Floats* values, const Unit& unit, int rows) {
+    static void keep(float* t, const Floats* values, const Unit& unit, int rows) {
         int last = unit.first + TILE, rank = unit.job->rank;
         int width = padded_rank(*unit.job);
-        Product<T>::restage(t, values, rows, width, unit.first,
-                            last < rank ? last : width);
+        for (int m = 0; m < rows; m++, t += width) {
+            store(t + unit.first, F32, values[m], TILE);
+            if (last >= rank) std::fill(t + last, t + width, 0.0f);
+        }
     }
 
     // c[m + n] *= scale[n] for the first `rows` n, all m
@@ -337,7 +340,6 @@ class Linear {
     }
 
     // y += sum of scale * S x + B t + bias for a tile of rows of S and B
-    template <class T>
     void expand_tiles(const Unit& unit) const {
         Floats c[WINDOW];
         const Job& job = *unit.job;
@@ -348,13 +350,13 @@ class Linear {
             Floats sums[WINDOW];
             std::fill_n(sums, padded_count, Floats{});
             multiply(sums, unit, signs(job, plane), rows,
-                     staged<T>(*unit.group, 0), padded);
+                     staged<float>(*unit.group, 0), padded);
             const float* scale = deltas.floats(job.entry, SCALE) + plane * job.size;
             multiply_rows(sums, padded_count, scale + unit.first, rows);
             for (int i = 0; i < padded_count; i++) c[i] += sums[i];
         }
         if (job.rank)
-            multiply(c, unit, factor(job, LORA_B), rows, t<T>(job), padded_rank(job));
+            multiply(c, unit, factor(job, LORA_B), rows, t<float>(job), padded_rank(job));
         if (job.entry[BIAS] != ABSENT) {
             const float* bias = deltas.floats(job.entry, BIAS) + unit.first;
             for (int m = 0; m < count; m += TILE)
@@ -367,10 +369,10 @@ class Linear {
         }
     }
 
-#if defined(__AMX_BF16__)
-    // By AMX: 32 rows of a matrix at a time.
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+    // In bf16: 32 rows of a matrix at a time.
 
-    void stage_amx(const Unit& unit) const {
+    void stage_narrow(const Unit& unit) const {
         const Group& group = *unit.group;
         int rows = std::min(TILE, height_of(group.count) - unit.first);
         Bf16* out = staged<Bf16>(group, unit.first);
@@ -393,8 +395,8 @@ class Linear {
     }
 
     // c[m] += row m of x times `rows` <= 32 rows of the matrix
-    static void multiply_amx(Floats (*c)[2], const Matrix& matrix, int first, int rows,
-                             const Left& x) {
+    static void multiply_narrow(Floats (*c)[2], const Matrix& matrix, int first,
+                                int rows, const Left& x) {
         alignas(64) Bf16 buffer[2][DEPTH * TILE];
         const Bf16* right[] = {buffer[0], buffer[rows > TILE]};
         for (int k = 0, columns; k < matrix.columns; k += columns) {
@@ -402,15 +404,15 @@ class Linear {
             for (int i = 0; i * TILE < rows; i++)
                 lay_out(buffer[i], matrix, first + i * TILE,
                         std::min(TILE, rows - i * TILE), k, columns, x.shifted);
-            Amx::multiply(c, right, x.from(k), columns);
+            Products::multiply(c, right, x.from(k), columns);
         }
     }
 
     Left x_of(const Group& group) const {
-        return {staged<Bf16>(group, 0), height_of(group.count), padded};
+        return {staged<Bf16>(group, 0), group.count, padded};
     }
     Left t_of(const Job& job) const {
-        return {t<Bf16>(job), height_of(job.group->count), padded_rank(job), true};
+        return {t<Bf16>(job), job.group->count, padded_rank(job), true};
     }
 
     // Ranks r to r + 16 of row m of t, which are shifted where int4 columns of B are.
@@ -430,35 +432,35 @@ class Linear {
         store(out, BF16, values, n);
     }
 
-    void shrink_amx(const Unit& unit) const {
+    void shrink_narrow(const Unit& unit) const {
         const Job& job = *unit.job;
         int rows = rows_of(unit, job.rank);
         Left x = x_of(*unit.group), t = t_of(job);
         Floats c[WINDOW][2], scale[] = {Floats{} + 1, Floats{} + 1};
-        std::memset(c, 0, x.height * sizeof *c);
+        std::memset(c, 0, x.height() * sizeof *c);
         Matrix a = factor(job, LORA_A);
-        multiply_amx(c, a, unit.first, rows, x);
+        multiply_narrow(c, a, unit.first, rows, x);
         if (job.entry[LORA_SCALE] != ABSENT)
             load_pair(scale, deltas.floats(job.entry, LORA_SCALE) + unit.first, rows);
         for (int i = 0; i * TILE < rows; i++) {
             int r = unit.first + i * TILE;
-            for (int m = 0; m < x.height && part == WHOLE; m++)
+            for (int m = 0; m < x.height() && part == WHOLE; m++)
                 keep(t, job, m, r, c[m][i] * scale[i]);
             for (int m = 0; m < unit.group->count && part == SHRINK; m++)
                 to_scratch(unit, m, r, c[m][i] * scale[i]);
         }
     }
 
-    void fetch_amx(const Unit& unit) const {
+    void fetch_narrow(const Unit& unit) const {
         const Job& job = *unit.job;
         Left t = t_of(job);
         for (int r = unit.first; r < std::min(unit.first + PAIR, job.rank); r += TILE)
-            for (int m = 0; m < t.height; m++)
+            for (int m = 0; m < t.height(); m++)
                 keep(t, job, m, r,
                      m < unit.group->count ? from_scratch(unit, m, r) : Floats{});
     }
 
-    void expand_amx(const Unit& unit) const {
+    void expand_narrow(const Unit& unit) const {
         const Job& job = *unit.job;
         const Group& group = *unit.group;
         int rows = rows_of(unit, job.size);
@@ -467,19 +469,19 @@ class Linear {
             __builtin_prefetch(y.at(group.rows[m], column), 1);
         Left x = x_of(group);
         Floats c[WINDOW][2];
-        std::memset(c, 0, x.height * sizeof *c);
+        std::memset(c, 0, x.height() * sizeof *c);
         for (int plane = 0; plane < planes_of(job.entry); plane++) {
             Floats more[WINDOW][2], scale[2], (*sums)[2] = plane ? more : c;
-            if (plane) std::memset(more, 0, x.height * sizeof *more);
-            multiply_amx(sums, signs(job, plane), unit.first, rows, x);
+            if (plane) std::memset(more, 0, x.height() * sizeof *more);
+            multiply_narrow(sums, signs(job, plane), unit.first, rows, x);
             const float* scales = deltas.floats(job.entry, SCALE) + plane * job.size;
             load_pair(scale, scales + unit.first, rows);
-            for (int m = 0; m < x.height; m++)
+            for (int m = 0; m < x.height(); m++)
                 for (int i = 0; i < 2; i++)
                     c[m][i] = scale[i] * sums[m][i] + (plane ? c[m][i] : Floats{});
         }
         if (job.rank)
-            multiply_amx(c, factor(job, LORA_B), unit.first, rows, t_of(job));
+            multiply_narrow(c, factor(job, LORA_B), unit.first, rows, t_of(job));
         Floats bias[2] = {};
         if (job.entry[BIAS] != ABSENT)
             load_pair(bias, deltas.floats(job.entry, BIAS) + unit.first, rows);
@@ -494,10 +496,10 @@ class Linear {
         out[1] = rows > TILE ? load(in + TILE, F32, rows - TILE) : Floats{};
     }
 #else
-    void stage_amx(const Unit&) const {}
-    void shrink_amx(const Unit&) const {}
-    void fetch_amx(const Unit&) const {}
-    void expand_amx(const Unit&) const {}
+    void stage_narrow(const Unit&) const {}
+    void shrink_narrow(const Unit&) const {}
+    void fetch_narrow(const Unit&) const {}
+    void expand_narrow(const Unit&) const {}
 #endif
 
 #if defined(__AVX512VNNI__)

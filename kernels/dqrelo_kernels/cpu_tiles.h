@@ -199,11 +199,7 @@ inline void transpose(Floats* matrix) {
 
 // Numbers from one row of a tile to the next. 64 bytes more than a power of two: rows
 // that compete for the same sets of the cache are slower.
-template <class T>
-constexpr int STRIDE = (ROW_BYTES + 64) / sizeof(T);
-template <class T>
-constexpr int CHUNK = ROW_BYTES / sizeof(T);
-constexpr int TILE_BYTES = TILE * (ROW_BYTES + 64);
+constexpr int CHUNK = ROW_BYTES / sizeof(float), STRIDE = CHUNK + 16;
 
 // As many bit planes as fit in a vector of numbers, shifted such that one shift of all
 // lanes brings that many planes to the sign bits. A plane is `width` words.
@@ -285,14 +281,13 @@ void read_row(T* out, const Matrix& matrix, int row, int k, int columns) {
 
 // Lays out columns k to k + CHUNK of `rows` rows from `row` as numbers. Those beyond
 // the matrix are finite up to the padding of x: they meet zeros.
-template <class T>
-void fill(T* tile, const Matrix& matrix, int row, int rows, int k) {
-    int columns = std::min(CHUNK<T>, matrix.columns - k);
+inline void fill(float* tile, const Matrix& matrix, int row, int rows, int k) {
+    int columns = std::min(CHUNK, matrix.columns - k);
     int padded = round_up(columns, PADDING);
-    std::memset(tile + rows * STRIDE<T>, 0, (TILE - rows) * STRIDE<T> * sizeof(T));
-    for (int r = 0; r < rows; r++, tile += STRIDE<T>) {
+    std::memset(tile + rows * STRIDE, 0, (TILE - rows) * STRIDE * sizeof *tile);
+    for (int r = 0; r < rows; r++, tile += STRIDE) {
         if (columns < padded)
-            std::memset(tile + padded - PADDING, 0, PADDING * sizeof(T));
+            std::memset(tile + padded - PADDING, 0, PADDING * sizeof *tile);
         read_row(tile, matrix, row + r, k, columns);
     }
 }
@@ -330,68 +325,44 @@ inline Lanes multiply_add(Lanes sum, const float* a, const float* b) {
     return sum + left * right;
 }
 
-#if defined(__AVX512BF16__)
-inline Lanes multiply_add(Lanes sum, const Bf16* a, const Bf16* b) {
-    return _mm512_dpbf16_ps(sum, __m512bh(_mm512_loadu_si512(a)),
-                            __m512bh(_mm512_loadu_si512(b)));
+// Copies `count` <= 16 rows of x, padded with zeros to `padded` columns.
+inline void stage_rows(float* out, const Rows& x, const int32_t* rows, int count,
+                       int columns, int padded) {
+    for (int m = 0; m < count; m++, out += padded) {
+        read(out, x.at(rows[m]), x.dtype, columns);
+        std::fill(out + columns, out + padded, 0.0f);
+    }
 }
-using Narrow = Bf16;
-#else
-using Narrow = float;
-#endif
 
-template <class T>
-struct Product {
-    // Copies `count` <= 16 rows of x, padded with zeros to `padded` columns.
-    static void stage(T* out, const Rows& x, const int32_t* rows, int count,
-                      int columns, int padded) {
-        for (int m = 0; m < count; m++, out += padded) {
-            read(out, x.at(rows[m]), x.dtype, columns);
-            std::memset(out + columns, 0, (padded - columns) * sizeof(T));
-        }
-    }
-
-    // Columns `first` to `first` + 16 of x, as staged, from c[m][n], n being the column;
-    // zeros from there to `end`.
-    static void restage(T* out, const Floats* c, int count, int padded, int first,
-                        int end) {
-        for (int m = 0; m < count; m++) {
-            T* to = out + m * padded + first;
-            store(to, sizeof(T) == 2 ? BF16 : F32, c[m], TILE);
-            std::memset(to + TILE, 0, (end - first - TILE) * sizeof(T));
-        }
-    }
-
-    // c[n][m] += sum over `columns` columns from k of tile[n] * x[m], x as staged
-    static void multiply(Floats* c, const T* tile, const T* x, int count, int padded,
-                         int k, int columns) {
-        for (int m = 0; m < count; m += 4) {
-            const T* rows = x + m * padded + k;
-            switch (std::min(4, count - m)) {
-                case 1: dot<1>(c, tile, rows, m, padded, columns); break;
-                case 2: dot<2>(c, tile, rows, m, padded, columns); break;
-                case 3: dot<3>(c, tile, rows, m, padded, columns); break;
-                case 4: dot<4>(c, tile, rows, m, padded, columns); break;
-            }
-        }
-    }
-
-    template <int M>
-    static void dot(Floats* c, const T* tile, const T* x, int m, int padded,
-                    int columns) {
-        for (int n = 0; n < TILE; n += UNROLL, tile += UNROLL * STRIDE<T>) {
-            Lanes sums[UNROLL][M] = {};
-            for (int k = 0; k < columns; k += sizeof(Lanes) / sizeof(T))
+// c[n][m] += sum over `columns` columns of tile[n] * x[m], for M rows of x from m on
+template <int M>
+void dot(Floats* c, const float* tile, const float* x, int m, int padded, int columns) {
+    for (int n = 0; n < TILE; n += UNROLL, tile += UNROLL * STRIDE) {
+        Lanes sums[UNROLL][M] = {};
+        for (int k = 0; k < columns; k += sizeof(Lanes) / sizeof(float))
 #pragma GCC unroll 4
-                for (int i = 0; i < UNROLL; i++)
-#pragma GCC unroll 4
-                    for (int j = 0; j < M; j++)
-                        sums[i][j] = multiply_add(sums[i][j], tile + i * STRIDE<T> + k,
-                                                  x + j * padded + k);
             for (int i = 0; i < UNROLL; i++)
-                for (int j = 0; j < M; j++) c[n + i][m + j] += total(sums[i][j]);
+#pragma GCC unroll 4
+                for (int j = 0; j < M; j++)
+                    sums[i][j] = multiply_add(sums[i][j], tile + i * STRIDE + k,
+                                              x + j * padded + k);
+        for (int i = 0; i < UNROLL; i++)
+            for (int j = 0; j < M; j++) c[n + i][m + j] += total(sums[i][j]);
+    }
+}
+
+// c[n][m] += sum over `columns` columns from k of tile[n] * x[m], x as staged
+inline void multiply_tile(Floats* c, const float* tile, const float* x, int count,
+                          int padded, int k, int columns) {
+    for (int m = 0; m < count; m += 4) {
+        const float* rows = x + m * padded + k;
+        switch (std::min(4, count - m)) {
+            case 1: dot<1>(c, tile, rows, m, padded, columns); break;
+            case 2: dot<2>(c, tile, rows, m, padded, columns); break;
+            case 3: dot<3>(c, tile, rows, m, padded, columns); break;
+            case 4: dot<4>(c, tile, rows, m, padded, columns); break;
         }
     }
-};
+}
 
 }  // namespace

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Products by the matrix unit of the CPU (AMX), for cpu.cpp: sums of 16 rows of x and 16
-// rows of a matrix over 32 columns at a time. The left operand is x[m][k]; the right one
-// has pairs of columns, right[k / 2][n] = (matrix[n][k], matrix[n][k + 1]), so that lane
-// n of a sum is row n of the matrix.
+// Products of a matrix with many rows of bf16 activations, for cpu.cpp: sums of 16 rows of
+// x and 16 rows of the matrix over 32 columns at a time, by the matrix unit of the CPU
+// (AMX) or, without one, by vectors (AVX512-BF16). The left operand is x[m][k]; the right
+// one has pairs of columns, right[k / 2][n] = (matrix[n][k], matrix[n][k + 1]), so that
+// lane n of a sum is row n of the matrix.
 #pragma once
 
 #include "cpu_lanes.h"
@@ -19,8 +20,8 @@ constexpr int PAIR = 2 * TILE;        // rows of a matrix laid out at a time
 // more than there are.
 inline int height_of(int count) { return count < TILE ? count : round_up(count, TILE); }
 
-#if defined(__AMX_BF16__)
-constexpr bool HAS_AMX = true;
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+constexpr bool HAS_NARROW = true;
 
 // ---- right operands: a matrix ---------------------------------------------------------
 
@@ -123,17 +124,19 @@ inline void lay_out(Bf16* out, const Matrix& matrix, int row, int rows, int k,
 // A matrix of activations as left operands
 struct Left {
     Bf16* x;
-    int height, padded;    // rows and columns, as they are staged
+    int count, padded;     // rows that there are, and columns as they are staged
     bool shifted = false;  // by shift_of() in the second half of the last block of I4
 
-    int rows() const { return std::min(height, TILE); }
+    int height() const { return height_of(count); }
+    int rows() const { return std::min(count, TILE); }
     int64_t stride() const { return int64_t(TILE) * padded; }  // to the next 16 rows
     Left from(int column) const {
-        return {x + column * rows(), height, padded, shifted};
+        return {x + column * rows(), count, padded, shifted};
     }
 };
 
-struct Amx {
+#if defined(__AMX_BF16__)
+struct Products {
     // Setting the shapes takes as long as ten products, so keep them.
     static void configure(int height) {
         if (height == configured) return;
@@ -161,8 +164,8 @@ struct Amx {
         constexpr int line = sizeof *c;
         configure(x.rows());
         asm volatile("" : : : "memory");  // GCC's tile loads do not say what they read
-        for (int m = 0; m < x.height; m += 2 * TILE, c += 2 * TILE) {
-            bool two = m + TILE < x.height;
+        for (int m = 0; m < x.height(); m += 2 * TILE, c += 2 * TILE) {
+            bool two = m + TILE < x.height();
             _tile_loadd(0, c[0], line);
             _tile_loadd(1, c[0] + 1, line);
             if (two) {
@@ -196,10 +199,56 @@ struct Amx {
 
     static thread_local int configured;
 };
-thread_local int Amx::configured = 0;
+thread_local int Products::configured = 0;
 
 #else
-constexpr bool HAS_AMX = false;
+struct Products {
+    // c[m][i] += row m of x times the matrix whose right operands are right[i], over
+    // `columns` columns
+    static void multiply(Floats (*c)[2], const Bf16* const* right, const Left& x,
+                         int columns) {
+        int height = std::min(round_up(x.count, 8), x.height()), step = x.rows() * SPAN;
+        for (int m = 0; m < height;) {
+            const Bf16* left = x.x + m / TILE * x.stride() + m % TILE * SPAN;
+            if (height - m >= 8) {  // whose sums, two of each, stay in registers
+                multiply_rows<8>(c + m, right, left, step, columns), m += 8;
+            } else if (height - m >= 4) {
+                multiply_rows<4>(c + m, right, left, step, columns), m += 4;
+            } else {
+                multiply_rows<1>(c + m, right, left, step, columns), m++;
+            }
+        }
+    }
+
+    // The same for M rows of x, of which the next 32 columns are `step` numbers ahead.
+    template <int M>
+    static void multiply_rows(Floats (*c)[2], const Bf16* const* right,
+                              const Bf16* left, int step, int columns) {
+        __m512 sums[M][2];
+        for (int m = 0; m < M; m++)
+            for (int i = 0; i < 2; i++) sums[m][i] = __m512(c[m][i]);
+        for (int k = 0; k < columns; k += SPAN, left += step)
+            for (int pair = 0; pair < SPAN; pair += 2) {
+                __m512bh matrix[2];
+                for (int i = 0; i < 2; i++)
+                    matrix[i] = __m512bh(_mm512_load_si512(right[i] + (k + pair) * TILE));
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) {
+                    int numbers;
+                    std::memcpy(&numbers, left + m * SPAN + pair, sizeof numbers);
+                    __m512bh both = __m512bh(_mm512_set1_epi32(numbers));
+                    for (int i = 0; i < 2; i++)
+                        sums[m][i] = _mm512_dpbf16_ps(sums[m][i], both, matrix[i]);
+                }
+            }
+        for (int m = 0; m < M; m++)
+            for (int i = 0; i < 2; i++) c[m][i] = Floats(sums[m][i]);
+    }
+};
+#endif
+
+#else
+constexpr bool HAS_NARROW = false;
 #endif
 
 }  // namespace
