@@ -295,37 +295,36 @@ struct Few {
         });
     }
 
-    // c[m] += scales * (row n of the signs, lane n, times row m)
-    void multiply(Floats* c, const Matrix& signs, int row, Floats scales) const {
-        by_fours(count, [&](auto M, int m) {
-            Floats sums[M];
-            multiply_signs<M>(sums, signs, row, tables + m * tables_of(columns),
-                              rows + m);
-            for (int i = 0; i < M; i++) c[m + i] += scales * sums[i];
-        });
+    // c[i] += scales * (row n of the signs, lane n, times row m + i)
+    template <int M>
+    void multiply(Floats* c, const Matrix& signs, int row, Floats scales, int m) const {
+        Floats sums[M];
+        multiply_signs<M>(sums, signs, row, tables + m * tables_of(columns), rows + m);
+        for (int i = 0; i < M; i++) c[i] += scales * sums[i];
     }
 };
 
-// Rows of x or of A x put in pairs: the last ones that were asked for
+// Rows of x or of A x put in pairs: the last ones that a factor of I4 asked for
 struct Pairs {
     int16_t* integers;
     const float* x = nullptr;
     Row rows[FEW] = {};
 
-    // c[m] += row n of a factor, lane n, times row m of x, `stride` apart
-    void multiply(Floats* c, const Matrix& factor, int row, const float* x, int stride,
-                  int count) {
-        if (factor.dtype != I4)
-            return by_fours(count, [&](auto M, int m) {
-                multiply_floats<M>(c + m, factor, row, x + m * stride, stride);
-            });
-        for (int m = 0; m < count && this->x != x; m++)
-            rows[m] = put_in_pairs(integers + m * stride, x + m * stride, factor.columns);
+    void stage(const Matrix& factor, const float* x, int stride, int count) {
+        if (factor.dtype != I4 || this->x == x) return;
         this->x = x;
-        by_fours(count, [&](auto M, int m) {
-            multiply_pairs<M>(c + m, factor, row, integers + m * stride, stride,
-                              rows + m);
-        });
+        for (int m = 0; m < count; m++)
+            rows[m] = put_in_pairs(integers + m * stride, x + m * stride, factor.columns);
+    }
+
+    // c[i] += row n of a factor, lane n, times row m + i of x, as staged
+    template <int M>
+    void multiply(Floats* c, const Matrix& factor, int row, const float* x, int stride,
+                  int m) const {
+        if (factor.dtype == I4)
+            multiply_pairs<M>(c, factor, row, integers + m * stride, stride, rows + m);
+        else
+            multiply_floats<M>(c, factor, row, x + m * stride, stride);
     }
 };
 

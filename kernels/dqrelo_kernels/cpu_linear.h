@@ -18,6 +18,7 @@
 namespace {
 
 constexpr int WINDOW = 256;  // rows of x in work at a time: they stay in the L2 cache
+constexpr int AHEAD = 2;     // units whose bytes are asked for before they are multiplied
 
 // By lanes (cpu_lanes.h), in bf16 (cpu_narrow.h), or by tiles of float (cpu_tiles.h)
 enum Way { LANES, NARROW, FLOATS };
@@ -90,6 +91,10 @@ class Linear {
         {
             char* memory = workspace(few_bytes + pair_bytes, OWN);
             Own own = {memory, {reinterpret_cast<int16_t*>(memory + few_bytes)}};
+            for (int i = 0; i < std::min(AHEAD, count[1]) && part != EXPAND; i++)
+                prefetch_shrink(shrinks[i]);
+            for (int i = 0; i < std::min(AHEAD, count[2]); i++)
+                prefetch_expand(expands[i]);
             for (const Group& group : groups)
                 if (group.way == LANES) stage_few(group, own);
 #pragma omp for schedule(dynamic)
@@ -100,7 +105,7 @@ class Linear {
                     fetch(shrinks[i]);
                     continue;
                 }
-                if (i + 1 < count[1]) prefetch_shrink(shrinks[i + 1]);
+                if (i + AHEAD < count[1]) prefetch_shrink(shrinks[i + AHEAD]);
                 shrink(shrinks[i], own);
             }
             // Long runs of units for each thread, which the CPU then fetches ahead: a step
@@ -108,7 +113,7 @@ class Linear {
             // of 16 it took 13 (two threads, AMD EPYC).
 #pragma omp for schedule(guided) nowait
             for (int i = 0; i < count[2]; i++) {
-                if (i + 1 < count[2]) prefetch_expand(expands[i + 1]);
+                if (i + AHEAD < count[2]) prefetch_expand(expands[i + AHEAD]);
                 expand(expands[i], own);
             }
 #if defined(__AMX_BF16__)
@@ -516,18 +521,22 @@ class Linear {
 
     void shrink_few(const Unit& unit, Own& own) const {
         const Job& job = *unit.job;
-        int count = unit.group->count;
-        Floats sums[FEW] = {}, scale = Floats{} + 1;
-        own.pairs.multiply(sums, factor(job, LORA_A), unit.first,
-                           few(*unit.group, own).x, padded, count);
+        const float* x = few(*unit.group, own).x;
+        Matrix a = factor(job, LORA_A);
+        Floats scale = Floats{} + 1;
         if (job.entry[LORA_SCALE] != ABSENT)
             scale = load(deltas.floats(job.entry, LORA_SCALE) + unit.first, F32,
                          rows_of(unit, job.rank));
-        for (int m = 0; m < count; m++)
-            if (part == WHOLE)
-                store(t<float>(job, m) + unit.first, F32, sums[m] * scale, TILE);
-            else
-                to_scratch(unit, m, unit.first, sums[m] * scale);
+        own.pairs.stage(a, x, padded, unit.group->count);
+        by_fours(unit.group->count, [&](auto M, int m) {
+            Floats sums[M] = {};
+            own.pairs.multiply<M>(sums, a, unit.first, x, padded, m);
+            for (int i = 0; i < M; i++)
+                if (part == WHOLE)
+                    store(t<float>(job, m + i) + unit.first, F32, sums[i] * scale, TILE);
+                else
+                    to_scratch(unit, m + i, unit.first, sums[i] * scale);
+        });
     }
 
     void fetch_few(const Unit& unit) const {
@@ -539,21 +548,26 @@ class Linear {
     void expand_few(const Unit& unit, Own& own) const {
         const Job& job = *unit.job;
         const Group& group = *unit.group;
+        Few x = few(group, own);
+        Matrix b = factor(job, LORA_B);
         int rows = rows_of(unit, job.size);
-        Floats c[FEW] = {};
-        for (int plane = 0; plane < planes_of(job.entry); plane++) {
-            const float* scale = deltas.floats(job.entry, SCALE) + plane * job.size;
-            few(group, own).multiply(c, signs(job, plane), unit.first,
-                                     load(scale + unit.first, F32, rows));
-        }
-        if (job.rank)
-            own.pairs.multiply(c, factor(job, LORA_B), unit.first, t<float>(job),
-                               padded_rank(job), group.count);
         Floats bias = {};
         if (job.entry[BIAS] != ABSENT)
             bias = load(deltas.floats(job.entry, BIAS) + unit.first, F32, rows);
-        for (int m = 0; m < group.count; m++)
-            add(group.rows[m], job.column + unit.first, c[m] + bias, rows);
+        if (job.rank) own.pairs.stage(b, t<float>(job), padded_rank(job), group.count);
+        by_fours(group.count, [&](auto M, int m) {
+            Floats c[M] = {};
+            for (int plane = 0; plane < planes_of(job.entry); plane++) {
+                const float* scale = deltas.floats(job.entry, SCALE) + plane * job.size;
+                x.multiply<M>(c, signs(job, plane), unit.first,
+                              load(scale + unit.first, F32, rows), m);
+            }
+            if (job.rank)
+                own.pairs.multiply<M>(c, b, unit.first, t<float>(job),
+                                      padded_rank(job), m);
+            for (int i = 0; i < M; i++)
+                add(group.rows[m + i], job.column + unit.first, c[i] + bias, rows);
+        });
     }
 #else
     void stage_few(const Group&, const Own&) const {}
