@@ -4,6 +4,8 @@
 import random
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 
 import pytest
@@ -210,6 +212,33 @@ def test_decoding_goes_on_while_a_delta_is_read(
 
     # More than once: others who use the machine make it slow for seconds at a time.
     assert any(disturbance(number) < 1.2 for number in range(2, 7))
+
+
+THREADS = """
+import os, time, torch
+from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.host import Loader
+
+def read(request):
+    torch.zeros(2**22).add_(1)
+    raise DqreloError(f"{len(os.listdir('/proc/self/task')) - before} more")
+
+torch.set_num_threads(3)
+torch.zeros(2**22).add_(1)
+before = len(os.listdir("/proc/self/task"))
+loader = Loader(read)
+loader.start(None)
+while not loader.done:
+    time.sleep(0.01)
+print(loader.take()[0].error, torch.get_num_threads())
+"""
+
+
+def test_reading_a_delta_starts_no_thread_beside_its_own():
+    # OpenMP would start two, and slow every step down that comes after (host.py).
+    command = [sys.executable, "-c", THREADS]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "1 more 3\n", done.stderr
 
 
 def test_requests_that_wait_for_a_delta_can_be_aborted(
