@@ -85,21 +85,27 @@ def test_too_many_rows():
         RowGroups(2, 1, "cpu").set(np.zeros(3, dtype=np.int32))
 
 
-def test_only_a_step_without_deltas_is_skipped():
+def test_only_in_a_step_without_deltas_a_layer_is_vllms_own():
     from vllm_dqrelo.step import Step
 
+    class Delta(torch.nn.Linear):
+        pass
+
+    layer = torch.nn.Linear(2, 2)
+    layer.quant_method = "own"
     step, base = Step(4, 2, 8, "cpu"), np.array([-1, -1], dtype=np.int32)
-    step.set(base, base)
-    assert not step.skips  # a graph may be captured, the probe of coverage run
-    assert not step.experts_skip
+    step.put(layer, "quant_method", "delta")
+    step.put(layer, "__class__", Delta)
+    step.set(base, base)  # a graph may be captured, the probe of coverage run
+    assert not step.skips and (layer.quant_method, type(layer)) == ("delta", Delta)
     step.is_ready = True
-    step.set(base, base)
-    assert step.skips and step.experts_skip
-    step.set(np.array([-1, 1], dtype=np.int32), base)
-    assert not step.skips and not step.experts_skip
-    step.is_traced = True
-    step.set(base, base)
-    assert not step.skips and step.experts_skip
+    for _ in range(2):
+        step.set(base, base)
+        assert step.skips and type(layer) is torch.nn.Linear
+        assert layer.quant_method == "own"
+        step.set(np.array([-1, 1], dtype=np.int32), base)
+        assert not step.skips and type(layer) is Delta
+        assert layer.quant_method == "delta"
 
 
 def expert_groups(slot_of_row, expert_of_row, slots, experts):

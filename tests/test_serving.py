@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
@@ -49,21 +50,39 @@ def test_mixed_batch_equals_each_model_alone(
             assert bool(answer[2]) == (prompt_logprobs is not None)
 
 
-def test_a_compiled_engine(
-    family, alone, engine, answers, difference, load, manager_of, prompts
+class Calls(TorchDispatchMode):
+    """Counts the calls of this project's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.namespace == "dqrelo"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_steps_with_and_without_deltas(
+    family, alone, engine, answers, difference, load, prompts, eager
 ):
-    """vLLM's default. One piece of code runs steps with and without deltas."""
+    """Compiled, which is vLLM's default, there are two codes; the base's is its own."""
     made, expected = family("llama-tied"), alone("llama-tied")
-    options = {"quantization": "dqrelo", "max_loras": 2, "enforce_eager": False}
+    options = {"quantization": "dqrelo", "max_loras": 2, "enforce_eager": eager}
     llm = engine(made.base, **options)
-    assert manager_of(llm).step.is_traced
+    mode = llm.llm_engine.vllm_config.compilation_config.mode
+    assert (mode == vllm.config.CompilationMode.NONE) == eager
     requests = [None] + [
         load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)
     ]
-    order = [(p, m) for p in range(len(prompts)) for m in range(len(requests))]
-    for chosen in (order, [(p, 0) for p in range(len(prompts))], order[::-1]):
+    mixed = [(p, m) for p in range(len(prompts)) for m in range(len(requests))]
+    base = [(p, 0) for p in range(len(prompts))]
+    for chosen in (mixed, base, mixed[::-1], base):
         asked = [prompts[p] for p, _ in chosen], [requests[m] for _, m in chosen]
-        for (p, m), answer in zip(chosen, answers(llm, *asked), strict=True):
+        with Calls() as calls:
+            found = answers(llm, *asked)
+        assert bool(calls.count) == (chosen != base)
+        for (p, m), answer in zip(chosen, found, strict=True):
             assert difference(answer, expected[m][p]) <= TOLERANCE, (p, m)
 
 

@@ -9,9 +9,11 @@ import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import vllm
+from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
@@ -98,6 +100,41 @@ def keep_compilation(wanted: Callable[[VllmConfig], bool]) -> None:
         return check_and_update_config
 
     replace(current_platform, "check_and_update_config", hiding)
+
+
+def compile_for_base(runner: Any, is_base: Callable[[], bool]) -> bool:
+    """Compile a model once more, and call this code in steps where ``is_base``.
+
+    vLLM compiles a model once, with no guard that would notice another step
+    (compilation/decorators.py:542). The model must be as it is to be in these steps.
+
+    Args:
+        runner: of a model that is compiled.
+
+    Returns:
+        Whether that is possible: on the CPU, with vLLM's compilation ahead of time.
+    """
+    parts = [m for m in runner.model.modules() if getattr(m, "aot_compiled_fn", None)]
+    if not parts or not current_platform.is_cpu():
+        return False
+    codes = [part.aot_compiled_fn for part in parts]
+    for part in parts:
+        part.aot_compiled_fn, part.compiled = None, False
+    # The cache has the other code under the same name.
+    with patch.object(envs, "VLLM_DISABLE_COMPILE_CACHE", True):
+        runner.warming_up_model()
+    for part, code in zip(parts, codes, strict=True):
+        part.aot_compiled_fn = _either(is_base, find(part, "aot_compiled_fn"), code)
+    return True
+
+
+def _either(
+    first: Callable[[], bool], one: Callable[..., Any], other: Callable[..., Any]
+) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (one if first() else other)(*args, **kwargs)
+
+    return call
 
 
 def choose_lora_manager(

@@ -140,7 +140,7 @@ class DeltaExperts(FusedMoEMethodBase):
         numbers = torch.arange(self.experts, device=x.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
         groups = None
-        if not self.step.experts_skip:
+        if not self.step.skips:
             slots = self.deltas[DOWN][1].shape[0] // self.experts
             by_row = self.step.tokens.by_row[rows]
             groups = ExpertGroups.of(by_row, experts, slots, self.experts)

@@ -72,9 +72,7 @@ class DeltaMethod(QuantizeMethodBase):
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if self.step.skips and self.added is None:
-            return self.inner.apply(layer, x, bias)
-        if self.merges and not self.step.skips:
+        if self.merges:
             return self._linear(layer.weight, x, bias)
         y = self.inner.apply(layer, x, bias)
         groups = self.step.head_rows(x) if self.is_head else self.step.tokens
@@ -118,8 +116,6 @@ class DeltaMethod(QuantizeMethodBase):
 
     def embedding(self, layer: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
         y = self.inner.embedding(layer, ids)
-        if self.step.skips and self.added is None:
-            return y
         known = ids if self.added is None else ids.clamp_max(self.added.start - 1)
         groups = self.step.tokens
         _embed(y, known, self.arena, self.table, self.slices, groups)
@@ -143,9 +139,7 @@ class DeltaEmbedding(torch.nn.Embedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         y = super().forward(ids)
-        if not self.step.skips:
-            groups = self.step.tokens
-            _embed(y, ids, self.arena, self.table, self.slices, groups)
+        _embed(y, ids, self.arena, self.table, self.slices, self.step.tokens)
         return y
 
 
@@ -186,18 +180,17 @@ class DeltaNorm(torch.nn.Module):
 
     def _redo(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         arena, table, step, eps, centred, batched = self.deltas
-        if not step.skips:
-            torch.ops.dqrelo.delta_norm_(
-                y[0] if batched else y,
-                x[0] if batched else x,
-                arena,
-                table,
-                step.tokens.rows,
-                step.tokens.slots,
-                step.tokens.num_active,
-                eps,
-                centred,
-            )
+        torch.ops.dqrelo.delta_norm_(
+            y[0] if batched else y,
+            x[0] if batched else x,
+            arena,
+            table,
+            step.tokens.rows,
+            step.tokens.slots,
+            step.tokens.num_active,
+            eps,
+            centred,
+        )
         return y
 
 
@@ -240,17 +233,20 @@ def install(
     step: Step,
     added: AddedRows | None,
 ) -> None:
-    """Put the deltas behind one module of ``model``, which is changed in place."""
+    """Put the deltas behind one module of ``model``, which is changed in place.
+
+    In steps that are skipped it is as it was before, but for added tokens.
+    """
     module: Any = site.module
     if site.is_norm:
         eps = module.eps if site.is_layer_norm else module.variance_epsilon
         batched = compat.adds_batch_dimension(model)
-        module.__class__ = type(type(module).__name__, (DeltaNorm, type(module)), {})
+        _derive(step, module, DeltaNorm, type(module))
         module.deltas = NormDeltas(arena, table, step, eps, site.is_layer_norm, batched)
         return
     if not hasattr(module, "quant_method"):
         own = () if type(module) is torch.nn.Embedding else (type(module),)
-        module.__class__ = type(type(module).__name__, (*own, DeltaEmbedding), {})
+        _derive(step, module, *own, DeltaEmbedding)
         module.arena, module.table, module.step = arena, table, step
         module.slices = site.slices(arena.device)
         return
@@ -261,8 +257,16 @@ def install(
         compat.hide_experts(model.get_submodule(path.rpartition(".")[0]))
         return
     method = DeltaMethod(module.quant_method, site, arena, table, step, added)
-    module.quant_method = method
+    if added is None:
+        step.put(module, "quant_method", method)
+    else:
+        module.quant_method = method  # the base's rows do not have the added tokens
     # vLLM has faster paths around quant_method, which would leave the deltas out.
     embedding = isinstance(module, VocabParallelEmbedding)
     path = "use_fused_embedding" if embedding else "requires_unquantized_input"
     setattr(module, path, not embedding)
+
+
+def _derive(step: Step, module: torch.nn.Module, *classes: type) -> None:
+    """Make a class of ``classes`` that of the module."""
+    step.put(module, "__class__", type(type(module).__name__, classes, {}))

@@ -24,6 +24,7 @@ from vllm.lora.request import LoRARequest
 from dqrelo_kernels import ops
 from dqrelo_kernels.rows import BASE
 from dqrelo_kernels.table import Field, empty_table
+from vllm_dqrelo import compat
 from vllm_dqrelo.coverage import check_coverage
 from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
 from vllm_dqrelo.format.delta import Delta
@@ -146,6 +147,15 @@ class DeltaManager:
             table = self.residency.table(site)
             install(model, site, data, table, self.step, added.get(name))
         return model
+
+    def leave_base_alone(self, runner: Any) -> None:
+        """From now on steps of the base alone run its own code, where possible."""
+        self.step.is_ready = True
+        if runner.vllm_config.compilation_config.mode == CompilationMode.NONE:
+            return
+        logger.info("dqrelo: compiling the model once more, for steps without deltas")
+        step = self.step
+        step.is_ready = compat.compile_for_base(runner, lambda: step.skips)
 
     # A step.
 
@@ -314,9 +324,7 @@ def memory(worker: Any) -> Memory:
     runner = worker.model_runner
     manager = runner.lora_manager
     check_coverage(runner, manager.sites, manager.residency)
-    mode = runner.vllm_config.compilation_config.mode
-    manager.step.is_traced = mode != CompilationMode.NONE
-    manager.step.is_ready = True
+    manager.leave_base_alone(runner)
     return manager.memory
 
 

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +21,8 @@ class Step:
         merges: whether a delta with many rows has its matrices made whole.
         is_ready: whether operators may be left out of a step without deltas; not where
             a graph is captured, which is to serve later steps, or coverage probed.
-        is_traced: whether the layers' code is run for a trace only.
-        skips: whether layers leave them out of this step. They would do nothing, but
-            to call them takes time.
-        experts_skip: whether experts do, whose code is run in every step.
+        skips: whether they are left out of this step. They would do nothing, but to
+            call them takes time.
     """
 
     def __init__(
@@ -41,17 +40,25 @@ class Step:
         self._prompt = RowGroups(max_tokens, slots, device)
         self._token_slots = np.empty(0, dtype=np.int32)
         self._prompt_hidden: torch.Tensor | None = None
+        self._put: list[tuple[torch.nn.Module, str, Any, Any]] = []
         self.is_ready = False
-        self.is_traced = False
-        self.skips = self.experts_skip = False
+        self.skips = False
+
+    def put(self, module: torch.nn.Module, name: str, value: Any) -> None:
+        """Set an attribute of a layer; it is vLLM's own in steps that are skipped."""
+        self._put.append((module, name, getattr(module, name), value))
+        object.__setattr__(module, name, value)
 
     def set(self, token_slots: np.ndarray, sample_slots: np.ndarray) -> None:
         """Start a step: the slot of each token and of each sampled row."""
         self._token_slots = token_slots
         self.tokens.set(token_slots)
         self.samples.set(sample_slots)
-        self.experts_skip = self.is_ready and not int(self.tokens.num_active)
-        self.skips = self.experts_skip and not self.is_traced
+        skips = self.is_ready and not int(self.tokens.num_active)
+        if skips != self.skips:
+            for module, name, own, value in self._put:
+                object.__setattr__(module, name, own if skips else value)
+            self.skips = skips
 
     @contextmanager
     def prompt_rows(self, hidden_states: torch.Tensor) -> Iterator[None]:
