@@ -235,7 +235,8 @@ def install(
 ) -> None:
     """Put the deltas behind one module of ``model``, which is changed in place.
 
-    In steps that are skipped it is as it was before, but for added tokens.
+    In steps that are skipped its class or method is vLLM's own again, but for experts
+    and for room for added tokens.
     """
     module: Any = site.module
     if site.is_norm:
