@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from shapes import GROUPED, SHAPE, TIED, UNTIED
+from torch.nn.functional import silu
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -31,7 +32,7 @@ from transformers import (
 
 from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
-from vllm_dqrelo.experts import DeltaExperts
+from vllm_dqrelo import compat
 from vllm_dqrelo.format.checkpoint import Checkpoint
 
 vllm = pytest.importorskip("vllm")
@@ -183,8 +184,22 @@ def test_mixed_batch_equals_each_model_alone(kind, save_model, tmp_path):
 
 
 def test_experts_as_on_a_gpu(save_model, tmp_path, monkeypatch):
-    """All experts of the base in one product, and compiled, as vLLM does by default."""
-    monkeypatch.setattr(DeltaExperts, "on_cpu", False)
+    """Weights as in the checkpoint, and compiled, as vLLM does by default."""
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (
+        CPUUnquantizedExperts,
+    )
+
+    def densely(self, output, hidden_states, w1, w2, topk_weights, topk_ids, **_):
+        gate, up = torch.einsum("mk,enk->emn", hidden_states, w1).chunk(2, dim=-1)
+        every = torch.einsum("emn,ekn->emk", silu(gate) * up, w2)
+        shares = topk_weights.new_zeros(len(output), len(w2))
+        shares = shares.scatter(1, topk_ids.long(), topk_weights)
+        output.copy_(torch.einsum("emk,me->mk", every, shares))
+
+    stored = CPUUnquantizedExperts, "process_weights_after_loading"
+    monkeypatch.setattr(*stored, lambda self, layer: None)
+    monkeypatch.setattr(CPUUnquantizedExperts, "apply", densely)
+    monkeypatch.setattr(compat, "packing_of_experts", lambda layer: None)
     base, tuned = (
         save_model(ARCHITECTURES["qwen2-moe"], tmp_path / f"model-{seed}", seed)
         for seed in (1, 2)

@@ -3,6 +3,7 @@
 
 import json
 import pickle
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -144,6 +145,27 @@ def test_layers_that_deltas_cannot_be_put_on_are_refused():
     for layer, message in ((RoutedExperts, "experts"), (ParallelLMHead, "LM heads")):
         with pytest.raises(ValueError, match=f"has no quantised .*{message}"):
             under_deltas(layer.__new__(layer), Quantised())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"has_bias": True}, "with biases"),
+        ({"apply_router_weight_on_input": True}, "that weight the experts' input"),
+        ({"activation": "swigluoai"}, "with activation swigluoai, only silu, gelu, "),
+        ({}, None),
+    ],
+)
+def test_experts_that_deltas_cannot_be_put_on_are_refused(change, message):
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    from vllm_dqrelo.experts import refuse
+
+    given = {"has_bias": False, "apply_router_weight_on_input": False} | change
+    given["activation"] = MoEActivation.from_str(change.get("activation", "silu"))
+    layer = SimpleNamespace(**given, moe_config=SimpleNamespace(**given))
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        refuse(layer)
 
 
 def test_an_architecture_that_nobody_tested_is_named(monkeypatch, config):

@@ -63,11 +63,12 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("kind", ["llama-tied", "mixtral"])
 def test_steps_with_and_without_deltas(
-    family, alone, engine, answers, difference, load, prompts, eager
+    family, alone, engine, answers, difference, load, prompts, eager, kind
 ):
     """Compiled, which is vLLM's default, there are two codes; the base's is its own."""
-    made, expected = family("llama-tied"), alone("llama-tied")
+    made, expected = family(kind), alone(kind)
     options = {"quantization": "dqrelo", "max_loras": 2, "enforce_eager": eager}
     llm = engine(made.base, **options)
     mode = llm.llm_engine.vllm_config.compilation_config.mode

@@ -5,6 +5,7 @@ Those of the front end are in compat_frontend.py. Each function looks for the na
 needs and says so when it is not there. Line numbers are of vLLM 0.32.0.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -24,6 +25,8 @@ __all__ = ["EngineArgs", "ModelConfig", "VllmConfig"]
 # benchmarks/results/versions.csv has what the tests said of each release.
 OLDEST, FIRST_UNTESTED = (0, 31), (0, 33)
 _PATCHED = "_dqrelo"
+
+PACKINGS = ("vec", "amx")  # of experts on the CPU
 
 
 def version_problem() -> str | None:
@@ -276,15 +279,48 @@ def map_name(model: torch.nn.Module, name: str) -> tuple[str, Any] | None:
     return ".".join([*path, name]), shard
 
 
-def hide_experts(runner: Any) -> None:
-    """Let torch.compile see a layer's experts as one operator, as on a GPU.
+def method_of_experts(moe_config: Any) -> Any:
+    """vLLM's method of experts in 16 or 32 bits, with weights that we can read, too.
+
+    For an engine with adapters it would take kernels of a GPU that add those
+    (fused_moe/oracle/unquantized.py:234). On an Arm or a Power CPU it is the method of
+    any CPU, because the layouts of theirs are not known here.
+    """
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as moe
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (
+        CPUUnquantizedExperts,
+    )
+
+    backend = moe_config.moe_backend if current_platform.is_cpu() else "triton"
+    method = moe.UnquantizedFusedMoEMethod(
+        dataclasses.replace(moe_config, is_lora_enabled=False, moe_backend=backend)
+    )
+    if current_platform.is_cpu() and method.experts_cls.isa not in PACKINGS:
+        method.experts_cls = CPUUnquantizedExperts
+    return method
+
+
+def packing_of_experts(layer: Any) -> str | None:
+    """How a layer's experts are packed (fused_moe/experts/cpu_moe.py:85).
+
+    Returns:
+        One of PACKINGS, see ``dqrelo_kernels.layout.unpack_experts``; None where they
+        are [experts, N, K] as in the checkpoint.
+    """
+    experts = layer.quant_method.moe_kernel.fused_experts
+    packing = getattr(experts, "isa", None)
+    return None if getattr(experts, "_use_zentorch", False) else packing
+
+
+def opaque_experts(runner: Any) -> Any:
+    """The operator that torch.compile sees in place of a layer's experts on a GPU.
 
     On a CPU vLLM would have it trace them (fused_moe/runner/moe_runner.py:315), and
     ours sort the rows of a step by what the router chose.
     """
     find(runner, "_forward_entry")
     op = "moe_forward" if runner.shared_experts is None else "moe_forward_shared"
-    runner._forward_entry = getattr(torch.ops.vllm, op)
+    return getattr(torch.ops.vllm, op)
 
 
 def experts_behind(op: Any) -> Callable[..., Any] | None:

@@ -30,7 +30,8 @@ class _Calls(TorchDispatchMode):
     ) -> Any:
         if func.namespace == "dqrelo":
             names = [argument.name for argument in func._schema.arguments]
-            self.tables.add(args[names.index("table")].data_ptr())
+            if "table" in names:
+                self.tables.add(args[names.index("table")].data_ptr())
         if experts := compat.experts_behind(func):
             with self:
                 return experts(*args, **(kwargs or {}))

@@ -12,22 +12,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.config import (
-    FusedMoEConfig,
-    FusedMoEQuantConfig,
-)
-from vllm.model_executor.layers.fused_moe.fused_moe_method_base import (
-    FusedMoEMethodBase,
-)
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
-    UnquantizedFusedMoEMethod,
-)
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-from vllm.model_executor.utils import replace_parameter
-from vllm.platforms import current_platform
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
 from dqrelo_kernels.rows import ExpertGroups
+from vllm_dqrelo import compat
 from vllm_dqrelo.step import Step
 
 ACTIVATIONS: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -36,61 +25,31 @@ ACTIVATIONS: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
     MoEActivation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
 }
 GATE_UP, DOWN = "gate_up", "down"
+WEIGHTS = {GATE_UP: "w13_weight", DOWN: "w2_weight"}  # [experts, N, K]
 
 
-class DeltaExperts(FusedMoEMethodBase):
+class DeltaExperts(QuantizeMethodBase):
     """The experts of one layer, with the deltas of their rows.
 
-    It is the method of the layer from the start, unlike DeltaMethod: a delta belongs
-    between an expert's two matrices, where a fused kernel lets nobody in. On the CPU
-    each matrix is what vLLM makes of that of a linear layer, and the experts come one
-    after another; elsewhere the layer keeps its weights, and torch multiplies all.
+    A delta belongs between an expert's two matrices, where vLLM's fused kernels let
+    nobody in, so that these come one after the other here.
 
     Args:
-        moe: configuration of the layer.
-
-    Attributes:
-        on_cpu: whether vLLM's kernels for the CPU have the matrices.
+        inner: the layer's method.
+        step: which rows belong to which delta.
     """
 
-    on_cpu = current_platform.is_cpu()
-
-    def __init__(self, moe: FusedMoEConfig) -> None:
-        super().__init__(moe)
-        if moe.activation not in ACTIVATIONS or moe.has_bias:
-            raise ValueError(
-                "--quantization dqrelo has no mixtures of experts with biases or with "
-                f"activation {moe.activation.value}, only "
-                + ", ".join(known.value for known in ACTIVATIONS)
-            )
-        self.activation = ACTIVATIONS[moe.activation]
-        self.experts = moe.num_local_experts
-        self.weights: dict[str, torch.Tensor] = {}  # [experts, N, K]
-        self.matrices: dict[str, list[torch.nn.Module]] = {}  # of each expert
-        self.step: Step  # by install, before the layer is called
+    def __init__(self, inner: QuantizeMethodBase, step: Step) -> None:
+        self.inner = inner
+        self.step = step
         self.deltas: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.add: dict[str, Callable[..., None]] = {}
 
-    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        if layer.apply_router_weight_on_input:
-            raise ValueError(
-                "--quantization dqrelo has no mixtures of experts that weight the "
-                "experts' input"
-            )
-        UnquantizedFusedMoEMethod.create_weights(self, layer, *args, **kwargs)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """On the CPU the layer keeps only the shapes of its weights."""
-        for part, name in ((GATE_UP, "w13_weight"), (DOWN, "w2_weight")):
-            weights = layer.get_parameter(name).data
-            if self.on_cpu:
-                self.matrices[part] = [_matrix(weight) for weight in weights]
-                replace_parameter(layer, name, weights.to("meta"))
-            else:
-                self.weights[part] = weights
-
-    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> FusedMoEQuantConfig:
-        return FusedMoEQuantConfig.make()
+    def create_weights(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("deltas are put on a model that has its weights")
 
     def install(
         self,
@@ -98,7 +57,6 @@ class DeltaExperts(FusedMoEMethodBase):
         arena: torch.Tensor,
         table: torch.Tensor,
         slices: torch.Tensor,
-        step: Step,
         add: Callable[..., None],
     ) -> None:
         """Put the deltas behind one of the two matrices of all experts.
@@ -108,12 +66,10 @@ class DeltaExperts(FusedMoEMethodBase):
             arena: uint8 [bytes], see dqrelo_kernels.ops.
             table: int64 [slots, experts * slices of one expert, Field].
             slices: int32 [slices of one expert + 1].
-            step: which rows belong to which delta.
             add: the op, dqrelo::delta_linear_ or one with its arguments.
         """
         entries = table.view(-1, len(slices) - 1, table.shape[-1])
         self.deltas[part] = arena, entries, slices
-        self.step = step
         self.add[part] = add
 
     def apply(
@@ -137,31 +93,29 @@ class DeltaExperts(FusedMoEMethodBase):
         """
         experts, order = topk_ids.flatten().sort(stable=True)
         rows = order // topk_ids.shape[1]
-        numbers = torch.arange(self.experts, device=x.device)
+        count = len(layer.w2_weight)
+        numbers = torch.arange(count, device=x.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
-        groups = None
-        if not self.step.skips:
-            slots = self.deltas[DOWN][1].shape[0] // self.experts
-            by_row = self.step.tokens.by_row[rows]
-            groups = ExpertGroups.of(by_row, experts, slots, self.experts)
+        slots = self.deltas[DOWN][1].shape[0] // count
+        by_row = self.step.tokens.by_row[rows]
+        groups = ExpertGroups.of(by_row, experts, slots, count)
 
-        gate, up = self._multiply(GATE_UP, x[rows], ends, groups).chunk(2, dim=-1)
-        hidden = self.activation(gate) * up
-        out = self._multiply(DOWN, hidden, ends, groups)
+        gate, up = self._multiply(GATE_UP, layer, x[rows], ends, groups).chunk(2, -1)
+        hidden = ACTIVATIONS[layer.activation](gate) * up
+        out = self._multiply(DOWN, layer, hidden, ends, groups)
         out = out[order.argsort()].view(*topk_ids.shape, -1)
         return (out.float() * topk_weights[..., None].float()).sum(1).to(x.dtype)
 
     def _multiply(
         self,
         part: str,
+        layer: Any,
         x: torch.Tensor,
         ends: torch.Tensor,
-        groups: ExpertGroups | None,
+        groups: ExpertGroups,
     ) -> torch.Tensor:
-        """Rows ``ends[e - 1]`` to ``ends[e]`` of ``x`` by expert e; then the deltas."""
-        y = self._base(part, x, ends)
-        if groups is None:
-            return y
+        """``multiply``, and then the deltas."""
+        y = multiply(part, layer, x, ends)
         arena, table, slices = self.deltas[part]
         self.add[part](
             y,
@@ -177,26 +131,47 @@ class DeltaExperts(FusedMoEMethodBase):
         )
         return y
 
-    def _base(self, part: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        if not self.on_cpu:
-            return F.grouped_mm(x, self.weights[part].transpose(1, 2), offs=ends)
-        last = ends.tolist()
-        spans = enumerate(zip([0, *last], last, strict=False))
-        return torch.cat(
-            [self.multiply(part, e, x[a:b]) for e, (a, b) in spans if b > a]
-        )
 
-    def multiply(self, part: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """``x`` [M, K] by one expert's matrix, or its two: [M, N]."""
-        if not self.on_cpu:
-            return F.linear(x, self.weights[part][expert])
-        matrix: Any = self.matrices[part][expert]
-        return matrix.cpu_linear(x, matrix.weight, None)
+def multiply(
+    part: str, layer: Any, x: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """Rows by one matrix of the base's experts, or by gate and up of them.
+
+    Semantics: ``y[m] = W_e x[m]`` for ``ends[e - 1] <= m < ends[e]``.
+
+    Args:
+        part: GATE_UP or DOWN.
+        layer: a RoutedExperts, whose weights it reads as vLLM has packed them.
+        x: [M, K] float.
+        ends: int32 [experts].
+
+    Returns:
+        [M, N] of the dtype of ``x``.
+    """
+    weight = getattr(layer, WEIGHTS[part])
+    packing = compat.packing_of_experts(layer)
+    if packing is None:
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    # vLLM has filled each of the three matrices up to a multiple of 32.
+    width = layer.moe_config.intermediate_size_per_partition
+    y = x.new_empty(len(x), weight.shape[1])
+    x = F.pad(x, (0, weight.shape[2] - x.shape[1])).contiguous()
+    torch.ops.dqrelo.expert_linear_(y, x, weight, ends, packing == "amx")
+    if part == DOWN or y.shape[1] == 2 * width:
+        return y
+    return torch.cat([both[:, :width] for both in y.chunk(2, dim=1)], dim=1)
 
 
-def _matrix(weight: torch.Tensor) -> torch.nn.Module:
-    """A layer [N, K] with the kernel that vLLM chooses for it on the CPU."""
-    layer = torch.nn.Module()
-    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
-    return layer
+def refuse(layer: Any) -> None:
+    """Refuse experts that deltas could not be put on."""
+    problem = None
+    if layer.moe_config.has_bias:
+        problem = "with biases"
+    elif layer.apply_router_weight_on_input:
+        problem = "that weight the experts' input"
+    elif layer.moe_config.activation not in ACTIVATIONS:
+        known = ", ".join(activation.value for activation in ACTIVATIONS)
+        activation = layer.moe_config.activation.value
+        problem = f"with activation {activation}, only {known}"
+    if problem:
+        raise ValueError(f"--quantization dqrelo has no mixtures of experts {problem}")

@@ -4,6 +4,7 @@
 from typing import Any, NamedTuple
 
 import torch
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.utils import default_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -14,7 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
 from dqrelo_kernels.rows import RowGroups
 from vllm_dqrelo import compat
-from vllm_dqrelo.experts import DeltaExperts
+from vllm_dqrelo.experts import GATE_UP, DeltaExperts
 from vllm_dqrelo.fully_sharded import linear_of
 from vllm_dqrelo.sites import Site
 from vllm_dqrelo.step import Step
@@ -235,8 +236,8 @@ def install(
 ) -> None:
     """Put the deltas behind one module of ``model``, which is changed in place.
 
-    In steps that are skipped its class or method is vLLM's own again, but for experts
-    and for room for added tokens.
+    In steps that are skipped its class or method is vLLM's own again, but for room for
+    added tokens.
     """
     module: Any = site.module
     if site.is_norm:
@@ -251,11 +252,14 @@ def install(
         module.arena, module.table, module.step = arena, table, step
         module.slices = site.slices(arena.device)
         return
-    if isinstance(module.quant_method, DeltaExperts):
+    if isinstance(module, RoutedExperts):
         path, _, part = site.name.rpartition(".")
+        if part == GATE_UP:  # which comes first
+            step.put(module, "quant_method", DeltaExperts(module.quant_method, step))
+            runner = model.get_submodule(path.rpartition(".")[0])
+            step.put(runner, "_forward_entry", compat.opaque_experts(runner))
         slices, add = site.slices(arena.device), linear_of(site)
-        module.quant_method.install(part, arena, table, slices, step, add)
-        compat.hide_experts(model.get_submodule(path.rpartition(".")[0]))
+        module.quant_method.install(part, arena, table, slices, add)
         return
     method = DeltaMethod(module.quant_method, site, arena, table, step, added)
     if added is None:

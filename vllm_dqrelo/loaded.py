@@ -8,8 +8,9 @@ A delta is in the checkpoint's order, and would be another model there.
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-from vllm_dqrelo.experts import DeltaExperts
+from vllm_dqrelo.experts import multiply
 from vllm_dqrelo.format.checkpoint import Checkpoint
 from vllm_dqrelo.sites import Place, Sites
 
@@ -50,11 +51,13 @@ def _as_stored(
         return _equal(module.weight[rows][:, columns], stored)
     x = torch.zeros(len(columns), place.site.columns, dtype=module.params_dtype)
     x[range(len(columns)), columns] = 1
-    if isinstance(module.quant_method, DeltaExperts):
+    if isinstance(module, RoutedExperts):
         expert, index = divmod(place.index, len(place.site.of_a_row))
         start = index * len(place.rows)
         part = place.site.name.rpartition(".")[2]
-        y = module.quant_method.multiply(part, expert, x.to(device))
+        numbers = torch.arange(place.site.experts, device=device)
+        ends = (numbers >= expert).int() * len(x)
+        y = multiply(part, module, x.to(device), ends)
     else:
         y = module.quant_method.apply(module, x.to(device))
     return _equal(y[:, [start + row for row in rows]].T, stored)

@@ -122,16 +122,19 @@ def under_deltas(
         UnquantizedEmbeddingMethod,
     )
 
-    from vllm_dqrelo.experts import DeltaExperts
+    from vllm_dqrelo import compat, experts
     from vllm_dqrelo.options import Options
     from vllm_dqrelo.plugin import patch_worker
     from vllm_dqrelo.vocabulary import EnlargedEmbedding
 
     patch_worker()
     if isinstance(layer, RoutedExperts):
-        if own is None or isinstance(own, UnquantizedFusedMoEMethod):
-            return DeltaExperts(layer.moe_config)
-        raise ValueError("--quantization dqrelo has no quantised mixtures of experts")
+        if own is not None and not isinstance(own, UnquantizedFusedMoEMethod):
+            raise ValueError(
+                "--quantization dqrelo has no quantised mixtures of experts"
+            )
+        experts.refuse(layer)
+        return compat.method_of_experts(layer.moe_config)
     if not isinstance(layer, VocabParallelEmbedding):
         return own
     unquantized = UnquantizedEmbeddingMethod, UnquantizedLinearMethod

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models import supports_multimodal
 
 from vllm_dqrelo import compat, shards
-from vllm_dqrelo.experts import DOWN, GATE_UP, DeltaExperts
+from vllm_dqrelo.experts import DOWN, GATE_UP
 
 # What the q/k/v slices of a fused attention projection are called.
 QKV = {"q": 0, "k": 1, "v": 2}
@@ -245,11 +245,11 @@ class Sites:
 
     def _add_experts(self, name: str, module: Any) -> None:
         """Two sites: the gate and up matrices of all experts, and the down matrices."""
-        if not isinstance(module.quant_method, DeltaExperts):
-            return
-        count, both, columns = module.w13_weight.shape
+        count, columns = module.local_num_experts, module.hidden_size
         parts = {"w1": (GATE_UP, 2, 0), "w3": (GATE_UP, 2, 1), "w2": (DOWN, 1, 0)}
-        here, in_all = both // 2, both // 2 * module.moe_config.tp_size
+        # Its weights may have been filled up with zeros.
+        here = module.moe_config.intermediate_size_per_partition
+        in_all = here * module.moe_config.tp_size
         rows = [((width,) * 2 * count, columns) for width in (here, in_all)]
         self._add(f"{name}.{GATE_UP}", module, rows[0], rows[1], count)
         rows = [((columns,) * count, width) for width in (here, in_all)]

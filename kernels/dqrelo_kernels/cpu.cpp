@@ -140,6 +140,21 @@ void delta_expand(StableIValue* stack, uint64_t, uint64_t) {
            at[6], at[8]);
 }
 
+void expert_linear(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments<4> at(stack);
+    Tensor y = at[0], x = at[1], weight = at[2];
+    auto ends = at[3].data<int32_t>();
+    Experts experts = {weight.data(),       int(weight.size(0)), int(weight.size(1)),
+                       int(weight.size(2)), weight.numbers(),    at.value<bool>(4)};
+    if (experts.rows % PAIR || experts.columns % PAIR)
+        throw std::invalid_argument(
+            "dqrelo: the matrices of experts must have multiples of 32 rows and columns");
+    for (int begin = 0, all = ends[experts.count - 1]; begin < all; begin += WINDOW) {
+        ExpertLinear op(rows_of(y), rows_of(x), experts);
+        op.run(ends, begin, std::min(begin + WINDOW, all));
+    }
+}
+
 void delta_embedding(StableIValue* stack, uint64_t, uint64_t) {
     Arguments<8> at(stack);
     if (!*at[7].data<int32_t>()) return;
@@ -217,6 +232,7 @@ int dqrelo_register() {
     return !aoti_torch_library_impl(registered, "delta_linear_", delta_linear) &&
            !aoti_torch_library_impl(registered, "delta_shrink_", delta_shrink) &&
            !aoti_torch_library_impl(registered, "delta_expand_", delta_expand) &&
+           !aoti_torch_library_impl(registered, "expert_linear_", expert_linear) &&
            !aoti_torch_library_impl(registered, "delta_embedding_", delta_embedding) &&
            !aoti_torch_library_impl(registered, "delta_norm_", delta_norm);
 }

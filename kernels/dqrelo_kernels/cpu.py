@@ -19,10 +19,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SOURCES = (
-    "cpu.cpp",
-    *(f"cpu_{p}.h" for p in ("lanes", "linear", "narrow", "table", "tiles", "torch")),
-)
+FOLDER = Path(__file__).parent
+SOURCES = (FOLDER / "cpu.cpp", *sorted(FOLDER.glob("cpu_*.h")))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 TORCH = Path(torch.__file__).parent
 
@@ -78,16 +76,15 @@ def build() -> Path:
     key = hashlib.sha256("\n".join([*command, torch.__version__]).encode())
     target = [compiler, "-march=native", "-E", "-dM", "-x", "c++", os.devnull]
     key.update(subprocess.run(target, check=True, capture_output=True).stdout)
-    folder = Path(__file__).parent
     for source in SOURCES:
-        key.update((folder / source).read_bytes())
+        key.update(source.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = cache / "vllm-dqrelo"
     built = cache / f"cpu-{key.hexdigest()[:16]}.so"
     if not built.exists():
         cache.mkdir(parents=True, exist_ok=True)
         scratch = built.with_suffix(f".{os.getpid()}")
-        command[1:1] = [str(folder / SOURCES[0]), "-o", str(scratch)]
+        command[1:1] = [str(SOURCES[0]), "-o", str(scratch)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         scratch.rename(built)
     return built

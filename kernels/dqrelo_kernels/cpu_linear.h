@@ -7,17 +7,12 @@
 #include "cpu_narrow.h"
 #include "cpu_table.h"
 #include "cpu_tiles.h"
+#include "cpu_workspace.h"
 
-#include <memory>
 #include <vector>
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#endif
 
 namespace {
 
-constexpr int WINDOW = 256;  // rows of x in work at a time: they stay in the L2 cache
 constexpr int AHEAD = 2;     // units whose bytes are asked for before they are multiplied
 
 // By lanes (cpu_lanes.h), in bf16 (cpu_narrow.h), or by tiles of float (cpu_tiles.h)
@@ -53,21 +48,6 @@ struct Unit {  // what one thread does at a time
     const Job* job;
     int first;  // row of the tile
 };
-
-// Memory of this thread that stays for the next call; what is in it does not.
-enum Use { SHARED, OWN, USES };
-char* workspace(size_t bytes, Use use = SHARED) {
-    static thread_local std::unique_ptr<char[]> memory[USES];
-    static thread_local size_t size[USES] = {};
-    if (size[use] < bytes) memory[use].reset(new char[(size[use] = bytes) + 64]);
-    auto start = reinterpret_cast<uintptr_t>(memory[use].get());
-    start = (start + 63) & ~uintptr_t(63);
-#if defined(__SANITIZE_ADDRESS__)
-    __asan_poison_memory_region(memory[use].get(), size[use] + 64);
-    __asan_unpoison_memory_region(reinterpret_cast<void*>(start), bytes);
-#endif
-    return reinterpret_cast<char*>(start);
-}
 
 class Linear {
  public:
@@ -380,17 +360,8 @@ class Linear {
     void stage_narrow(const Unit& unit) const {
         const Group& group = *unit.group;
         int rows = std::min(TILE, height_of(group.count) - unit.first);
-        Bf16* out = staged<Bf16>(group, unit.first);
-        for (int m = 0; m < rows; m++, out += SPAN) {
-            bool there = unit.first + m < group.count;
-            const char* in = there ? x.at(group.rows[unit.first + m]) : nullptr;
-            for (int k = 0; k < padded; k += SPAN) {
-                int n = there ? std::clamp(columns - k, 0, SPAN) : 0;
-                Bf16* to = out + k * rows;
-                if (n < SPAN) std::memset(to, 0, SPAN * sizeof *to);
-                if (n) std::memcpy(to, in + 2 * k, 2 * n);
-            }
-        }
+        stage_left(staged<Bf16>(group, unit.first), x, group.rows + unit.first,
+                   std::min(TILE, group.count - unit.first), rows, columns, padded);
         for (const Job& job : jobs) {
             if (job.group != &group || !job.rank) continue;
             int width = padded_rank(job);

@@ -119,6 +119,34 @@ inline void lay_out(Bf16* out, const Matrix& matrix, int row, int rows, int k,
                         std::min(BLOCK, columns - done));
 }
 
+// Two columns of 16 rows side by side, as `columns` of them are in memory one after the
+// other, become a right operand's.
+inline void lay_out_columns(Bf16* out, const Bf16* in, int columns) {
+    alignas(64) static constexpr uint16_t ORDER[] = {
+        0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512i order = _mm512_load_si512(ORDER);
+    for (int k = 0; k < columns; k += 2, in += 2 * TILE, out += 2 * TILE)
+        _mm512_store_si512(out, _mm512_permutexvar_epi16(order, _mm512_loadu_si512(in)));
+}
+
+// ---- left operands: activations -------------------------------------------------------
+
+// `count` rows of x, of `rows` <= 16 that an operand has; zeros are behind them and behind
+// the columns.
+inline void stage_left(Bf16* out, const Rows& x, const int32_t* numbers, int count,
+                       int rows, int columns, int padded) {
+    for (int m = 0; m < rows; m++, out += SPAN) {
+        const char* in = m < count ? x.at(numbers[m]) : nullptr;
+        for (int k = 0; k < padded; k += SPAN) {
+            int n = in ? std::clamp(columns - k, 0, SPAN) : 0;
+            Bf16* to = out + k * rows;
+            if (n < SPAN) std::memset(to, 0, SPAN * sizeof *to);
+            if (n) std::memcpy(to, in + 2 * k, 2 * n);
+        }
+    }
+}
+
 // ---- products -------------------------------------------------------------------------
 
 // A matrix of activations as left operands
@@ -231,7 +259,7 @@ struct Products {
             for (int pair = 0; pair < SPAN; pair += 2) {
                 __m512bh matrix[2];
                 for (int i = 0; i < 2; i++)
-                    matrix[i] = __m512bh(_mm512_load_si512(right[i] + (k + pair) * TILE));
+                    matrix[i] = __m512bh(_mm512_loadu_si512(right[i] + (k + pair) * TILE));
 #pragma GCC unroll 8
                 for (int m = 0; m < M; m++) {
                     int numbers;

@@ -4,6 +4,7 @@
 // was built works with other versions of torch, and no Python is between.
 #pragma once
 
+#include "cpu_experts.h"
 #include "cpu_linear.h"
 
 #include <omp.h>

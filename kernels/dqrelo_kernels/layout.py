@@ -239,3 +239,22 @@ def _runs(data: torch.Tensor) -> list[torch.Tensor]:
     whole = len(data) // LANES * LANES
     runs = [data[:whole].unflatten(0, (-1, LANES)), data[whole:].unsqueeze(0)]
     return [run for run in runs if run.shape[0] * run.shape[1]]
+
+
+def unpack_experts(weight: torch.Tensor, in_pairs: bool) -> torch.Tensor:
+    """The matrices that vLLM packed for its kernel on the CPU.
+
+    Semantics: the bytes of ``weight`` are ``packed[e, n // 16, k, n % 16]``, or, in
+    pairs of columns, ``packed[e, n // 16, k // 2, n % 16, k % 2]``; vLLM's source is
+    csrc/cpu/cpu_fused_moe.cpp.
+
+    Args:
+        weight: [experts, N, K] of any dtype, N a multiple of 16.
+
+    Returns:
+        [experts, N, K], a copy.
+    """
+    count, rows, columns = weight.shape
+    width = 2 if in_pairs else 1
+    tiles = weight.reshape(count, rows // LANES, columns // width, LANES, width)
+    return tiles.transpose(2, 3).reshape(weight.shape)

@@ -194,6 +194,33 @@ def _merge(weight: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.T
     return reference.merge(weight, *arguments)
 
 
+def expert_linear_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    ends: torch.Tensor,
+    in_pairs: bool,
+) -> None:
+    """Multiply every row by the matrix of its expert, as vLLM packed it on the CPU.
+
+    Semantics: ``y[m] = W_e x[m]`` for ``ends[e - 1] <= m < ends[e]``; accumulated in
+    float32, rounded once. Where a step has no deltas vLLM's own kernel has the same
+    bytes.
+
+    Args:
+        y: [M, N] float. Mutated.
+        x: [M, K] float, rows in the order of their experts.
+        weight: [experts, N, K] float, see ``layout.unpack_experts``; N and K are
+            multiples of 32.
+        ends: int32 [experts], the last one at most M.
+        in_pairs: whether ``weight`` is packed in pairs of columns, of bfloat16.
+    """
+    if cpu.library():
+        torch.ops.dqrelo.expert_linear_(y, x, weight, ends, in_pairs)
+    else:
+        reference.expert_linear_(y, x, weight, ends, in_pairs)
+
+
 def delta_embedding_(
     y: torch.Tensor,
     ids: torch.Tensor,
@@ -299,5 +326,6 @@ register(delta_linear_, "y", "scratch")
 register(delta_shrink_, "scratch")
 register(delta_expand_, "y")
 register(linear, "scratch", fake=_linear_fake)
+register(expert_linear_, "y")
 register(delta_embedding_, "y")
 register(delta_norm_, "y")

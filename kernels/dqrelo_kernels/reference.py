@@ -9,7 +9,13 @@ from collections.abc import Iterator
 
 import torch
 
-from dqrelo_kernels.layout import int4_bytes, unpack_int4, unpack_signs, words_per_row
+from dqrelo_kernels.layout import (
+    int4_bytes,
+    unpack_experts,
+    unpack_int4,
+    unpack_signs,
+    words_per_row,
+)
 from dqrelo_kernels.table import ABSENT, FACTOR_DTYPES, INT4, Field, read, read_matrices
 
 
@@ -144,6 +150,21 @@ def merge(
         if entry[Field.BIAS] != ABSENT:
             merged_bias[mine] += read(arena, entry[Field.BIAS], torch.float32, size)
     return merged.to(weight.dtype), merged_bias.to(weight.dtype)
+
+
+def expert_linear_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    ends: torch.Tensor,
+    in_pairs: bool,
+) -> None:
+    """``y[m] = W_e x[m]`` for the rows m of expert e."""
+    last = ends.tolist()
+    for e, (start, end) in enumerate(zip([0, *last], last, strict=False)):
+        if start < end:
+            (matrix,) = unpack_experts(weight[e : e + 1], in_pairs)
+            y[start:end] = (x[start:end].float() @ matrix.float().T).to(y.dtype)
 
 
 def delta_embedding_(
