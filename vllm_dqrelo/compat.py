@@ -17,10 +17,13 @@ import vllm
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
 __all__ = ["EngineArgs", "ModelConfig", "VllmConfig"]
+
+logger = init_logger(f"vllm.{__name__}")
 
 # benchmarks/results/versions.csv has what the tests said of each release.
 OLDEST, FIRST_UNTESTED = (0, 31), (0, 33)
@@ -120,6 +123,7 @@ def compile_for_base(runner: Any, is_base: Callable[[], bool]) -> bool:
     parts = [m for m in runner.model.modules() if getattr(m, "aot_compiled_fn", None)]
     if not parts or not current_platform.is_cpu():
         return False
+    logger.info("dqrelo: compiling the model once more, for steps without deltas")
     codes = [part.aot_compiled_fn for part in parts]
     for part in parts:
         part.aot_compiled_fn, part.compiled = None, False

@@ -262,14 +262,13 @@ def install(
         module.quant_method.install(part, arena, table, slices, add)
         return
     method = DeltaMethod(module.quant_method, site, arena, table, step, added)
-    if added is None:
-        step.put(module, "quant_method", method)
-    else:
-        module.quant_method = method  # the base's rows do not have the added tokens
+    # The base's rows do not have the added tokens, so that their method stays.
+    put = step.put if added is None else setattr
+    put(module, "quant_method", method)
     # vLLM has faster paths around quant_method, which would leave the deltas out.
     embedding = isinstance(module, VocabParallelEmbedding)
     path = "use_fused_embedding" if embedding else "requires_unquantized_input"
-    setattr(module, path, not embedding)
+    put(module, path, not embedding)
 
 
 def _derive(step: Step, module: torch.nn.Module, *classes: type) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the deltas of an engine did, on its way from the engine to ``/metrics``."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 RIDER = "dqrelo"  # a key of SchedulerStats.kv_connector_stats
@@ -43,10 +43,10 @@ class Report:
     steps: list[tuple[int, int]] = field(default_factory=list)
     finished: list[tuple[str, str, int, int]] = field(default_factory=list)
 
-    def attach(self, stats: Any) -> Any:
-        """``stats`` with this report in them."""
+    def attach(self, stats: Any) -> None:
+        """Put this report into ``stats``, which are changed in place."""
         others = stats.kv_connector_stats or {}
-        return replace(stats, kv_connector_stats={**others, RIDER: vars(self)})
+        stats.kv_connector_stats = {**others, RIDER: vars(self)}
 
     @classmethod
     def detach(cls, stats: Any) -> "Report | None":

@@ -81,6 +81,8 @@ class DeltaScheduler(Scheduler):
     def _rows(self, output: SchedulerOutput) -> Counter[str]:
         """How many rows of a step belong to each delta."""
         rows: Counter[str] = Counter()
+        if not self.deltas.users:
+            return rows
         for request_id, tokens in output.num_scheduled_tokens.items():
             if bound := self.requests[request_id].lora_request:
                 rows[bound.lora_name] += tokens
@@ -89,7 +91,9 @@ class DeltaScheduler(Scheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
         report = self.deltas.take_report()
-        return stats and report.attach(stats)
+        if stats is not None:  # they are, with --disable-log-stats
+            report.attach(stats)
+        return stats
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         bound = request.lora_request

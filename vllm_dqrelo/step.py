@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dqrelo_kernels.rows import RowGroups
+from dqrelo_kernels.rows import BASE, RowGroups
 
 
 class Step:
@@ -21,8 +21,8 @@ class Step:
         merges: whether a delta with many rows has its matrices made whole.
         is_ready: whether operators may be left out of a step without deltas; not where
             a graph is captured, which is to serve later steps, or coverage probed.
-        skips: whether they are left out of this step. They would do nothing, but to
-            call them takes time.
+        skips: whether they are left out of this step, which has rows of the base alone.
+            They would do nothing, but to call them takes time.
     """
 
     def __init__(
@@ -38,7 +38,8 @@ class Step:
         self.tokens = RowGroups(max_tokens, slots, device, merge_rows)
         self.samples = RowGroups(max_tokens, slots, device)
         self._prompt = RowGroups(max_tokens, slots, device)
-        self._token_slots = np.empty(0, dtype=np.int32)
+        self._base = np.full(max_tokens, BASE, dtype=np.int32)
+        self._token_slots = self._base
         self._prompt_hidden: torch.Tensor | None = None
         self._put: list[tuple[torch.nn.Module, str, Any, Any]] = []
         self.is_ready = False
@@ -59,6 +60,8 @@ class Step:
             for module, name, own, value in self._put:
                 object.__setattr__(module, name, own if skips else value)
             self.skips = skips
+        if skips:
+            self._token_slots = self._base  # of this step and of those like it
 
     @contextmanager
     def prompt_rows(self, hidden_states: torch.Tensor) -> Iterator[None]:
