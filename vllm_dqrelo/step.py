@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dqrelo_kernels.rows import BASE, RowGroups
+from dqrelo_kernels.rows import RowGroups
 
 
 class Step:
@@ -38,8 +38,7 @@ class Step:
         self.tokens = RowGroups(max_tokens, slots, device, merge_rows)
         self.samples = RowGroups(max_tokens, slots, device)
         self._prompt = RowGroups(max_tokens, slots, device)
-        self._base = np.full(max_tokens, BASE, dtype=np.int32)
-        self._token_slots = self._base
+        self._token_slots = np.empty(0, dtype=np.int32)
         self._prompt_hidden: torch.Tensor | None = None
         self._put: list[tuple[torch.nn.Module, str, Any, Any]] = []
         self.is_ready = False
@@ -60,8 +59,6 @@ class Step:
             for module, name, own, value in self._put:
                 object.__setattr__(module, name, own if skips else value)
             self.skips = skips
-        if skips:
-            self._token_slots = self._base  # of this step and of those like it
 
     @contextmanager
     def prompt_rows(self, hidden_states: torch.Tensor) -> Iterator[None]:
