@@ -41,12 +41,15 @@ def pack(weight, in_pairs):
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("columns", [32, 416])
 @pytest.mark.parametrize("popularity", POPULARITY)
+@pytest.mark.parametrize("has_floats", [False, True])
 @pytest.mark.parametrize("packed", PACKED)
-def test_expert_linear(packed, popularity, columns):
-    dtype, in_pairs = PACKED[packed]
+def test_expert_linear(packed, has_floats, popularity, columns):
+    """Rows of the matrices' dtype and of float32, which take another way."""
+    stored, in_pairs = PACKED[packed]
+    dtype = torch.float32 if has_floats else stored
     counts = POPULARITY[popularity]
     torch.manual_seed(columns)
-    weight = torch.randn(len(counts), 96, columns).to(dtype)
+    weight = torch.randn(len(counts), 96, columns).to(stored)
     x = torch.randn(sum(counts), columns).to(dtype)
     y = torch.full((sum(counts) + 1, 96), torch.nan, dtype=dtype)
     ends = torch.tensor(counts).cumsum(0).int()

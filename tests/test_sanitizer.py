@@ -35,8 +35,9 @@ def test_native_ops_under_the_address_sanitizer(tmp_path):
         [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
         + [
             "tests/test_ops.py",
+            "tests/test_experts.py",
             "-k",
-            "native and (delta_linear and bfloat16 or embedding)",
+            "native and (delta_linear and bfloat16 or embedding or expert_linear)",
         ],
         cwd=Path(__file__).parents[1],
         env={
