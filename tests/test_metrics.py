@@ -67,7 +67,7 @@ def test_an_engine_s_metrics_are_what_it_did(
         additional_config={"dqrelo": options},
     )
     manager = manager_of(llm)
-    reads, steps = spies(manager)
+    reads, steps = spies(llm, manager)
     requests = [load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)]
     answers(llm, prompts, [None, requests[0], requests[1], requests[0]])
     assert value("num_deltas_registered") == 3
@@ -106,17 +106,19 @@ def test_an_engine_s_metrics_are_what_it_did(
     assert value("iteration_deltas_sum") == sum(steps)
 
 
-def spies(manager):
+def spies(llm, manager):
     """Lists that grow: the deltas that are read, the number of deltas of each step."""
     reads, steps = [], []
-    read, activate = manager.loader._read, manager.set_active_adapters
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    runner = executor.driver_worker.worker.model_runner
+    read, activate = manager.loader._read, runner.set_active_loras
 
-    def set_active_adapters(requests, mapping):
-        steps.append(len(requests))
-        activate(requests, mapping)
+    def set_active_loras(batch, *args):
+        steps.append(len(batch.lora_id_to_lora_request))
+        activate(batch, *args)
 
     manager.loader._read = lambda request: reads.append(request) or read(request)
-    manager.set_active_adapters = set_active_adapters
+    runner.set_active_loras = set_active_loras
     return reads, steps
 
 

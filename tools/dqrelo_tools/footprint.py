@@ -43,7 +43,8 @@ def base_bytes(name_or_path: str, device: str = "cuda") -> int:
     head it keeps unpacked as well, and packs each of them even if they are one matrix
     (dispatch_cpu_unquantized_gemm in vllm/model_executor/layers/utils.py): that is two
     matrices of the vocabulary beside the weights. (One, where vLLM has no layer for the
-    LM head, as in Gemma 2 and Cohere's models.)
+    LM head, as in Gemma 2 and Cohere's models. Experts whose width is no multiple of 32
+    take a little more, because it fills them up.)
 
     Raises:
         DqreloError: a folder without a model, or no matrix of the vocabulary where one
