@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo   a real model, fine-tuned, compressed, served and asked
-# make test   all tests that need no GPU
+# make test   all tests that need no GPU, two files of them at a time
 # make bench  short versions of the benchmarks, and all figures and tables again
 # make bench-check   are deltas slower than they were on this kind of machine?
 # Each sets up .venv first: vLLM's CPU build and this project, editable.
@@ -14,7 +14,8 @@ demo: .venv/ready
 	$(BIN)/python benchmarks/demo.py
 
 test: .venv/ready
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile -m "not timing"
+	$(BIN)/pytest -m timing
 
 # Measured anew into .cache/bench; the documents have benchmarks/results.
 bench: .venv/ready

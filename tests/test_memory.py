@@ -146,6 +146,7 @@ def slow_disk(monkeypatch):
     return SlowDisk(monkeypatch)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("way", ["request", "registration"])
 def test_decoding_goes_on_while_a_delta_is_read(
     way,
