@@ -161,10 +161,10 @@ def test_a_worker_is_killed(family, server, tmp_path):
         request = urllib.request.Request(
             f"{url}/v1/completions", body, {"Content-Type": "application/json"}
         )
+        processes = psutil.Process().children(recursive=True)
+        (worker,) = [p for p in processes if p.name().startswith("VLLM::Worker")]
+        worker.suspend()  # the request is in flight until it is killed
         with urllib.request.urlopen(request, timeout=60) as answer:
-            answer.readline()
-            processes = psutil.Process().children(recursive=True)
-            (worker,) = [p for p in processes if p.name().startswith("VLLM::Worker")]
             worker.kill()
             seen["stream"] = answer.read().decode()
         with pytest.raises((urllib.error.URLError, OSError)) as error:
