@@ -285,7 +285,7 @@ def low_rank(
     """
     (m, k), (slots, slices, _) = x.shape, table.shape
     tall = are_tall(m, slots) and x.dtype != torch.float32
-    block_m, warps = (64, 4) if tall else (16, 2)
+    block_m, stages = (64, 3) if tall else (16, 4)
     # The same for all heights, so that a row's bits do not depend on the height: an
     # int4 sum goes by halves of block_k, and Hopper takes wgmma from block_r 64 on.
     block_r, block_k = 32, 128
@@ -313,6 +313,6 @@ def low_rank(
         BLOCK_M=block_m,
         BLOCK_R=block_r,
         BLOCK_K=block_k,
-        num_warps=warps,
-        num_stages=4,
+        num_warps=2,  # of tall tiles each decodes all of A: no more of them
+        num_stages=stages,
     )
