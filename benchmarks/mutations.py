@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from vllm_dqrelo.format.config import CONFIG_NAME, DeltaConfig
 from vllm_dqrelo.format.delta import weight_files, write_delta
@@ -86,7 +86,8 @@ def load_all(folder: Path) -> dict[str, torch.Tensor]:
     return {
         k: v
         for file in weight_files(folder)
-        for k, v in sorted(load_file(file).items())
+        # load_file of safetensors 0.8.0 keeps 64 bytes a tensor for good.
+        for k, v in sorted(load(file.read_bytes()).items())
     }
 
 
