@@ -249,7 +249,7 @@ def main() -> int:
             writer.writerows(rows)
     print(*faults[:40], sep="\n", file=sys.stderr)
     growth = memory[-1] - memory[len(memory) // 2]
-    return 1 if faults or growth > 64 else 0
+    return 1 if faults or growth > 4 else 0
 
 
 if __name__ == "__main__":
