@@ -86,11 +86,11 @@ def sampling(max_tokens=8, prompt_logprobs=None):
     )
 
 
-def answers(llm, prompts, requests=None, prompt_logprobs=None):
+def answers(llm, prompts, requests=None, prompt_logprobs=None, max_tokens=8):
     """Tokens, their logprobs and the prompt's logprobs, of each prompt."""
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
-        sampling(prompt_logprobs=prompt_logprobs),
+        sampling(max_tokens, prompt_logprobs),
         lora_request=requests,
         use_tqdm=False,
     )

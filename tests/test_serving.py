@@ -4,6 +4,7 @@
 import gc
 import shutil
 
+import interpreter  # noqa: F401  before the kernels
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -137,6 +138,40 @@ def test_prompts_through_merged_matrices(
         )
         for (p, m), answer in zip(order, got, strict=True):
             assert difference(answer, expected[m][p]) <= TOLERANCE, (p, m)
+    assert len({slot for *_, slot in merges}) == 3
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """Deltas lie in memory as on a GPU, and Triton's interpreter computes with them."""
+    import dqrelo_kernels.ops
+    from dqrelo_kernels import cpu
+    from vllm_dqrelo import packed
+
+    monkeypatch.setenv("DQRELO_NATIVE", "0")
+    cpu.reset()
+    monkeypatch.setattr(packed._Extent, "side_by_side", False)
+    monkeypatch.setattr(dqrelo_kernels.ops, "_backend", lambda x: "triton")
+    yield
+    cpu.reset()
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "mixtral"])
+def test_the_kernels_of_a_gpu(
+    like_a_gpu, merges, family, alone, engine, answers, difference, load, prompts, kind
+):
+    """All of a request's way but the device: fine-tune, folder, arena, launchers."""
+    made, expected = family(kind), alone(kind)
+    llm = engine(made.base, quantization="dqrelo", max_loras=3)
+    requests = [None] + [
+        load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)
+    ]
+    order = [(0, 0), (0, 1), (1, 2), (1, 3)]
+    asked = [prompts[p] for p, _ in order], [requests[m] for _, m in order]
+    # Prompts, and a token of each request: the interpreter takes seconds for a step.
+    for (p, m), got in zip(order, answers(llm, *asked, max_tokens=2), strict=True):
+        tokens, logprobs, _ = expected[m][p]
+        assert difference(got, (tokens[:2], logprobs[:2])) <= TOLERANCE, (p, m)
     assert len({slot for *_, slot in merges}) == 3
 
 

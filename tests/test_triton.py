@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton launchers against the reference.
 
-Without a CUDA device they run in Triton's interpreter, which is wrong in bf16
-(triton-lang/triton#11584): float32 and float16 run there, bf16 needs a device.
+Without a CUDA device they run in Triton's interpreter; bf16 needs a device.
 """
 
-import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import interpreter  # noqa: F401  before the kernels
 import numpy as np
 import pytest
 import torch
@@ -27,25 +26,14 @@ from deltas import (
     workers_of,
 )
 
-if not HAS_DEVICE:
-    os.environ["TRITON_INTERPRET"] = "1"
-
-triton = pytest.importorskip("triton")
-tl = pytest.importorskip("triton.language")
-if not HAS_DEVICE and isinstance(tl.sum, triton.JITFunction):
-    # Something imported Triton before this file could ask for the interpreter.
-    for name, value in vars(importlib.reload(tl.standard)).items():
-        if callable(value):
-            setattr(tl, name, value)
-
-import dqrelo_kernels.ops  # noqa: E402, F401  registers torch.ops.dqrelo
-from dqrelo_kernels import reference  # noqa: E402
-from dqrelo_kernels.low_rank import low_rank  # noqa: E402
-from dqrelo_kernels.merge import merge  # noqa: E402
-from dqrelo_kernels.rows import ExpertGroups, RowGroups  # noqa: E402
-from dqrelo_kernels.rowwise import embedding, norm  # noqa: E402
-from dqrelo_kernels.sign_matmul import sign_matmul  # noqa: E402
-from dqrelo_kernels.table import (  # noqa: E402
+import dqrelo_kernels.ops  # noqa: F401  registers torch.ops.dqrelo
+from dqrelo_kernels import reference
+from dqrelo_kernels.low_rank import low_rank
+from dqrelo_kernels.merge import merge
+from dqrelo_kernels.rows import ExpertGroups, RowGroups
+from dqrelo_kernels.rowwise import embedding, norm
+from dqrelo_kernels.sign_matmul import sign_matmul
+from dqrelo_kernels.table import (
     ABSENT,
     ALIGNMENT,
     FACTOR_DTYPES,

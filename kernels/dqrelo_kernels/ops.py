@@ -56,13 +56,14 @@ def delta_linear_(
     """
     if not int(num_active):
         return
-    if y.is_cuda:
+    backend = _backend(y)
+    if backend == "triton":
         from dqrelo_kernels.low_rank import low_rank  # imports Triton
         from dqrelo_kernels.sign_matmul import sign_matmul
 
         low_rank(scratch, x, arena, table, rows, starts)
         sign_matmul(y, scratch, x, arena, table, slices, rows, starts)
-    elif y.is_cpu and cpu.library():
+    elif backend == "native":
         torch.ops.dqrelo.delta_linear_(  # the native one: from now on at once
             y, scratch, x, arena, table, slices, rows, slots, starts, num_active
         )
@@ -94,11 +95,12 @@ def delta_shrink_(
     """
     if not int(num_active):
         return
-    if x.is_cuda:
+    backend = _backend(x)
+    if backend == "triton":
         from dqrelo_kernels.low_rank import low_rank  # imports Triton
 
         low_rank(scratch, x, arena, table, rows, starts)
-    elif x.is_cpu and cpu.library():
+    elif backend == "native":
         torch.ops.dqrelo.delta_shrink_(
             scratch, x, arena, table, rows, slots, starts, num_active
         )
@@ -126,11 +128,12 @@ def delta_expand_(
     """
     if not int(num_active):
         return
-    if y.is_cuda:
+    backend = _backend(y)
+    if backend == "triton":
         from dqrelo_kernels.sign_matmul import sign_matmul  # imports Triton
 
         sign_matmul(y, scratch, x, arena, table, slices, rows, starts)
-    elif y.is_cpu and cpu.library():
+    elif backend == "native":
         torch.ops.dqrelo.delta_expand_(
             y, scratch, x, arena, table, slices, rows, slots, starts, num_active
         )
@@ -187,7 +190,7 @@ def linear(
 
 
 def _merge(weight: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    if weight.is_cuda:
+    if _backend(weight) == "triton":
         from dqrelo_kernels.merge import merge  # imports Triton
 
         return merge(weight, *arguments)
@@ -243,11 +246,12 @@ def delta_embedding_(
     """
     if not int(num_active):
         return
-    if y.is_cuda:
+    backend = _backend(y)
+    if backend == "triton":
         from dqrelo_kernels.rowwise import embedding  # imports Triton
 
         embedding(y, ids, arena, table, vocab, rows, slots)
-    elif y.is_cpu and cpu.library():
+    elif backend == "native":
         torch.ops.dqrelo.delta_embedding_(
             y, ids, arena, table, vocab, rows, slots, num_active
         )
@@ -280,16 +284,24 @@ def delta_norm_(
     """
     if not int(num_active):
         return
-    if y.is_cuda:
+    backend = _backend(y)
+    if backend == "triton":
         from dqrelo_kernels.rowwise import norm  # imports Triton
 
         norm(y, x, arena, table, rows, slots, eps, centred)
-    elif y.is_cpu and cpu.library():
+    elif backend == "native":
         torch.ops.dqrelo.delta_norm_(
             y, x, arena, table, rows, slots, num_active, eps, centred
         )
     else:
         reference.delta_norm_(y, x, arena, table, rows, slots, eps, centred)
+
+
+def _backend(x: torch.Tensor) -> str:
+    """What computes an op on ``x``: "triton", "native" or, everywhere, "torch"."""
+    if x.is_cuda:
+        return "triton"
+    return "native" if x.is_cpu and cpu.library() else "torch"
 
 
 def prepare(device: torch.device) -> None:
