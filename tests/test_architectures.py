@@ -5,6 +5,7 @@ import gc
 import itertools
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from dqrelo_kernels.rows import BASE
 from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
 from vllm_dqrelo import compat
@@ -188,6 +190,11 @@ def test_experts_as_on_a_gpu(save_model, tmp_path, monkeypatch):
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (
         CPUUnquantizedExperts,
     )
+    from vllm.model_executor.layers.fused_moe.runner.shared_experts import (
+        SharedExperts,
+        SharedExpertsOrder,
+    )
+    from vllm.platforms.cpu import CpuPlatform
 
     def densely(self, output, hidden_states, w1, w2, topk_weights, topk_ids, **_):
         gate, up = torch.einsum("mk,enk->emn", hidden_states, w1).chunk(2, dim=-1)
@@ -207,6 +214,20 @@ def test_experts_as_on_a_gpu(save_model, tmp_path, monkeypatch):
     llm = check_mixed_batch(base, [tuned], tmp_path, enforce_eager=False)
     mode = llm.llm_engine.vllm_config.compilation_config.mode
     assert mode != vllm.config.CompilationMode.NONE
+
+    # Shared experts have a stream of their own there, but in steps with deltas.
+    core = llm.llm_engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    experts = next(m for m in runner.model.modules() if isinstance(m, SharedExperts))
+    monkeypatch.setattr(experts, "_stream", "another", raising=False)
+    monkeypatch.setattr(CpuPlatform, "is_cuda_alike", lambda self: True)
+    for slot, order in (
+        (0, SharedExpertsOrder.NO_OVERLAP),
+        (BASE, SharedExpertsOrder.MULTI_STREAM_OVERLAPPED),
+    ):
+        rows = np.array([slot], dtype=np.int32)
+        runner.lora_manager.step.set(rows, rows)
+        assert experts._determine_shared_experts_order(torch.zeros(1, 96)) == order
 
 
 def move(model, folder, seed, part=""):

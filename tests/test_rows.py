@@ -35,6 +35,26 @@ def steps(random):
         yield slot_of_row if random.random() < 0.5 else np.full_like(slot_of_row, -1)
 
 
+def test_a_copy_that_comes_late(monkeypatch):
+    """A device copies when it gets to it, and may be more than one step behind."""
+    groups, late = RowGroups(capacity=3, slots=2, device="cpu"), []
+    copy_ = torch.Tensor.copy_
+
+    def delayed(self, source, non_blocking=False):
+        late.append((self, source, non_blocking))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "copy_", delayed)
+        for slot_of_row in ([1, -1], [0, 0, 1]):
+            groups.set(np.array(slot_of_row, dtype=np.int32))
+    for (target, source, non_blocking), by_row in zip(
+        late, ([1, -1, -1], [0, 0, 1]), strict=True
+    ):
+        copy_(target, source)
+        assert groups.by_row.tolist() == by_row
+        assert non_blocking
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_merged_slots_against_a_plain_loop(seed):
     random = np.random.default_rng(seed)

@@ -345,6 +345,20 @@ def opaque_experts(runner: Any) -> Any:
     return getattr(torch.ops.vllm, op)
 
 
+def experts_in_turn(shared_experts: Any) -> Callable[[torch.Tensor], Any]:
+    """What says when shared experts run: in turn with the others, in one stream.
+
+    On a GPU vLLM has a stream for them, beside the router's
+    (fused_moe/runner/shared_experts.py:101), and layers share what they compute in.
+    """
+    from vllm.model_executor.layers.fused_moe.runner.shared_experts import (
+        SharedExpertsOrder,
+    )
+
+    find(shared_experts, "_determine_shared_experts_order")
+    return lambda hidden_states: SharedExpertsOrder.NO_OVERLAP
+
+
 def experts_behind(op: Any) -> Callable[..., Any] | None:
     """The function of an operator that hides a layer's experts; None for another.
 

@@ -256,8 +256,11 @@ def install(
         path, _, part = site.name.rpartition(".")
         if part == GATE_UP:  # which comes first
             step.put(module, "quant_method", DeltaExperts(module.quant_method, step))
-            runner = model.get_submodule(path.rpartition(".")[0])
+            runner: Any = model.get_submodule(path.rpartition(".")[0])
             step.put(runner, "_forward_entry", compat.opaque_experts(runner))
+            if (shared := runner.shared_experts) is not None:
+                order = compat.experts_in_turn(shared)
+                step.put(shared, "_determine_shared_experts_order", order)
         slices, add = site.slices(arena.device), linear_of(site)
         module.quant_method.install(part, arena, table, slices, add)
         return

@@ -50,8 +50,7 @@ class RowGroups:
         self.capacity = capacity
         self.merge_rows = merge_rows or capacity + 1
         size = 4 * capacity + slots + 1
-        pinned = torch.device(device).type == "cuda"
-        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=pinned)
+        self._pinned = torch.device(device).type == "cuda"
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
         self.rows = self._device[:capacity]
         self.slots = self._device[capacity : 2 * capacity]
@@ -77,7 +76,12 @@ class RowGroups:
         was_base, self._is_base = self._is_base, bool((slot_of_row == BASE).all())
         if was_base and self._is_base:
             return  # all is as it was
-        host, capacity = self._host.numpy(), self.capacity
+        # New memory each time: a device may not have made the copy before this one yet,
+        # and torch keeps what is copied until then.
+        copied = torch.full(
+            self._device.shape, BASE, dtype=torch.int32, pin_memory=self._pinned
+        )
+        host, capacity = copied.numpy(), self.capacity
         starts = host[4 * capacity :]
         slots = len(starts) - 1
         count = np.bincount(slot_of_row + 1, minlength=slots + 1)[1:]
@@ -87,7 +91,6 @@ class RowGroups:
         order = order[rows]
         first = np.searchsorted(order, 0)  # base rows sort first
         rows, order = rows[first:], order[first:]
-        host[: 4 * capacity] = BASE
         host[: len(rows)] = rows
         host[capacity : capacity + len(rows)] = order % slots
         host[2 * capacity :][: len(slot_of_row)] = slot_of_row
@@ -99,7 +102,7 @@ class RowGroups:
         for i, slot in enumerate(np.flatnonzero(merges)):
             ends = np.searchsorted(order, (slots + slot, slots + slot + 1))
             self.merged[i] = torch.tensor([slot, *ends])
-        self._device.copy_(self._host, non_blocking=True)
+        self._device.copy_(copied, non_blocking=True)
 
 
 class ExpertGroups(NamedTuple):
