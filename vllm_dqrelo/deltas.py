@@ -12,7 +12,7 @@ two names of one content share everything.
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from itertools import chain, count
 from pathlib import Path
@@ -337,9 +337,9 @@ class Deltas:
             self.report.evicted += self.usage.evicted - before.evicted
             self.changed = False
 
-    def ran(self, rows: Counter[str]) -> None:
+    def ran(self, rows: Mapping[str, int]) -> None:
         """A step was scheduled with so many rows of each delta."""
-        self.report.steps.append((rows.total(), len(rows)))
+        self.report.steps.append((sum(rows.values()), len(rows)))
         self.changed |= not self.usage.resident.issuperset(rows)
 
     def take_report(self) -> Report:

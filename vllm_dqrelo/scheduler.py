@@ -72,17 +72,15 @@ class DeltaScheduler(Scheduler):
                 self._fail(failure)
         self.deltas.look()
         output = super().schedule(*args, **kwargs)
-        if self.deltas.busy and not output.total_num_scheduled_tokens:
-            time.sleep(POLL)
         if output.total_num_scheduled_tokens:
-            self.deltas.ran(self._rows(output))
+            self.deltas.ran(self._rows(output) if self.deltas.users else {})
+        elif self.deltas.busy:
+            time.sleep(POLL)
         return output
 
     def _rows(self, output: SchedulerOutput) -> Counter[str]:
         """How many rows of a step belong to each delta."""
         rows: Counter[str] = Counter()
-        if not self.deltas.users:
-            return rows
         for request_id, tokens in output.num_scheduled_tokens.items():
             if bound := self.requests[request_id].lora_request:
                 rows[bound.lora_name] += tokens
