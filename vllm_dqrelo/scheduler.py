@@ -20,6 +20,8 @@ from vllm_dqrelo.deltas import POLL, Deltas, Failure
 
 logger = init_logger(f"vllm.{__name__}")
 
+UNREAD = 1000  # steps after which a report is dropped, with --disable-log-stats
+
 
 class DeltaScheduler(Scheduler):
     """On top of the scheduler that vLLM would choose: see ``start``.
@@ -88,9 +90,10 @@ class DeltaScheduler(Scheduler):
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
-        report = self.deltas.take_report()
-        if stats is not None:  # they are, with --disable-log-stats
-            report.attach(stats)
+        if stats is not None:
+            self.deltas.take_report().attach(stats)
+        elif len(self.deltas.report.steps) >= UNREAD:
+            self.deltas.take_report()
         return stats
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
@@ -141,9 +144,10 @@ class DeltaScheduler(Scheduler):
         self, *args: Any, **kwargs: Any
     ) -> dict[int, EngineCoreOutputs]:
         outputs = super().update_from_output(*args, **kwargs)
-        for client, output in self._failed:
-            outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
-        self._failed.clear()
+        if self._failed:
+            for client, output in self._failed:
+                outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
+            self._failed.clear()
         return outputs
 
 
