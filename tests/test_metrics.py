@@ -111,15 +111,26 @@ def spies(llm, manager):
     reads, steps = [], []
     executor = llm.llm_engine.engine_core.engine_core.model_executor
     runner = executor.driver_worker.worker.model_runner
-    read, activate = manager.loader._read, runner.set_active_loras
+    read, prepare = manager.loader._read, runner._prepare_inputs
 
-    def set_active_loras(batch, *args):
-        steps.append(len(batch.lora_id_to_lora_request))
-        activate(batch, *args)
+    def _prepare_inputs(*args):
+        steps.append(len(runner.input_batch.lora_id_to_lora_request))
+        return prepare(*args)
 
     manager.loader._read = lambda request: reads.append(request) or read(request)
-    runner.set_active_loras = set_active_loras
+    runner._prepare_inputs = _prepare_inputs
     return reads, steps
+
+
+def test_a_report_that_nobody_reads_is_dropped(family, engine, monkeypatch):
+    """With --disable-log-stats, which is the default of ``LLM``."""
+    from vllm_dqrelo import scheduler
+
+    monkeypatch.setattr(scheduler, "UNREAD", 5)
+    llm = engine(family("llama").base, quantization="dqrelo")
+    llm.generate([{"prompt_token_ids": [1]}], use_tqdm=False)  # 16 tokens
+    deltas = llm.llm_engine.engine_core.engine_core.scheduler.deltas
+    assert len(deltas.report.steps) == 16 % 5
 
 
 def test_a_delta_that_cannot_be_read_is_counted(family, engine, load, tmp_path):
