@@ -50,7 +50,6 @@ class RowGroups:
         self.capacity = capacity
         self.merge_rows = merge_rows or capacity + 1
         size = 4 * capacity + slots + 1
-        self._pinned = torch.device(device).type == "cuda"
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
         self.rows = self._device[:capacity]
         self.slots = self._device[capacity : 2 * capacity]
@@ -78,9 +77,8 @@ class RowGroups:
             return  # all is as it was
         # New memory each time: a device may not have made the copy before this one yet,
         # and torch keeps what is copied until then.
-        copied = torch.full(
-            self._device.shape, BASE, dtype=torch.int32, pin_memory=self._pinned
-        )
+        size, pinned = self._device.shape, self._device.is_cuda
+        copied = torch.full(size, BASE, dtype=torch.int32, pin_memory=pinned)
         host, capacity = copied.numpy(), self.capacity
         starts = host[4 * capacity :]
         slots = len(starts) - 1

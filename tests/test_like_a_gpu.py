@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What serving does on a GPU only, here: merged matrices, and the Triton kernels."""
+
+import interpreter  # noqa: F401  before the kernels
+import pytest
+import torch
+
+vllm = pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+# fp32 sums of up to 320 terms in another order, through two layers.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture
+def merges(monkeypatch):
+    """What a GPU does with prompts, here: weights stay readable, 4 rows are merged.
+
+    Returns:
+        a list with an element for every matrix that was made.
+    """
+    from vllm.model_executor.layers import utils
+
+    import dqrelo_kernels.ops
+    import vllm_dqrelo.layers
+    import vllm_dqrelo.manager
+
+    def keep(layer, remove_weight):
+        layer.cpu_linear = torch.nn.functional.linear
+
+    def counted(*arguments):
+        made.append(arguments)
+        return merge(*arguments)
+
+    made, merge = [], dqrelo_kernels.ops._merge
+    gemm = utils.cpu_unquantized_gemm
+    monkeypatch.setattr(dqrelo_kernels.ops, "_merge", counted)
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep)
+    monkeypatch.setattr(vllm_dqrelo.layers, "default_unquantized_gemm", gemm)
+    monkeypatch.setattr(vllm_dqrelo.manager, "merge_rows", lambda *_: 4)
+    return made
+
+
+def test_prompts_through_merged_matrices(
+    merges, family, alone, engine, answers, difference, load, prompts
+):
+    """Steps with prompts of several deltas beside single tokens of others."""
+    made, expected = family("qwen2"), alone("qwen2")
+    llm = engine(made.base, quantization="dqrelo", max_loras=3)
+    requests = [None] + [
+        load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)
+    ]
+    assert not merges
+    order = [(p, m) for p in range(len(prompts)) for m in range(len(requests))]
+    for prompt_logprobs in (None, 1):
+        got = answers(
+            llm,
+            [prompts[p] for p, _ in order],
+            [requests[m] for _, m in order],
+            prompt_logprobs,
+        )
+        for (p, m), answer in zip(order, got, strict=True):
+            assert difference(answer, expected[m][p]) <= TOLERANCE, (p, m)
+    assert len({slot for *_, slot in merges}) == 3
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """Deltas lie in memory as on a GPU, and Triton's interpreter computes with them."""
+    import dqrelo_kernels.ops
+    from dqrelo_kernels import cpu
+    from vllm_dqrelo import packed
+
+    monkeypatch.setenv("DQRELO_NATIVE", "0")
+    cpu.reset()
+    monkeypatch.setattr(packed._Extent, "side_by_side", False)
+    monkeypatch.setattr(dqrelo_kernels.ops, "_backend", lambda x: "triton")
+    yield
+    cpu.reset()
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "mixtral"])
+def test_the_kernels_of_a_gpu(
+    like_a_gpu, merges, family, alone, engine, answers, difference, load, prompts, kind
+):
+    """All of a request's way but the device: fine-tune, folder, arena, launchers."""
+    made, expected = family(kind), alone(kind)
+    llm = engine(made.base, quantization="dqrelo", max_loras=3)
+    requests = [None] + [
+        load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)
+    ]
+    order = [(0, 0), (0, 1), (1, 2), (1, 3)]
+    asked = [prompts[p] for p, _ in order], [requests[m] for _, m in order]
+    # Prompts, and a token of each request: the interpreter takes seconds for a step.
+    for (p, m), got in zip(order, answers(llm, *asked, max_tokens=2), strict=True):
+        tokens, logprobs, _ = expected[m][p]
+        assert difference(got, (tokens[:2], logprobs[:2])) <= TOLERANCE, (p, m)
+    assert len({slot for *_, slot in merges}) == 3
