@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dqrelo_tools.adapter import is_adapter
 from dqrelo_tools.allocate import allocate, exact_bytes, files_bytes, matrix_bytes
 from dqrelo_tools.compress import Method, Size
-from dqrelo_tools.convert import always_stored, fine_tune, half_of, read_ahead
+from dqrelo_tools.pair import always_stored, fine_tune, half_of, read_ahead
 from dqrelo_tools.plot import layer_of
 from dqrelo_tools.report import Entry, Report, relative_error
 from dqrelo_tools.spectrum import Spectrum

@@ -3,11 +3,14 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+
+from tqdm import tqdm
 
 from dqrelo_tools.arguments import add_plot, size
 from dqrelo_tools.plan_command import add_plan
@@ -21,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 1 after an error that one line on stderr explains. argparse exits
         with 2 when the command line itself is wrong.
     """
+    log_to_stderr()
     arguments, rest = parser().parse_known_args(argv)
     if rest and arguments.run is not serve:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
@@ -33,6 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dqrelo: interrupted", file=sys.stderr)
         return 130
+
+
+class Stderr(logging.Handler):
+    """Writes ``dqrelo: note: ...`` or ``dqrelo: warning: ...``, past progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind = "warning" if record.levelno >= logging.WARNING else "note"
+        tqdm.write(f"dqrelo: {kind}: {record.getMessage()}", file=sys.stderr)
+
+
+def log_to_stderr() -> None:
+    """Show what the tools note about their input. Safe to call again."""
+    logger = logging.getLogger("dqrelo_tools")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, Stderr) for handler in logger.handlers):
+        logger.addHandler(Stderr())
 
 
 def parser() -> argparse.ArgumentParser:

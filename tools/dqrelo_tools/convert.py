@@ -4,8 +4,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,17 +15,20 @@ from dqrelo_tools.adapter import Adapter, is_adapter
 from dqrelo_tools.allocate import allocate
 from dqrelo_tools.card import write_card
 from dqrelo_tools.compress import BITS, METHODS, Method, Size, compress
-from dqrelo_tools.differences import (
-    config_differences,
-    copy_side_files,
-    differences,
-    split_added_tokens,
-)
+from dqrelo_tools.configs import config_differences
 from dqrelo_tools.journal import Journal
+from dqrelo_tools.pair import (
+    always_stored,
+    fine_tune,
+    half_of,
+    is_exact,
+    read_ahead,
+)
 from dqrelo_tools.report import Entry, Report, matrix_entry
+from dqrelo_tools.side_files import copy_side_files
 from dqrelo_tools.spectrum import Spectrum
 from vllm_dqrelo import __version__
-from vllm_dqrelo.format.checkpoint import HEAD, Checkpoint, resolve
+from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import weight_files, write_delta
 from vllm_dqrelo.format.errors import DqreloError, refuse
@@ -123,25 +125,6 @@ def convert(
         raise
     shutil.rmtree(parts)
     return report
-
-
-def fine_tune(model: str, folder: Path, base: str, before: Checkpoint) -> Checkpoint:
-    """Open ``folder``; it and ``before`` have the same parameters from then on.
-
-    But for those of added tokens, which only the fine-tune has.
-
-    Args:
-        model, base: how the two were named.
-
-    Raises:
-        DqreloError: it is no fine-tune of ``before``.
-    """
-    after = Checkpoint(folder)
-    if before.tied != after.tied:
-        (before if before.tied else after).untie()
-    split_added_tokens(before, after)
-    refuse(f"{model} is no fine-tune of {base}:", differences(before, after))
-    return after
 
 
 def convert_adapter(
@@ -254,44 +237,6 @@ def convert_all(
     return [entry for entry in entries.values() if entry is not None]
 
 
-def always_stored(name: str, before: Checkpoint) -> bool:
-    """Whether it is stored even if it did not change.
-
-    An untied LM head that is not there would be taken for the embedding, and an added
-    token for one that the model does not have.
-    """
-    return (name == HEAD and before.tied) or name.endswith(ADDED)
-
-
-def is_exact(name: str, tensor: torch.Tensor) -> bool:
-    """Whether a parameter that changed is stored as it is: vectors, added tokens."""
-    return tensor.ndim < 2 or name.endswith(ADDED)
-
-
-def read_ahead(
-    before: Checkpoint, after: Checkpoint, names: list[str]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each parameter of the fine-tune and its change; the next is read meanwhile."""
-
-    def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        tensor = after.get(name)
-        old = before.get(name) if name in before else torch.zeros_like(tensor)
-        for side, values in (("base", old), ("fine-tune", tensor)):
-            if not bool(values.isfinite().all()):
-                raise DqreloError(f"{name} of the {side} has a NaN or an infinity")
-        return tensor, tensor.float() - old.float()
-
-    with ThreadPoolExecutor(1) as reader:
-        coming = None
-        for name in names:
-            following = reader.submit(read, name)
-            if coming:
-                yield coming.result()
-            coming = following
-        if coming:
-            yield coming.result()
-
-
 def convert_parameter(
     name: str,
     tensor: torch.Tensor,
@@ -340,11 +285,6 @@ def identity(
         for path in sorted(set(model.files.values()))
     }
     return json.dumps([__version__, config.to_json(), files, device, limits])
-
-
-def half_of(dtype: torch.dtype) -> torch.dtype:
-    """The 16-bit float that stands for a checkpoint's dtype."""
-    return torch.float16 if dtype == torch.float16 else torch.bfloat16
 
 
 def predicted_bytes(model: Checkpoint, ratio: float, method: Method) -> int:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dqrelo_tools.card import CARD, REPORT
-from dqrelo_tools.differences import files_of
+from dqrelo_tools.side_files import files_of
 from dqrelo_tools.verify import open_for_base
 from vllm_dqrelo.format.checkpoint import (
     HEAD,

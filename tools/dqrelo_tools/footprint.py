@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.serialization._base import parse_size_to_int
 
-from dqrelo_tools.differences import vocabulary
+from dqrelo_tools.configs import vocabulary
 from vllm_dqrelo.arena import aligned
 from vllm_dqrelo.format.checkpoint import Checkpoint, SafetensorsFiles, locate
 from vllm_dqrelo.format.config import DeltaConfig

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dqrelo_tools.differences import split_added_tokens
 from dqrelo_tools.extras import require
 from dqrelo_tools.fidelity import measure
+from dqrelo_tools.pair import split_added_tokens
 from dqrelo_tools.prompts import read_prompts
 from dqrelo_tools.report import Entry, Report, matrix_entry
 from vllm_dqrelo.format.checkpoint import HEAD, Checkpoint, resolve
