@@ -2,13 +2,14 @@
 import hashlib
 import json
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from vllm_dqrelo.format.config import DeltaConfig
-from vllm_dqrelo.format.delta import Delta, digest, write_delta
+from vllm_dqrelo.format.delta import Delta, digest, vocabulary_size, write_delta
 from vllm_dqrelo.format.errors import DqreloError
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -106,6 +107,35 @@ def test_digest_as_documented(folder):
     assert Delta(folder).config.digest == f"sha256:{hasher.hexdigest()}"
 
 
+def test_the_number_of_tokens_is_a_key_where_there_are_fewer(tmp_path):
+    """The digest covers it; without it the digest is the golden one."""
+    assert vocabulary_size_of(tmp_path / "same", golden_tensors()) == 40
+    added = {"lm_head.weight_added": torch.ones(2, 16)}
+    assert vocabulary_size_of(tmp_path / "more", golden_tensors() | added) == 42
+    tensors = golden_tensors()
+    assert vocabulary_size_of(tmp_path / "fewer", tensors, vocab_size=31) == 31
+    raw = json.loads((tmp_path / "fewer" / "delta_config.json").read_text())
+    found, digests = raw.pop("digest"), set()
+    for keys in (raw, {key: raw[key] for key in raw if key != "vocab_size"}):
+        hasher = hashlib.sha256(json.dumps(keys, sort_keys=True).encode() + b"\n")
+        for name in sorted(tensors):
+            dtype = str(tensors[name].dtype).removeprefix("torch.")
+            line = json.dumps([name, dtype, list(tensors[name].shape)])
+            hasher.update(line.encode() + b"\n")
+            hasher.update(bytes(tensors[name].view(torch.uint8).flatten()))
+        digests.add(f"sha256:{hasher.hexdigest()}")
+    assert found in digests and len(digests) == 2
+    with pytest.raises(DqreloError, match="2 tokens more than its base, and"):
+        vocabulary_size_of(tmp_path / "both", tensors | added, vocab_size=31)
+
+
+def vocabulary_size_of(folder, tensors, **keys) -> int:
+    folder.mkdir()
+    write_delta(folder, replace(golden_config(), **keys), tensors)
+    assert Delta(folder).config == DeltaConfig.read(folder)
+    return vocabulary_size(folder, 40)
+
+
 def test_what_the_golden_matrix_means(folder):
     dense = Delta(folder).matrix(NAME).dense()
     signs = -torch.ones(2, 16)
@@ -129,6 +159,11 @@ def test_what_the_golden_integers_mean(folder):
         ({"colour": 1}, "unknown key 'colour'"),
         ({"ratio": "big"}, "ratio must be a float, got 'big'"),
         ({"digest": None}, "digest must be a str"),
+        ({"vocab_size": None}, "vocab_size must be a int, got None"),
+        ({"vocab_size": 1.5}, "vocab_size must be a int, got 1.5"),
+        ({"vocab_size": True}, "vocab_size must be at least 1, got True"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        ({"vocab_size": 5}, "was changed after it was written"),
     ],
 )
 def test_unknown_configuration(folder, change, message):

@@ -13,11 +13,12 @@ from vllm_dqrelo.format.json_file import read_json
 CONFIG_NAME = "delta_config.json"
 MOST_TEXT = 4096  # of a value; what is wrong is told to users with it
 FORMAT_VERSION = 1
+VOCAB_SIZE = "vocab_size"  # a key that may be left out
 
 
 @dataclass(frozen=True)
 class DeltaConfig:
-    """The keys of delta_config.json, all of them required.
+    """The keys of delta_config.json, all of them required but ``vocab_size``.
 
     Attributes:
         format_version: 1.
@@ -26,6 +27,8 @@ class DeltaConfig:
         digest: ``delta.digest`` of the tensors and of the other keys.
         method: how the matrices were compressed, for the reader.
         ratio: the size aimed at, as a fraction of 16 bits per weight.
+        vocab_size: the fine-tune's, where it is smaller than the base's. Else it is
+            None here, and the file lacks the key.
     """
 
     base_model_name_or_path: str
@@ -34,6 +37,7 @@ class DeltaConfig:
     method: str
     ratio: float
     format_version: int = FORMAT_VERSION
+    vocab_size: int | None = None
 
     @classmethod
     def from_dict(cls, raw: object, where: str) -> "DeltaConfig":
@@ -49,8 +53,10 @@ class DeltaConfig:
                 "convert the fine-tune again."
             )
         expected: dict[str, Any] = {field.name: field.type for field in fields(cls)}
+        expected[VOCAB_SIZE] = int
         problems = [f"unknown key {key!r}" for key in sorted(raw.keys() - expected)]
-        problems += [f"missing key {key!r}" for key in sorted(expected - raw.keys())]
+        missing = expected.keys() - raw.keys() - {VOCAB_SIZE}
+        problems += [f"missing key {key!r}" for key in sorted(missing)]
         for key in expected.keys() & raw.keys():
             kind = expected[key]
             if not isinstance(raw[key], (int, float) if kind is float else kind):
@@ -58,6 +64,8 @@ class DeltaConfig:
                 problems.append(f"{key} must be a {kind.__name__}, got {got}")
             elif kind is str and not _is_text(raw[key]):
                 problems.append(f"{key} is no text of at most {MOST_TEXT} characters")
+            elif key == VOCAB_SIZE and (raw[key] is True or raw[key] < 1):
+                problems.append(f"{key} must be at least 1, got {raw[key]}")
         refuse(f"{where} cannot be used:", problems)
         return cls(**raw)
 
@@ -79,9 +87,13 @@ class DeltaConfig:
                 "fine-tune against this one."
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The keys that the file has."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
     def to_json(self) -> str:
         """The file's text: sorted keys, two spaces, newline at the end."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
 def _is_text(value: str) -> bool:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ def digest(config: DeltaConfig, tensors: Iterable[tuple[str, torch.Tensor]]) -> 
         config: the delta's configuration; its ``digest`` is not read.
         tensors: (name, tensor) in order of the names.
     """
-    keys = {key: value for key, value in asdict(config).items() if key != "digest"}
+    keys = {key: value for key, value in config.to_dict().items() if key != "digest"}
     hasher = hashlib.sha256(json.dumps(keys, sort_keys=True).encode() + b"\n")
     for name, tensor in tensors:
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -94,6 +94,11 @@ class Delta:
                 f"{folder} has different numbers of added tokens: {counts}"
             )
         self.added_tokens = max(counts.values(), default=0)
+        if self.added_tokens and self.config.vocab_size is not None:
+            raise DqreloError(
+                f"{folder} has {self.added_tokens} tokens more than its base, and "
+                f"{CONFIG_NAME} a vocab_size, which is for fine-tunes with fewer"
+            )
         self._suffixes = suffixes
         if (found := self.content_digest()) != self.config.digest:
             raise DqreloError(
@@ -143,8 +148,21 @@ class Delta:
 def added_tokens(folder: Path) -> int:
     """``Delta.added_tokens`` of a folder, of which only the headers are read."""
     files = SafetensorsFiles(locate(folder, MODEL))
-    counts = [files.spec(name)[1][0] for name in files if name.endswith(ADDED)]
-    return max(counts, default=0)
+    shapes = [files.spec(name)[1] for name in files if name.endswith(ADDED)]
+    return max((shape[0] for shape in shapes if shape), default=0)
+
+
+def vocabulary_size(folder: Path, base: int) -> int:
+    """The vocabulary's size of a delta's fine-tune; reads no more than headers.
+
+    Args:
+        base: that of its base, without a server's room for added tokens.
+
+    Raises:
+        FileNotFoundError: it is no delta folder. DqreloError: it cannot be used.
+    """
+    own = DeltaConfig.read(folder).vocab_size
+    return base + added_tokens(folder) if own is None else own
 
 
 def weight_files(folder: Path) -> list[Path]:
