@@ -191,7 +191,7 @@ def run(
     sound = [reader.read(delta) for delta in deltas]
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     faults, memory, folder = [], [], scratch / "spoiled"
-    for number in tqdm(cases, "fuzz", mininterval=5):
+    for number in tqdm(cases, "fuzz", mininterval=5, disable=None):
         rng = random.Random(f"{seed} {number}")
         mutate = MUTATIONS[number % len(MUTATIONS)]
         which = -1 if mutate is index_text else rng.randrange(len(deltas))

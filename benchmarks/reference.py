@@ -49,7 +49,7 @@ def references(
     """
     known = json.loads(cache.read_text()) if cache.exists() else {}
     found = []
-    for folder in tqdm(folders, "references"):
+    for folder in tqdm(folders, "references", disable=None):
         digest = DeltaConfig.read(folder).digest if folder else "base"
         key = json.dumps([digest, TOKENS, prompts])
         if key not in known:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-START_TIMEOUT_S = 300
+START_TIMEOUT_S = 600
 DQRELO = ["-m", "dqrelo_tools.cli"]
 # Of all servers: threads that wait spinning for long are ten times slower on a busy
 # machine, and without a size vLLM asks for most of the machine's memory.
@@ -54,10 +54,12 @@ def server(
 
 def wait_for(process: subprocess.Popen[bytes], health: str, log: Path) -> None:
     """Return when the server is healthy; when it fails, exit with its last words."""
-    for _ in tqdm(range(START_TIMEOUT_S), "wait", bar_format="{desc} {elapsed}"):
+    for _ in tqdm(
+        range(START_TIMEOUT_S), "wait", bar_format="{desc} {elapsed}", disable=None
+    ):
         if process.poll() is not None:
             break
-        with suppress(OSError), urllib.request.urlopen(health, timeout=5):
+        with suppress(OSError), urllib.request.urlopen(health, timeout=60):
             return
         time.sleep(1)
     tail = "\n".join(log.read_text().splitlines()[-30:])

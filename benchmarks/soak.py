@@ -93,6 +93,7 @@ class Soak:
         self.problems: list[str] = []
         self.worst = 0.0
         self.current = {0}  # contents that REPLACED may have now
+        self.open: list[set[int]] = []  # those it had while each request is open
         self.memory: list[float] = []  # bytes
         self.unloaded: dict[str, float] = {}  # when that ended
 
@@ -102,7 +103,7 @@ class Soak:
         jobs += [self.control, self.replace, self.kill, self.watch]
         start = time.monotonic()
         end = start + seconds
-        with tqdm(total=round(seconds), desc="soak", unit="s") as bar:
+        with tqdm(total=round(seconds), desc="soak", unit="s", disable=None) as bar:
             tasks = [asyncio.create_task(self.until(end, job)) for job in jobs]
             while not all(task.done() for task in tasks):
                 await asyncio.sleep(1)
@@ -140,11 +141,12 @@ class Soak:
             "extra_body": {"ignore_eos": True, "return_token_ids": True},
         }
         allowed, start = set(self.current), time.monotonic()
+        self.open.append(allowed)
         try:
             tokens, logprobs = await self.answer(kind, body)
         except APIError as error:  # in a stream it has no status
             expected = UNLOADED if self.unloaded.get(model, 0) > start else ()
-            if model == REPLACED and len(allowed | self.current) > 1:
+            if model == REPLACED and len(allowed) > 1:
                 expected = EXPECTED
             if not any(text in str(error) for text in expected):
                 raise
@@ -154,12 +156,13 @@ class Soak:
             self.counts[kind] += 1
             return
         finally:
+            self.open = [contents for contents in self.open if contents is not allowed]
             if time.monotonic() - start > STUCK_S:
                 self.complain(f"a request to {model} was stuck")
         self.counts[kind] += 1
         if kind == "cancelled":
             return
-        self.check(model, prompt, allowed | self.current, tokens, logprobs, body)
+        self.check(model, prompt, allowed, tokens, logprobs, body)
 
     async def answer(
         self, kind: str, body: dict[str, Any]
@@ -235,7 +238,7 @@ class Soak:
         """Give a folder another content, and load it again."""
         await asyncio.sleep(self.rng.uniform(2, 8))
         (before,) = self.current
-        self.current = {before, 1 - before}
+        self.becomes({before, 1 - before})
         for file in [*weight_files(self.contents[1 - before]), "delta_config.json"]:
             name = Path(file).name
             shutil.copy(self.contents[1 - before] / name, self.store / f".{name}")
@@ -243,8 +246,14 @@ class Soak:
         body = {"lora_name": REPLACED, "lora_path": str(self.store / REPLACED)}
         body |= {"load_inplace": True}
         await self.client.post("/load_lora_adapter", body=body, cast_to=str)
-        self.current = {1 - before}
+        self.becomes({1 - before})
         self.counts["folders replaced"] += 1
+
+    def becomes(self, contents: set[int]) -> None:
+        """Note what ``REPLACED`` may be from now on, for open requests as well."""
+        self.current = contents
+        for allowed in self.open:
+            allowed |= contents
 
     async def kill(self) -> None:
         """End a client without a word, while it reads its answers."""
@@ -256,7 +265,8 @@ class Soak:
         )
         with suppress(TimeoutError):
             await asyncio.wait_for(victim.stdout.readline(), 60)
-        victim.kill()
+        with suppress(ProcessLookupError):  # its answers have ended, and so has it
+            victim.kill()
         await victim.wait()
         self.counts["clients killed"] += 1
 

@@ -19,6 +19,7 @@ def server_fixture():
     return server
 
 
+PATIENCE_S = 600  # for a start or an end, on a busy machine
 SERVER_OPTIONS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "128"]
 SERVER_OPTIONS += ["--max-num-seqs", "16", "--host", "127.0.0.1"]
 
@@ -46,24 +47,24 @@ def server(command, log: Path, dies: bool = False):
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + PATIENCE_S
         while not healthy(port):
             assert process.poll() is None, log.read_text()[-4000:]
             assert time.monotonic() < deadline, log.read_text()[-4000:]
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}"
         if dies:
-            process.wait(60)
+            process.wait(PATIENCE_S)
         assert dies or process.poll() is None, log.read_text()[-4000:]
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
+        process.wait(PATIENCE_S)
 
 
 def healthy(port) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60):
             return True
     except OSError:
         return False

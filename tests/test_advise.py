@@ -4,16 +4,13 @@
 import json
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from killed import killed
 from safetensors.torch import load_file, save_file
 
 from dqrelo_tools import cli, convert
@@ -132,20 +129,13 @@ def test_an_untied_head_counts_even_if_it_did_not_change(models, tmp_path, capsy
     assert Delta(tmp_path / "d").matrix("lm_head.weight").rank == 1
 
 
-CONVERT = [sys.executable, "-m", "dqrelo_tools.cli", "convert"]
-
-
 def test_killed_in_the_middle_it_keeps_to_its_plan(tmp_path, monkeypatch):
     base, model = pair(tmp_path, [(96, 300)] * 20)
     options = ["--base", str(base), "--model", str(model), "--budget", "60KB"]
     whole, output = tmp_path / "whole", tmp_path / "delta"
     assert run("convert", *options, "--output", whole) == 0
     parts = tmp_path / ".delta.parts"
-    process = subprocess.Popen([*CONVERT, *options, "--output", str(output)])
-    while process.poll() is None and len(list(parts.glob("0*"))) < 5:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed(5, [*options, "--output", str(output)])
     plan = json.loads((parts / "plan.json").read_text())
     assert len(plan) == 20 and not output.exists()
 

@@ -164,12 +164,12 @@ def test_a_worker_is_killed(family, server, tmp_path):
         processes = psutil.Process().children(recursive=True)
         (worker,) = [p for p in processes if p.name().startswith("VLLM::Worker")]
         worker.suspend()  # the request is in flight until it is killed
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=600) as answer:
             worker.kill()
             seen["stream"] = answer.read().decode()
         with pytest.raises((urllib.error.URLError, OSError)) as error:
             while True:
-                urllib.request.urlopen(f"{url}/health", timeout=60).close()
+                urllib.request.urlopen(f"{url}/health", timeout=600).close()
                 time.sleep(0.1)
     assert (
         not isinstance(error.value, urllib.error.HTTPError) or error.value.code == 503

@@ -17,7 +17,7 @@ pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 TUTORIAL = Path(__file__).parent.parent / "docs" / "tutorial.md"
-LIMIT_S = 600
+LIMIT_S = 1800
 
 
 def test_every_command(family, tmp_path):
