@@ -57,10 +57,11 @@ class Catalogue:
     """
 
     def __init__(self, folders: Sequence[str], namespaces: Sequence[str] = ()) -> None:
-        for folder in folders:
-            if not Path(folder).is_dir():
-                raise DqreloError(f"{folder} is no folder: expected one of deltas")
-        self.folders = [Path(folder).resolve() for folder in folders]
+        paths = [Path(folder).expanduser() for folder in folders]
+        for path in paths:
+            if not path.is_dir():
+                raise DqreloError(f"{path} is no folder: expected one of deltas")
+        self.folders = [path.resolve() for path in paths]
         self.namespaces = set(namespaces)
         self._given: list[Path] = []
 

@@ -55,14 +55,15 @@ def serve(
     from vllm_dqrelo import compat_frontend
 
     for variable, values in (
-        (DELTA_DIR, [str(Path(folder).absolute()) for folder in delta_dirs]),
+        (DELTA_DIR, [str(Path(d).expanduser().absolute()) for d in delta_dirs]),
         (HUB_NAMESPACE, hub_namespaces),
     ):
         if values:
             os.environ[variable] = os.pathsep.join(values)
     if endpoints:
         os.environ["VLLM_PLUGINS"] = ",".join(plugins_with_endpoints())
-    arguments = [base, "--quantization", "dqrelo"]
+    local = Path(base).expanduser()
+    arguments = [str(local) if local.is_dir() else base, "--quantization", "dqrelo"]
     room = max((added_tokens(Path(f)) for f in folders.values()), default=0)
     if room and "--additional-config" not in vllm_arguments:
         options = {"dqrelo": {"added_tokens": room}}
@@ -83,7 +84,7 @@ def parse_deltas(deltas: Sequence[str]) -> dict[str, str]:
             raise DqreloError(f"--delta {argument}: expected NAME=DELTA")
         if name in folders:
             raise DqreloError(f"--delta {argument}: {name} is {folders[name]} already")
-        folders[name] = folder
+        folders[name] = str(Path(folder).expanduser())
     return folders
 
 

@@ -18,6 +18,11 @@ def size(text: str) -> int:
     return parsed
 
 
+def folder(text: str) -> Path:
+    """A folder, "~" being the home of the user."""
+    return Path(text).expanduser()
+
+
 def count(text: str) -> int:
     """A positive number of things."""
     if not text.isdecimal() or not int(text):

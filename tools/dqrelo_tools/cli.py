@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dqrelo_tools.arguments import add_plot, size
+from dqrelo_tools.arguments import add_plot, folder, size
 from dqrelo_tools.plan_command import add_plan
 from vllm_dqrelo.format.errors import DqreloError
 
@@ -127,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=convert)
 
     command = commands.add_parser("inspect", help="show what a delta folder holds")
-    command.add_argument("delta", type=Path, metavar="DELTA")
+    command.add_argument("delta", type=folder, metavar="DELTA")
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=inspect)
 
@@ -221,7 +221,7 @@ def add_models(command: argparse.ArgumentParser, *options: str) -> None:
         "--delta": "a delta folder",
     }
     for option in options:
-        kind = Path if option == "--delta" else str
+        kind = folder if option == "--delta" else str
         command.add_argument(option, type=kind, required=True, help=texts[option])
 
 

@@ -50,7 +50,7 @@ def base_bytes(name_or_path: str, device: str = "cuda") -> int:
         DqreloError: a folder without a model, or no matrix of the vocabulary where one
             is needed. FileNotFoundError: neither a folder nor on the Hub.
     """
-    folder = Path(name_or_path)
+    folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         base = Checkpoint(folder)
         weights = [base.stored.spec(name) for name in base.stored]
@@ -116,7 +116,7 @@ def delta_bytes(path: str) -> int:
     Raises:
         DqreloError: it is damaged. FileNotFoundError: it is not there.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     DeltaConfig.read(folder)
     files = SafetensorsFiles(locate(folder, MODEL))
     total = 0

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.json_file import read_json
+from vllm_dqrelo.format.kinds import explain, refuse_broken
 from vllm_dqrelo.format.quantized import OTHERS, Quantized, find
 from vllm_dqrelo.format.tensor_file import TensorFile
 from vllm_dqrelo.format.tensors import ADDED
@@ -30,8 +31,14 @@ HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 def resolve(name_or_path: str, revision: str | None = None) -> Path:
     """The local folder of a checkpoint: itself, or the Hub's snapshot of it."""
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
+    path = Path(name_or_path).expanduser()
+    if not name_or_path:
+        raise DqreloError("a model has an empty name; expected a folder or a Hub id")
+    if path.is_dir():
+        refuse_broken(path)
+        return path
+    if path.is_file() or path.is_symlink():
+        raise DqreloError(explain(path, MODEL))
     try:
         patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
         return Path(
@@ -91,15 +98,15 @@ def locate(folder: Path, stem: str) -> dict[str, Path]:
     """Which file holds which tensor: one ``stem.safetensors``, or shards and an index.
 
     Raises:
-        FileNotFoundError: neither is there. DqreloError: the index is none, or a shard
-            is missing or not in the folder.
+        FileNotFoundError: neither is there; says what the folder is. DqreloError: the
+            index is none, or a shard is missing or not in the folder.
     """
     single = folder / f"{stem}.safetensors"
     index = folder / f"{stem}.safetensors.index.json"
     if single.is_file():
         return dict.fromkeys(TensorFile(single).tensors, single)
     if not index.is_file():
-        raise FileNotFoundError(f"{folder} has neither {single.name} nor {index.name}")
+        raise FileNotFoundError(explain(folder, stem.removesuffix("_model")))
     raw = read_json(index)
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict):
@@ -136,7 +143,6 @@ class Checkpoint(SafetensorsFiles):
         try:
             super().__init__(locate(folder, MODEL))
         except FileNotFoundError as error:
-            refuse_pickles(folder)
             raise DqreloError(str(error)) from error
         if self.tied:
             self.files.pop("lm_head.weight", None)
@@ -166,8 +172,14 @@ class Checkpoint(SafetensorsFiles):
         """The parsed config.json."""
         path = self.folder / "config.json"
         if not path.is_file():
-            raise DqreloError(f"{self.folder} is not a model folder: no config.json")
-        return read_json(path)
+            raise DqreloError(
+                f"{self.folder} is not a model folder: it has weights, but not their "
+                "config.json. Copy the config.json that they were trained with"
+            )
+        config = read_json(path)
+        if not isinstance(config, dict):
+            raise DqreloError(f"{path} is not a JSON object")
+        return config
 
     @property
     def tied(self) -> bool:
@@ -256,14 +268,3 @@ class Checkpoint(SafetensorsFiles):
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The little-endian bytes of a CPU tensor in row order."""
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def refuse_pickles(folder: Path) -> None:
-    """Say why, when all that ``folder`` has is pickle files."""
-    pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt*")])
-    if pickles:
-        raise DqreloError(
-            f"{folder} holds pickle files ({', '.join(pickles[:3])}), which can run "
-            "code when opened. Save the model with save_pretrained(..., "
-            "safe_serialization=True) and use that folder."
-        )

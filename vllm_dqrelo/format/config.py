@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_dqrelo.format.errors import DqreloError, refuse
 from vllm_dqrelo.format.json_file import read_json
+from vllm_dqrelo.format.kinds import explain, refuse_broken
 
 CONFIG_NAME = "delta_config.json"
 MOST_TEXT = 4096  # of a value; what is wrong is told to users with it
@@ -74,7 +75,8 @@ class DeltaConfig:
         """Read and check the delta_config.json of ``folder``."""
         path = folder / CONFIG_NAME
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} is not a delta folder: no {CONFIG_NAME}")
+            raise FileNotFoundError(explain(folder, "delta"))
+        refuse_broken(folder)
         return cls.from_dict(read_json(path), str(path))
 
     def check_base(self, fingerprint: str, base: str, delta: str) -> None:
