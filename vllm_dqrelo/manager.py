@@ -146,6 +146,14 @@ class DeltaManager:
         for name, site in self.sites.by_name.items():
             table = self.residency.table(site)
             install(model, site, data, table, self.step, added.get(name))
+        if hasattr(model, "compute_logits"):
+            # The base's rows do not have the added tokens.
+            put = setattr if self.options.added_tokens else self.step.put
+            put(
+                model,
+                "compute_logits",
+                self.residency.vocabularies.mask(model, self.step),
+            )
         return model
 
     def leave_base_alone(self, runner: Any) -> None:

@@ -35,6 +35,7 @@ class PackedDelta:
         extent: uint8 [bytes], copied as a whole into the arena.
         entries: int64 [slices of all sites, Field], offsets from the extent's start.
         added: site -> rows [E, K] of tokens that are not the base's.
+        vocab_size: tokens of its model; None for the base's.
         elsewhere: parameters that only another stage of a pipeline can have.
     """
 
@@ -42,6 +43,7 @@ class PackedDelta:
     extent: torch.Tensor
     entries: torch.Tensor
     added: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    vocab_size: int | None = None
     elsewhere: frozenset[str] = frozenset()
 
     @property
@@ -100,7 +102,12 @@ def pack(delta: Delta, sites: Sites, device: torch.device) -> PackedDelta:
             f"server has room for {sites.added_tokens}. Start it with "
             f"--additional-config '{json.dumps(option)}'"
         )
+    vocab_size = delta.config.vocab_size or sites.tokens + delta.added_tokens
     extent, problems = _Extent(device), []
+    if sites.tokens and not delta.added_tokens and vocab_size > sites.tokens:
+        problems.append(
+            f"vocab_size is {vocab_size}, expected fewer than the base's {sites.tokens}"
+        )
     added: dict[str, torch.Tensor] = {}
     elsewhere = set()
     entries = empty_table(1, sites.count, "cpu")[0]
@@ -149,7 +156,9 @@ def pack(delta: Delta, sites: Sites, device: torch.device) -> PackedDelta:
     _complete_norms(entries, sites, extent)
     refuse(f"{delta.folder} does not fit the served model:", problems)
     data = extent.bytes()
-    return PackedDelta(delta.config.digest, data, entries, added, frozenset(elsewhere))
+    return PackedDelta(
+        delta.config.digest, data, entries, added, vocab_size, frozenset(elsewhere)
+    )
 
 
 def _matrix(

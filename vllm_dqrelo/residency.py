@@ -12,7 +12,7 @@ from vllm_dqrelo.arena import Arena
 from vllm_dqrelo.host import HostTier
 from vllm_dqrelo.packed import PackedDelta
 from vllm_dqrelo.sites import Site, Sites
-from vllm_dqrelo.vocabulary import AddedRows
+from vllm_dqrelo.vocabulary import AddedRows, Vocabularies
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Residency:
     Attributes:
         resident: digest -> delta, the least recently used first.
         added: site -> the rows of tokens that are not the base's.
+        vocabularies: which tokens each resident delta's model has.
         evicted: how many deltas made room for others so far.
     """
 
@@ -78,6 +79,7 @@ class Residency:
             for name, site in sites.by_name.items()
             if (tokens := sites.added_here(site))
         }
+        self.vocabularies = Vocabularies(sites.tokens, slots, device)
 
     def table(self, site: Site) -> torch.Tensor:
         """int64 [slots, slices, Field] of one site; never moves."""
@@ -121,6 +123,7 @@ class Residency:
         self._write_table(delta)
         for name, rows in self.added.items():
             rows.set(delta.slot, packed.added.get(name))
+        self.vocabularies.set(delta.slot, packed.vocab_size)
 
     def _evict(self, digest: str) -> None:
         """Take a delta off the device; host memory gets it back."""
@@ -138,6 +141,7 @@ class Residency:
         for digest in digests:
             if delta := self.resident.pop(digest, None):
                 self._write_table(delta, torch.full_like(delta.packed.entries, ABSENT))
+                self.vocabularies.set(delta.slot, None)
                 self.arena.free(digest)
                 self._free.append(delta.slot)
 

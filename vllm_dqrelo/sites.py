@@ -260,6 +260,12 @@ class Sites:
             path = runner + weight.removeprefix("experts").rstrip(".")
             self._experts[path] = f"{name}.{part}", expert * slices + index
 
+    @property
+    def tokens(self) -> int:
+        """The base's; 0 in a stage of a pipeline that has no vocabulary."""
+        sites = self.by_name.values()
+        return max((s.whole_sizes[0] for s in sites if s.is_vocabulary), default=0)
+
     def added_here(self, site: Site) -> range:
         """Those of the added tokens whose rows a site has in this worker."""
         if not site.is_vocabulary:

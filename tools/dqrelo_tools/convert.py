@@ -27,6 +27,7 @@ from dqrelo_tools.pair import (
 from dqrelo_tools.report import Entry, Report, matrix_entry
 from dqrelo_tools.side_files import copy_side_files
 from dqrelo_tools.spectrum import Spectrum
+from dqrelo_tools.vocabulary import smaller_vocabulary
 from vllm_dqrelo import __version__
 from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
 from vllm_dqrelo.format.config import DeltaConfig
@@ -105,6 +106,7 @@ def convert(
             )
         return convert_adapter(before, Adapter(folder, before), output, config)
     after = fine_tune(model, folder, base, before)
+    config = replace(config, vocab_size=smaller_vocabulary(before, after))
     if budget is not None:
         ratio = budget / (2 * sum(math.prod(after.spec(name)[1]) for name in after))
         config = replace(config, ratio=ratio)

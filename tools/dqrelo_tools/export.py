@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dqrelo_tools.card import CARD, REPORT
+from dqrelo_tools.configs import vocabulary
 from dqrelo_tools.side_files import files_of
 from dqrelo_tools.verify import open_for_base
+from dqrelo_tools.vocabulary import vocabulary_parameters
 from vllm_dqrelo.format.checkpoint import (
     HEAD,
     MODEL,
@@ -45,6 +47,7 @@ def export(base: str, delta: Path, output: Path) -> int:
     require_free(
         output, sum((source.folder / file).stat().st_size for file in names_of)
     )
+    tokens = vocabulary_parameters(source, vocabulary(source.config) or 0)
     total = 0
     progress = tqdm(list(source), desc="export", unit=" tensors", disable=None)
     with new_folder(output) as folder, progress:
@@ -52,6 +55,8 @@ def export(base: str, delta: Path, output: Path) -> int:
             tensors = {}
             for name in names:
                 tensors[name] = opened.merged(name, source.get(name))
+                if name in tokens:
+                    tensors[name] = tensors[name][: opened.config.vocab_size]
                 total += tensors[name].nbytes
                 progress.update()
             save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -84,6 +89,10 @@ def update_config(path: Path, tied: bool, delta: Delta) -> None:
         text["tie_word_embeddings"] = False
     if delta.added_tokens:
         text["vocab_size"] += delta.added_tokens
+    if (own := delta.config.vocab_size) is not None:
+        text["vocab_size"] = own
+        if (text.get("pad_token_id") or 0) >= own:  # which no model is made with
+            text["pad_token_id"] = None
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -52,7 +52,7 @@ class Fidelity:
     each, with p of the fine-tune and q of the other model over the whole vocabulary:
     kl = sum p (log p - log q) in nats, and top1 says whether the most probable token is
     the same. Both are means over all tokens of all prompts. Without the base where the
-    fine-tune has tokens that it lacks.
+    fine-tune has tokens that it lacks; tokens that only the base has are left out.
     """
 
     prompts: int
@@ -187,7 +187,10 @@ def load(folder: Path, delta: Delta | None = None) -> Any:
 def log_probabilities(
     models: list[Any], tokens: torch.Tensor
 ) -> Iterator[list[torch.Tensor]]:
-    """Of each next token by each model, float32 [WINDOW or less, vocabulary]."""
+    """Of each next token by each model, float32 [WINDOW or less, vocabulary].
+
+    The vocabulary is that of the first model, the fine-tune.
+    """
     caches = [None for _ in models]
     for window in tokens[None].split(WINDOW, dim=1):
         outputs = [
@@ -195,4 +198,6 @@ def log_probabilities(
             for model, cache in zip(models, caches, strict=True)
         ]
         caches = [output.past_key_values for output in outputs]
-        yield [output.logits[0].float().log_softmax(-1) for output in outputs]
+        size = outputs[0].logits.shape[-1]
+        logits = [output.logits[0, :, :size].float() for output in outputs]
+        yield [values.log_softmax(-1) for values in logits]

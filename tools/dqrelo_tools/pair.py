@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from dqrelo_tools.configs import vocabulary
 from dqrelo_tools.differences import differences
+from dqrelo_tools.vocabulary import match_vocabularies
 from vllm_dqrelo.format.checkpoint import HEAD, Checkpoint
 from vllm_dqrelo.format.errors import DqreloError, refuse
 from vllm_dqrelo.format.tensors import ADDED
@@ -28,23 +28,9 @@ def fine_tune(model: str, folder: Path, base: str, before: Checkpoint) -> Checkp
     after = Checkpoint(folder)
     if before.tied != after.tied:
         (before if before.tied else after).untie()
-    split_added_tokens(before, after)
+    match_vocabularies(before, after)
     refuse(f"{model} is no fine-tune of {base}:", differences(before, after))
     return after
-
-
-def split_added_tokens(base: Checkpoint, model: Checkpoint) -> None:
-    """Let the rows of tokens that ``model`` added be parameters of their own.
-
-    They are what its vocabulary matrices have beyond the base's ``vocab_size`` rows.
-    """
-    old, own = (vocabulary(checkpoint.config) for checkpoint in (base, model))
-    if old is None or own is None or own <= old:
-        return
-    for name in set(base) & set(model):
-        shape, base_shape = model.spec(name)[1], base.spec(name)[1]
-        if len(shape) == 2 and (shape[0], base_shape[0]) == (own, old):
-            model.split(name, old)
 
 
 def read_ahead(
@@ -55,9 +41,10 @@ def read_ahead(
     def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         tensor = after.get(name)
         old = before.get(name) if name in before else torch.zeros_like(tensor)
+        added = name.removesuffix(ADDED)
+        first = 0 if added == name else before.spec(added)[1][0]
         for side, values in (("base", old), ("fine-tune", tensor)):
-            if not bool(values.isfinite().all()):
-                raise DqreloError(f"{name} of the {side} has a NaN or an infinity")
+            refuse_not_finite(added, side, values, first)
         return tensor, tensor.float() - old.float()
 
     with ThreadPoolExecutor(1) as reader:
@@ -69,6 +56,29 @@ def read_ahead(
             coming = following
         if coming:
             yield coming.result()
+
+
+def refuse_not_finite(
+    name: str, side: str, values: torch.Tensor, first: int = 0
+) -> None:
+    """Raise a DqreloError that says where ``values`` are not finite.
+
+    Args:
+        name: of the parameter.
+        side: whose it is.
+        values: its rows from ``first`` on.
+    """
+    finite = torch.atleast_1d(values.isfinite())
+    if bool(finite.all()):
+        return
+    finite = finite.reshape(len(finite), -1).all(1)
+    rows = ((~finite).nonzero().flatten() + first).tolist()
+    raise DqreloError(
+        f"{name} of the {side} has a NaN or an infinity in {len(rows)} of its "
+        f"{first + len(finite)} rows: {', '.join(map(str, rows[:5]))}"
+        f"{', ...' if rows[5:] else ''}. Rows that a trainer left uninitialised "
+        "can be set to zero; others need the checkpoint to be fetched or trained again"
+    )
 
 
 def always_stored(name: str, before: Checkpoint) -> bool:

@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from dqrelo_tools.configs import vocabulary
 from dqrelo_tools.extras import require
 from dqrelo_tools.fidelity import measure
-from dqrelo_tools.pair import split_added_tokens
 from dqrelo_tools.prompts import read_prompts
 from dqrelo_tools.report import Entry, Report, matrix_entry
+from dqrelo_tools.vocabulary import match_vocabularies, smaller_vocabulary
 from vllm_dqrelo.format.checkpoint import HEAD, Checkpoint, resolve
 from vllm_dqrelo.format.delta import Delta, weight_files
 from vllm_dqrelo.format.errors import DqreloError, refuse
@@ -34,6 +35,9 @@ def open_for_base(delta: Path, base: Checkpoint) -> Delta:
             problems.append(f"{name} is not in the base")
         elif base.spec(name)[1] != shape:
             problems.append(f"{name} is {shape}, the base has {base.spec(name)[1]}")
+    own, old = opened.config.vocab_size, vocabulary(base.config)
+    if own is not None and (old is None or own >= old):
+        problems.append(f"vocab_size is {own}, expected fewer than the base's {old}")
     refuse(f"{delta} does not fit {base.folder}:", problems)
     return opened
 
@@ -70,13 +74,18 @@ def verify(
     after = Checkpoint(resolve(model)) if model else before
     if after.tied and HEAD in before:
         after.untie()
-    split_added_tokens(before, after)
+    match_vocabularies(before, after)
     added = {name for name in opened.exact if name.endswith(ADDED)}
     if model:
         refuse(
             f"{delta} is no delta of {after.folder}, parameters that differ:",
             sorted((set(before) | added) ^ set(after)),
         )
+        if (own := smaller_vocabulary(before, after)) != opened.config.vocab_size:
+            raise DqreloError(
+                f"{delta} is not the delta of {model}: its vocab_size is "
+                f"{opened.config.vocab_size}, expected {own}"
+            )
     wrong = []
     names = sorted(set(before) | added)
     for name in tqdm(names, desc="verify", unit=" tensors", disable=None):

@@ -140,6 +140,7 @@ class Checkpoint(SafetensorsFiles):
         self.folder = folder
         # name -> the parameter that it is stored as, and which rows of it
         self._views: dict[str, tuple[str, slice]] = {}
+        self._filled: dict[str, Checkpoint] = {}  # name -> who has the other rows
         try:
             super().__init__(locate(folder, MODEL))
         except FileNotFoundError as error:
@@ -206,6 +207,10 @@ class Checkpoint(SafetensorsFiles):
         self._view(name + ADDED, stored, slice(rows, None))
         self._view(name, stored, slice(rows))
 
+    def fill(self, name: str, base: "Checkpoint") -> None:
+        """Count the rows that ``base`` has beyond those of a parameter as its own."""
+        self._filled[name] = base
+
     def _view(self, name: str, stored: str, rows: slice) -> None:
         self.files[name] = self.files[stored]
         self._views[name] = stored, rows
@@ -217,6 +222,8 @@ class Checkpoint(SafetensorsFiles):
             dtype = NAMES[self.dtype]
         else:
             dtype, shape = super().spec(stored)
+        if name in self._filled:
+            return dtype, self._filled[name].spec(name)[1]
         return dtype, [len(range(shape[0])[rows]), *shape[1:]] if shape else shape
 
     def get(self, name: str) -> torch.Tensor:
@@ -225,7 +232,11 @@ class Checkpoint(SafetensorsFiles):
             tensor = matrix.dense(self.stored.get).to(self.dtype)
         else:
             tensor = super().get(stored)
-        return tensor if rows is None else tensor[rows].clone()
+        tensor = tensor if rows is None else tensor[rows].clone()
+        if name in self._filled:
+            others = self._filled[name].get(name)[len(tensor) :]
+            tensor = torch.cat((tensor, others.to(tensor.dtype)))
+        return tensor
 
     def rows(self, name: str, indices: Iterable[int]) -> Iterator[torch.Tensor]:
         if name not in self._quantized:
