@@ -296,12 +296,22 @@ def test_disk_too_small_is_noticed_before_the_work(
 
 
 def test_disk_full_in_the_middle(models, tmp_path, capsys, monkeypatch):
+    """The delta is not written; what was converted is kept, and the disk's to free."""
+
     def full(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("vllm_dqrelo.format.delta.save_file", full)
-    refused(tmp_path, capsys, "is full; nothing was written", *models)
+    command = ["convert", "--base", models[0], "--model", models[1]]
+    command += ["--output", tmp_path / "d"]
+    with monkeypatch.context() as patched:
+        patched.setattr("vllm_dqrelo.format.delta.save_file", full)
+        assert run(*command) == 1
+    said = capsys.readouterr().err
+    assert "is full; nothing was written" in said
+    assert f"are kept in {tmp_path / '.d.parts'}: the same command" in said
+    assert not (tmp_path / "d").exists() and not list(tmp_path.glob(".d.partial"))
+    assert run(*command) == 0 and not list(tmp_path.glob(".d*"))
 
 
 def test_verify_and_export_refuse_another_base(family, tmp_path, capsys):

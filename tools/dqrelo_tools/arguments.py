@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What options of the command line take: sizes, numbers, shares, files of pictures."""
+"""What options of the command line take: sizes, numbers, shares, devices, pictures."""
 
 import argparse
 from pathlib import Path
 
 from huggingface_hub.serialization._base import parse_size_to_int
+
+from vllm_dqrelo.format.errors import DqreloError
 
 
 def size(text: str) -> int:
@@ -39,6 +41,17 @@ def share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return value
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that torch does not have, before the work."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DqreloError(f"--device {device} cannot be used: {reason}") from error
 
 
 def add_plot(command: argparse.ArgumentParser, what: str) -> None:

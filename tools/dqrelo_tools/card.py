@@ -2,6 +2,7 @@
 """The model card of a delta: what it is, of which base, and how good."""
 
 import json
+import logging
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -9,6 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from dqrelo_tools.report import Report
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.errors import DqreloError
+
+logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 REPORT = "report.json"
@@ -89,4 +92,12 @@ def read_report(folder: Path) -> Report:
 def licence_of(model: Path) -> str | None:
     """What the card of the fine-tune says, or None."""
     card = model / CARD
-    return ModelCard.load(card).data.get("license") if card.is_file() else None
+    if not card.is_file():
+        return None
+    try:
+        return ModelCard.load(card).data.get("license")
+    except Exception as error:  # of the file, of its YAML, of what that means
+        logger.warning(
+            "%s cannot be read (%s): the delta's card names no license", card, error
+        )
+        return None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dqrelo_tools.arguments import add_plot, folder, size
+from dqrelo_tools.arguments import add_plot, folder, require_device, size
 from dqrelo_tools.plan_command import add_plan
 from vllm_dqrelo.format.errors import DqreloError
 
@@ -239,6 +239,7 @@ def advise(arguments: argparse.Namespace) -> int:
 
     if arguments.plot:
         require_plot(arguments.plot)
+    require_device(arguments.device)
     found = survey(arguments.base, arguments.model, arguments.device)
     advice = Advice(found, arguments.budget)
     if arguments.plot:
@@ -255,6 +256,7 @@ def convert(arguments: argparse.Namespace) -> int:
     from dqrelo_tools.convert import convert
     from dqrelo_tools.hub import push, require_access
 
+    require_device(arguments.device)
     repo_id = arguments.push_to_hub
     if repo_id:
         require_access(repo_id)

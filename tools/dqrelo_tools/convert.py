@@ -3,7 +3,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from dqrelo_tools.allocate import allocate
 from dqrelo_tools.card import write_card
 from dqrelo_tools.compress import BITS, METHODS, Method, Size, compress
 from dqrelo_tools.configs import config_differences
-from dqrelo_tools.journal import Journal
+from dqrelo_tools.journal import Journal, journal_of
 from dqrelo_tools.pair import (
     always_stored,
     fine_tune,
@@ -33,7 +32,7 @@ from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import weight_files, write_delta
 from vllm_dqrelo.format.errors import DqreloError, refuse
-from vllm_dqrelo.format.folder import new_folder, require_free, writing
+from vllm_dqrelo.format.folder import check_output, new_folder, require_free
 from vllm_dqrelo.format.tensors import ADDED, INT4
 
 
@@ -50,14 +49,15 @@ def convert(
 ) -> Report:
     """Write the delta from ``base`` to ``model`` into the new folder ``output``.
 
-    Parameters are converted one by one and kept in a folder beside ``output`` until
-    all are done. When the process is killed, the same command goes on from there
-    and writes the same bytes.
+    Parameters are converted one by one and kept in a folder beside ``output`` (inside
+    of an empty one) until all is written. When the process is killed, the disk is full
+    or a last step fails, the same command goes on from there and writes the same bytes.
 
     Args:
         base: the base model, a folder or a Hub id.
         model: the fine-tune or a LoRA adapter in PEFT's format, a folder or a Hub id.
-        output: must not exist, or be empty; on any error it is left as it was.
+        output: must not exist, or be empty; on any error it is left as it was. Not
+            inside of what is read.
         ratio: size of the delta as a fraction of 16 bits per weight, at most 1.
         max_shard_size: of the files with the tensors, in bytes.
         device: where to compute.
@@ -80,6 +80,7 @@ def convert(
         )
     if budget is not None and how != METHODS["dqrelo"]:
         raise DqreloError(f"--budget is of --method dqrelo, {method} has --ratio only")
+    output = check_output(output)
     before, folder = Checkpoint(resolve(base)), resolve(model)
     if base_quantized:
         plain, before = before, Checkpoint(resolve(base_quantized))
@@ -110,22 +111,18 @@ def convert(
     if budget is not None:
         ratio = budget / (2 * sum(math.prod(after.spec(name)[1]) for name in after))
         config = replace(config, ratio=ratio)
-    require_free(output, 2 * predicted_bytes(after, min(ratio, 1), how))
+    size = 2 * predicted_bytes(after, min(ratio, 1), how)
+    require_free(output, size, before.folder, folder)
     limits = None if budget is None else (budget, max_shard_size)
-    parts = output.parent / f".{output.name}.parts"
-    try:
-        with writing(output):
-            journal = Journal(parts, identity(config, after, device, limits))
-            plan = planned(before, after, device, journal, *limits) if limits else {}
-            entries = convert_all(before, after, ratio, how, device, journal, plan)
-        report = Report(entries)
+    mark = identity(config, before, after, device, limits)
+    with journal_of(output, mark) as journal:
+        plan = planned(before, after, device, journal, *limits) if limits else {}
+        entries = convert_all(before, after, ratio, how, device, journal, plan)
         if not journal:
             raise DqreloError(f"{model} has the weights of {base}: nothing to store")
+        journal.complete = True
+        report = Report(entries)
         write(output, config, journal, report, before, folder, max_shard_size)
-    except Exception:
-        shutil.rmtree(parts, ignore_errors=True)
-        raise
-    shutil.rmtree(parts)
     return report
 
 
@@ -133,9 +130,8 @@ def convert_adapter(
     before: Checkpoint, adapter: Adapter, output: Path, config: DeltaConfig
 ) -> Report:
     """Write a LoRA adapter as a delta: its factors as they are, at their own rank."""
-    require_free(
-        output, 2 * sum(p.stat().st_size for p in set(adapter.files.files.values()))
-    )
+    size = 2 * sum(path.stat().st_size for path in set(adapter.files.files.values()))
+    require_free(output, size, before.folder, adapter.folder)
     entries: list[Entry] = []
     tensors: dict[str, torch.Tensor] = {}
     for name in sorted(adapter.pairs):
@@ -273,6 +269,7 @@ def convert_parameter(
 
 def identity(
     config: DeltaConfig,
+    base: Checkpoint,
     model: Checkpoint,
     device: str,
     limits: tuple[int, int] | None,
@@ -284,7 +281,7 @@ def identity(
     """
     files = {
         str(path): [path.stat().st_size, path.stat().st_mtime_ns]
-        for path in sorted(set(model.files.values()))
+        for path in sorted({*base.files.values(), *model.files.values()})
     }
     return json.dumps([__version__, config.to_json(), files, device, limits])
 

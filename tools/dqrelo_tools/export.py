@@ -2,6 +2,7 @@
 """A base and a delta become an ordinary checkpoint again."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from vllm_dqrelo.format.checkpoint import (
 )
 from vllm_dqrelo.format.config import CONFIG_NAME
 from vllm_dqrelo.format.delta import Delta
-from vllm_dqrelo.format.folder import new_folder, require_free
+from vllm_dqrelo.format.folder import check_output, new_folder, require_free
 from vllm_dqrelo.format.side_files import TOKENIZER_FILES
+from vllm_dqrelo.format.tensor_file import torch_dtype
 
 
 def export(base: str, delta: Path, output: Path) -> int:
@@ -39,18 +41,28 @@ def export(base: str, delta: Path, output: Path) -> int:
         DqreloError: the delta is damaged or belongs to another base.
         FileNotFoundError: one of them is not there.
     """
+    output = check_output(output)
     source = Checkpoint(resolve(base))
     opened = open_for_base(delta, source)
     names_of: dict[str, list[str]] = {}
     for name in source:
         names_of.setdefault(source.files[name].name, []).append(name)
-    require_free(
-        output, sum((source.folder / file).stat().st_size for file in names_of)
+    size = sum(
+        math.prod(shape) * torch_dtype(name, dtype).itemsize
+        for name in source
+        for dtype, shape in [source.spec(name)]
     )
+    require_free(output, size, source.folder, delta)
     tokens = vocabulary_parameters(source, vocabulary(source.config) or 0)
     total = 0
     progress = tqdm(list(source), desc="export", unit=" tensors", disable=None)
     with new_folder(output) as folder, progress:
+        copy_other_files(source.folder, folder)
+        if files_of(opened.folder, TOKENIZER_FILES):
+            for path in files_of(folder, TOKENIZER_FILES).values():
+                path.unlink()
+        copy_other_files(opened.folder, folder)
+        update_config(folder / "config.json", source.tied, opened)
         for file, names in names_of.items():
             tensors = {}
             for name in names:
@@ -65,12 +77,6 @@ def export(base: str, delta: Path, output: Path) -> int:
             text = {"metadata": {"total_size": total}, "weight_map": index}
             path = folder / f"{MODEL}.safetensors.index.json"
             path.write_text(json.dumps(text, indent=2) + "\n")
-        copy_other_files(source.folder, folder)
-        if files_of(opened.folder, TOKENIZER_FILES):
-            for path in files_of(folder, TOKENIZER_FILES).values():
-                path.unlink()
-        copy_other_files(opened.folder, folder)
-        update_config(folder / "config.json", source.tied, opened)
     return total
 
 

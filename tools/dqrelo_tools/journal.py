@@ -2,33 +2,54 @@
 """What a conversion has finished, on disk, so that it can be interrupted."""
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dqrelo_tools.report import Entry
 from vllm_dqrelo.format.checkpoint import SafetensorsFiles
+from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.format.folder import PARTS, locked, scratch_of, size_of, writing
 from vllm_dqrelo.format.tensor_file import TensorFile
+
+logger = logging.getLogger(__name__)
+
+# torch's error when it gets no memory is a RuntimeError.
+OF_THE_MACHINE = (OSError, SafetensorError, MemoryError, RuntimeError)
 
 
 class Journal(Mapping[str, torch.Tensor]):
     """One small file for each finished parameter; all their tensors as a mapping.
 
     Args:
-        folder: made if need be. What another conversion left there is removed.
+        folder: exists. What another conversion left there is removed.
         identity: equal for two conversions that write the same bytes.
+
+    Attributes:
+        complete: whether all parameters are in it.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder = folder
+        self.complete = False
         mark = folder / "identity"
         if not mark.is_file() or mark.read_text() != identity:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            if size := size_of(folder):
+                logger.info(
+                    "%s bytes that another conversion to the same folder left in %s "
+                    "are removed",
+                    f"{size:,}",
+                    folder,
+                )
+            for path in folder.iterdir():
+                path.unlink()
             mark.write_text(identity)
         self._files = SafetensorsFiles({})
 
@@ -60,3 +81,46 @@ class Journal(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._files.files)
+
+
+@contextmanager
+def journal_of(output: Path, identity: str) -> Iterator[Journal]:
+    """The journal of a conversion to ``output``, which this process alone writes.
+
+    The journal is removed at the end, and after an error of the input. The journal is
+    kept after an error of the machine, and after any error once it is complete.
+
+    Raises:
+        DqreloError: another process is writing ``output``; or the block failed, and
+            where the journal is kept.
+    """
+    folder = scratch_of(output, PARTS)
+    with locked(folder, output):
+        complete = False
+        try:
+            with writing(output):
+                journal = Journal(folder, identity)
+                try:
+                    yield journal
+                finally:
+                    complete = journal.complete
+        except BaseException as error:
+            cause = error.__cause__ if isinstance(error, DqreloError) else error
+            machine = isinstance(cause, OF_THE_MACHINE)
+            if isinstance(error, Exception) and not (complete or machine):
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            if not any(path.suffix for path in folder.iterdir()):  # no work in it
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            kept = (
+                f"{size_of(folder):,} bytes that are converted already are kept in "
+                f"{folder}: the same command goes on from there"
+            )
+            if not isinstance(error, Exception):
+                logger.info(kept)
+                raise
+            own = isinstance(error, DqreloError | OSError)
+            reason = str(error) if own else f"{type(error).__name__}: {error}"
+            raise DqreloError(f"{reason}\n{kept}") from error
+        shutil.rmtree(folder)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The error of each layer, as a picture."""
 
+import os
 import re
 from itertools import cycle
 from pathlib import Path
@@ -24,6 +25,8 @@ def require_plot(path: Path) -> None:
         raise DqreloError(f"--plot {path}: expected a name in {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
         raise DqreloError(f"--plot {path}: {path.parent} is not a folder")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise DqreloError(f"--plot {path} cannot be written; choose another name")
 
 
 def plot(report: Report, path: Path) -> None:
