@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tunes that lack the last tokens of their base, as after a trainer's resize."""
 
+import gc
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PhiConfig
+from shapes import GROUPED, SHAPE, TIED
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, PhiConfig
 
 from dqrelo_tools import cli
 from vllm_dqrelo.format.config import DeltaConfig
@@ -22,14 +24,8 @@ def run(*arguments) -> int:
 
 def phi() -> PhiConfig:
     """Its LM head has a bias."""
-    return PhiConfig(
-        vocab_size=TOKENS,
-        hidden_size=96,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=TOKENS - 1,  # which the fine-tune does not have
-    )
+    # The fine-tune does not have the base's last token.
+    return PhiConfig(**SHAPE | {"pad_token_id": TOKENS - 1})
 
 
 @pytest.fixture(params=["llama-tied", "llama", phi()], ids=["tied", "untied", "bias"])
@@ -228,3 +224,118 @@ def rewrite(delta, folder, vocab_size) -> None:
     folder.mkdir()
     tensors = load_file(delta.folder / "delta_model.safetensors")
     write_delta(folder, replace(delta.config, vocab_size=vocab_size), tensors)
+
+
+# In a server.
+
+TOLERANCE = 1e-4  # as in test_serving.py
+# Logits of at most 2 in size: masked before that cap, a token would be likely.
+CAPPED = Gemma3TextConfig(**GROUPED, **TIED, final_logit_softcapping=2.0)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("kind", "room"), [(CAPPED, 3), (phi(), 0)], ids=["cap", "bias"]
+)
+def test_a_mixed_batch_equals_each_model_alone(
+    kind, room, save_model, tmp_path, engine, load, prompts
+):
+    """The base, fewer tokens, and where there is room for them more: every logprob."""
+    base = save_model(kind, tmp_path / "base", seed=1)
+    edit(base, make_the_last_tokens_likely)
+    sizes, folders, deltas = [TOKENS], [base], []
+    for added in (-FEWER, -FEWER - 4, 2)[: 2 + bool(room)]:
+        model, delta = tmp_path / f"model{added}", tmp_path / f"delta{added}"
+        save_model(kind, model, seed=50 + added, added_tokens=added)
+        edit(model, make_the_last_tokens_likely)
+        for file in model.glob("tokenizer*"):  # LLM has one tokenizer in a call
+            file.unlink()
+        set_config(model, pad_token_id=0)
+        options = ("--base", base, "--model", model, "--output", delta)
+        assert run("convert", *options) == 0
+        merged = tmp_path / f"merged{added}"
+        assert run("export", "--base", base, "--delta", delta, "--output", merged) == 0
+        sizes, deltas = [*sizes, TOKENS + added], [*deltas, delta]
+        folders = [*folders, merged]
+    expected = []
+    for folder in folders:
+        llm = engine(folder, max_logprobs=-1)
+        expected.append(distributions(llm, prompts))
+        del llm
+        gc.unfreeze()
+        gc.collect()
+    options = {"dqrelo": {"delta_memory_gib": 0.001, "added_tokens": room}}
+    llm = engine(
+        base, quantization="dqrelo", max_logprobs=-1, additional_config=options
+    )
+    requests = [None, *(load(llm, folder.name, folder) for folder in deltas)]
+    models = range(len(requests))
+    order = [(p, m) for p in range(len(prompts)) for m in models]
+    got = distributions(
+        llm, [prompts[p] for p, _ in order], [requests[m] for _, m in order]
+    )
+    for (p, m), answer in zip(order, got, strict=True):
+        assert far_apart(answer, expected[m][p], sizes[m]) <= TOLERANCE, (p, m)
+    # The test can fail: the base writes tokens that a fine-tune lacks.
+    assert max(token for tokens, _ in expected[0] for token in tokens) >= OWN
+    # Steps of the base alone, and sampling.
+    for answer, reference in zip(distributions(llm, prompts), expected[0], strict=True):
+        assert far_apart(answer, reference, TOKENS) <= TOLERANCE
+    for m in models:
+        assert max(sampled(llm, requests[m])) < sizes[m]
+    assert max(sampled(llm, None)) >= OWN
+
+
+def make_the_last_tokens_likely(tensors) -> None:
+    for name in {"lm_head.weight", "lm_head.bias", E} & tensors.keys():
+        tensors[name][-FEWER:] *= 4
+
+
+def distributions(llm, prompts, requests=None):
+    """Greedy tokens, and the logprobs of all tokens at every place, of each prompt."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=0, max_tokens=6, logprobs=-1, prompt_logprobs=-1, detokenize=False
+    )
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        sampling,
+        lora_request=requests,
+        use_tqdm=False,
+    )
+    return [
+        (
+            list(output.outputs[0].token_ids),
+            [*output.prompt_logprobs[1:], *output.outputs[0].logprobs],
+        )
+        for output in outputs
+    ]
+
+
+def far_apart(got, expected, size) -> float:
+    """Largest difference of two logprobs; infinite if they are of other tokens."""
+    (tokens, places), (others, known) = got, expected
+    if tokens != others or len(places) != len(known):
+        return float("inf")
+    furthest = 0.0
+    for place, reference in zip(places, known, strict=True):
+        if not place.keys() == reference.keys() == set(range(size)):
+            return float("inf")
+        furthest = max(
+            furthest, *(abs(place[t].logprob - reference[t].logprob) for t in place)
+        )
+    return furthest
+
+
+def sampled(llm, request) -> set[int]:
+    """Tokens of answers at a temperature that makes all of them likely."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=2, n=64, max_tokens=8, top_k=300, seed=3, detokenize=False
+    )
+    (output,) = llm.generate(
+        {"prompt_token_ids": [1, 5, 9]}, sampling, lora_request=request, use_tqdm=False
+    )
+    return {token for answer in output.outputs for token in answer.token_ids}

@@ -35,6 +35,7 @@ class Frontend:
         base: the folder of the base.
         config: of the engine.
         renderer: the base's.
+        tokens: of this model.
 
     Attributes:
         attributes: of vLLM's objects: name -> this model's value.
@@ -51,6 +52,7 @@ class Frontend:
         base: Path,
         config: VllmConfig,
         renderer: BaseRenderer,
+        tokens: int,
     ) -> None:
         # Copies, because nothing of the engine's own configuration may change.
         self._config = copy.copy(config)
@@ -65,7 +67,7 @@ class Frontend:
                     self._take_generation_config(scratch)
                 if renderer.tokenizer and not files.keys().isdisjoint(TOKENIZER_FILES):
                     shutil.copy(base / "config.json", scratch)  # says which class
-                    self._take_tokenizer(scratch, folder, renderer)
+                    self._take_tokenizer(scratch, folder, renderer, tokens)
         except DqreloError:
             raise
         except Exception as error:
@@ -88,7 +90,7 @@ class Frontend:
         }
 
     def _take_tokenizer(
-        self, scratch: str, folder: Path, renderer: BaseRenderer
+        self, scratch: str, folder: Path, renderer: BaseRenderer, tokens: int
     ) -> None:
         """The tokenizer, and the chat template that comes with it."""
         base = renderer.get_tokenizer()
@@ -100,7 +102,7 @@ class Frontend:
         )
         # vLLM's own max_token_id is one too high in 0.31.
         highest, of_base = (max(t.get_vocab().values()) for t in (tokenizer, base))
-        last = max(self._model.get_vocab_size() - 1, of_base)
+        last = max(tokens - 1, of_base)
         if highest > last:
             raise DqreloError(
                 f"{folder} has a tokenizer with tokens up to {highest}, "

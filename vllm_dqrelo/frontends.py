@@ -6,7 +6,7 @@ import functools
 import hashlib
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from vllm.exceptions import VLLMValidationError
@@ -14,9 +14,25 @@ from vllm.lora.request import LoRARequest
 
 from vllm_dqrelo import compat_frontend
 from vllm_dqrelo.format.checkpoint import resolve
+from vllm_dqrelo.format.delta import vocabulary_size
 from vllm_dqrelo.format.side_files import GENERATION_CONFIG, TOKENIZER_FILES
 from vllm_dqrelo.frontend import Frontend
 from vllm_dqrelo.request import folder_of
+from vllm_dqrelo.token_ids import keep_to_own_tokens
+
+
+class Served(NamedTuple):
+    """How a delta is served, or the base.
+
+    Attributes:
+        path: of its LoRARequest.
+        frontend: None where the base's serves as well.
+        tokens: of its model.
+    """
+
+    path: str
+    frontend: Frontend | None
+    tokens: int
 
 
 class Frontends:
@@ -31,7 +47,10 @@ class Frontends:
     def __init__(self, engine: Any) -> None:
         self._config = engine.vllm_config
         self._renderer, inputs, outputs = compat_frontend.text_parts(engine)
-        self._of: dict[int, tuple[str, Frontend | None]] = {}  # id -> path, frontend
+        options = self._config.additional_config.get("dqrelo", {})
+        room = options.get("added_tokens", 0)
+        self._tokens = self._config.model_config.get_vocab_size() - room
+        self._of: dict[int, Served] = {}  # by the id of the delta
         self._removed: set[int] = set()
         # Fine-tunes of one recipe often have the same files: they share a frontend.
         self._by_content: WeakValueDictionary[bytes, Frontend] = WeakValueDictionary()
@@ -44,15 +63,22 @@ class Frontends:
         Raises:
             DqreloError: a file of the delta's own cannot be used.
         """
-        if request is None:
-            return None
-        path, frontend = self._of.get(request.lora_int_id, ("", None))
-        if path != request.lora_path:
-            frontend = self._read(request)
-            self._of[request.lora_int_id] = (request.lora_path, frontend)
-        return frontend
+        return self._served(request).frontend
 
-    def _read(self, request: LoRARequest) -> Frontend | None:
+    def _served(self, request: LoRARequest | None) -> Served:
+        if request is None:
+            return Served("", None, self._tokens)
+        served = self._of.get(request.lora_int_id)
+        if served is None or served.path != request.lora_path:
+            served = self._of[request.lora_int_id] = self._read(request)
+        return served
+
+    def _read(self, request: LoRARequest) -> Served:
+        """Look at a delta; may take long, of what is on a disk."""
+        tokens = vocabulary_size(folder_of(request), self._tokens)
+        return Served(request.lora_path, self._frontend(request, tokens), tokens)
+
+    def _frontend(self, request: LoRARequest, tokens: int) -> Frontend | None:
         """Read the delta's own files, unless they are the base's."""
         folder, base = folder_of(request), self._base
         names = [*TOKENIZER_FILES, GENERATION_CONFIG]
@@ -63,11 +89,13 @@ class Frontends:
         }
         if all(has_content(base / name, files[name]) for name in files):
             return None
-        key = hashlib.sha256()
+        key = hashlib.sha256(b"%d tokens\n" % tokens)
         for name, content in files.items():
             key.update(f"{name} {len(content)}\n".encode() + content)
         if (frontend := self._by_content.get(key.digest())) is None:
-            frontend = Frontend(files, folder, base, self._config, self._renderer)
+            frontend = Frontend(
+                files, folder, base, self._config, self._renderer, tokens
+            )
             self._by_content[key.digest()] = frontend
         return frontend
 
@@ -76,8 +104,8 @@ class Frontends:
         config = self._config.model_config
         return resolve(config.model, config.revision)
 
-    def _keep(self, request: LoRARequest, frontend: Frontend | None) -> None:
-        self._of[request.lora_int_id] = (request.lora_path, frontend)
+    def _keep(self, request: LoRARequest, served: Served) -> None:
+        self._of[request.lora_int_id] = served
         self._removed.discard(request.lora_int_id)
 
     def _forget(self, adapter_id: int) -> None:
@@ -89,15 +117,15 @@ class Frontends:
         add, remove = engine.add_lora, engine.remove_lora
 
         def add_lora(request: LoRARequest) -> bool:
-            frontend = self._read(request)
+            served = self._read(request)
             added = add(request)
-            self._keep(request, frontend)
+            self._keep(request, served)
             return added
 
         async def add_lora_async(request: LoRARequest) -> bool:
-            frontend = await asyncio.to_thread(self._read, request)
+            served = await asyncio.to_thread(self._read, request)
             added = await add(request)
-            self._keep(request, frontend)
+            self._keep(request, served)
             return added
 
         def remove_lora(lora_id: int) -> Any:
@@ -118,11 +146,16 @@ class Frontends:
             request = given.get("lora_request")
             if request is not None and request.lora_int_id in self._removed:
                 raise VLLMValidationError(f"{request.lora_name} was unloaded")
-            frontend = self.of(request)
-            if frontend is None:
-                return process(inputs, *args, **kwargs)
-            frontend.refuse_base_tokens(request, given["params"])
-            return process(frontend.twin(inputs), *args, **kwargs)
+            model, params = self._served(request), given["params"]
+            target, name = inputs, self._config.model_config.served_model_name
+            if request is not None:
+                name = request.lora_name
+            if model.frontend:
+                model.frontend.refuse_base_tokens(request, params)
+                target = model.frontend.twin(inputs)
+            made = process(target, *args, **kwargs)
+            keep_to_own_tokens(made, params, model.tokens, name)
+            return made
 
         def add_request(request: Any, *args: Any, **kwargs: Any) -> None:
             frontend = self.of(request.lora_request)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request can only name tokens of its own model.
+
+vLLM compares token ids with one vocabulary, which in a server with deltas has the
+tokens of all models (vocabulary.py). Where it does not compare them, one id too many
+ends the engine.
+"""
+
+from collections.abc import Collection
+from itertools import chain
+
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+
+# Parameters that hold token ids; the keys of logit_bias are some.
+PARAMETERS = (
+    "stop_token_ids",
+    "allowed_token_ids",
+    "logit_bias",
+    "logprob_token_ids",
+    "trace_decode_token_ids",
+)
+SHOWN = 5  # ids in a message
+
+
+def keep_to_own_tokens(
+    request: EngineCoreRequest, params: object, size: int, model: str
+) -> None:
+    """Refuse token ids that the model of a request does not have.
+
+    Args:
+        request: what vLLM made of it. Where it asks for the logprobs of all tokens, it
+            asks for those of the model's from now on.
+        params: as the client gave them; in ``request`` the tokens of the generation
+            config are among them.
+        size: of the model's vocabulary.
+        model: its name.
+
+    Raises:
+        VLLMValidationError: the request names other tokens.
+    """
+    _check("prompt", request.prompt_token_ids or (), size, model)
+    own = request.sampling_params
+    if own is None or not isinstance(params, SamplingParams):
+        return
+    for name in PARAMETERS:
+        _check(name, getattr(params, name, None) or (), size, model)
+    words = chain.from_iterable(own.bad_words_token_ids or ())
+    _check("bad_words", list(words), size, model)
+    scored = getattr(params, "prompt_logprob_token_ids", None)
+    if scored is not None:  # an array, in which -1 stands for no token
+        _check("prompt_logprob_token_ids", scored.clip(0).ravel().tolist(), size, model)
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(own, name) == -1:
+            setattr(own, name, size)
+
+
+def _check(parameter: str, ids: Collection[int], size: int, model: str) -> None:
+    if not ids or 0 <= min(ids) <= max(ids) < size:
+        return
+    unknown = sorted({token for token in ids if not 0 <= token < size})
+    found = ", ".join(map(str, unknown[:SHOWN]))
+    more = f" and {len(unknown) - SHOWN} more" if unknown[SHOWN:] else ""
+    raise VLLMValidationError(
+        f"{parameter} has token ids that {model} does not have: {found}{more}. Its "
+        f"tokens are 0 to {size - 1}",
+        parameter=parameter,
+        value=unknown,
+    )
