@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What keeps one checkpoint from being a fine-tune of another."""
 
+import re
+
 import torch
 
 from dqrelo_tools.configs import config_differences
 from vllm_dqrelo.format.checkpoint import FLOAT_DTYPES, Checkpoint
 from vllm_dqrelo.format.tensors import ADDED, SUFFIXES
+
+# Of a multimodal model, what is not its language model: a server refuses deltas of it,
+# a model that is exported has it.
+BESIDE = re.compile(r"(^|\.)(vis|audio|connector|multi_modal_projector|mm_projector)")
 
 
 def differences(base: Checkpoint, model: Checkpoint) -> list[str]:
@@ -29,7 +35,7 @@ def differences(base: Checkpoint, model: Checkpoint) -> list[str]:
             found.append(
                 f"{name} is {', '.join(sorted(unusable))}, expected BF16, F16 or F32"
             )
-        if len(shape) > 2 and changed(name, base, model):
+        if len(shape) > 2 and not BESIDE.search(name) and changed(name, base, model):
             found.append(
                 f"{name} is {shape} and was changed: only vectors and matrices can be"
             )

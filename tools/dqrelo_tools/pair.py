@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from dqrelo_tools.differences import differences
+from dqrelo_tools.heads import settle_heads
+from dqrelo_tools.names import match_names
 from dqrelo_tools.vocabulary import match_vocabularies
 from vllm_dqrelo.format.checkpoint import HEAD, Checkpoint
 from vllm_dqrelo.format.errors import DqreloError, refuse
@@ -26,8 +28,9 @@ def fine_tune(model: str, folder: Path, base: str, before: Checkpoint) -> Checkp
         DqreloError: it is no fine-tune of ``before``.
     """
     after = Checkpoint(folder)
-    if before.tied != after.tied:
-        (before if before.tied else after).untie()
+    after.keep_head()
+    match_names(before, after)
+    settle_heads(before, after)
     match_vocabularies(before, after)
     refuse(f"{model} is no fine-tune of {base}:", differences(before, after))
     return after
@@ -91,8 +94,8 @@ def always_stored(name: str, before: Checkpoint) -> bool:
 
 
 def is_exact(name: str, tensor: torch.Tensor) -> bool:
-    """Whether a parameter that changed is stored as it is: vectors, added tokens."""
-    return tensor.ndim < 2 or name.endswith(ADDED)
+    """Whether a parameter that changed is stored as it is: all but matrices."""
+    return tensor.ndim != 2 or name.endswith(ADDED)
 
 
 def half_of(dtype: torch.dtype) -> torch.dtype:

@@ -9,9 +9,10 @@ from tqdm import tqdm
 from dqrelo_tools.configs import vocabulary
 from dqrelo_tools.extras import require
 from dqrelo_tools.fidelity import measure
+from dqrelo_tools.pair import fine_tune
 from dqrelo_tools.prompts import read_prompts
 from dqrelo_tools.report import Entry, Report, matrix_entry
-from dqrelo_tools.vocabulary import match_vocabularies, smaller_vocabulary
+from dqrelo_tools.vocabulary import smaller_vocabulary
 from vllm_dqrelo.format.checkpoint import HEAD, Checkpoint, resolve
 from vllm_dqrelo.format.delta import Delta, weight_files
 from vllm_dqrelo.format.errors import DqreloError, refuse
@@ -71,10 +72,7 @@ def verify(
     opened = open_for_base(delta, before)
     report = Report()
     report.delta_bytes = sum(path.stat().st_size for path in weight_files(delta))
-    after = Checkpoint(resolve(model)) if model else before
-    if after.tied and HEAD in before:
-        after.untie()
-    match_vocabularies(before, after)
+    after = fine_tune(model, resolve(model), base, before) if model else before
     added = {name for name in opened.exact if name.endswith(ADDED)}
     if model:
         refuse(

@@ -4,7 +4,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.json_file import read_json
 from vllm_dqrelo.format.kinds import explain, refuse_broken
+from vllm_dqrelo.format.part import WHOLE, Part
 from vllm_dqrelo.format.quantized import OTHERS, Quantized, find
 from vllm_dqrelo.format.tensor_file import TensorFile
 from vllm_dqrelo.format.tensors import ADDED
@@ -26,7 +28,8 @@ FLOAT_DTYPES = set(NAMES.values())
 INT_SIZES = {"I64": 8, "I32": 4}
 SAMPLED_ROWS = 8
 MOST_OPEN = 64  # files of one model
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+HEAD = "lm_head.weight"
+EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
 
 
 def resolve(name_or_path: str, revision: str | None = None) -> Path:
@@ -128,25 +131,27 @@ def _is_plain(name: str) -> bool:
 class Checkpoint(SafetensorsFiles):
     """The parameters of a model folder, under their names in the files.
 
-    With tied embeddings a second copy of the shared matrix (``lm_head.weight``)
-    is not a parameter of its own and is left out, unless ``untie`` was called. A
-    quantised matrix is a parameter in the dtype of the model (quantized.py).
+    With tied embeddings a second copy of the shared matrix (``lm_head.weight``) is not
+    a parameter of its own and is left out, unless ``untie`` or ``keep_head`` was
+    called. A quantised matrix is a parameter in the dtype of the model (quantized.py).
 
     Attributes:
         stored: the tensors as they are in the files.
+        second_head: the file with the second copy of the shared matrix.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # name -> the parameter that it is stored as, and which rows of it
-        self._views: dict[str, tuple[str, slice]] = {}
+        # name -> the tensor that it is stored in, and which part of it
+        self._views: dict[str, tuple[str, Part]] = {}
         self._filled: dict[str, Checkpoint] = {}  # name -> who has the other rows
         try:
             super().__init__(locate(folder, MODEL))
         except FileNotFoundError as error:
             raise DqreloError(str(error)) from error
-        if self.tied:
-            self.files.pop("lm_head.weight", None)
+        self.second_head: Path | None = None
+        if HEAD in self.files and self.tied:
+            self.second_head = self.files.pop(HEAD)
         self.stored = SafetensorsFiles(dict(self.files))
         self._quantized: dict[str, Quantized] = {}
         if self.quantization:
@@ -188,59 +193,98 @@ class Checkpoint(SafetensorsFiles):
         text = self.config.get("text_config", self.config)
         return bool(text.get("tie_word_embeddings", False))
 
-    def untie(self) -> None:
+    @property
+    def embedding(self) -> str:
+        """The name of the matrix that a tied LM head is."""
+        found = [name for name in self if name.endswith(EMBEDDINGS)]
+        if len(found) != 1:
+            raise DqreloError(
+                f"{self.folder}: its LM head is tied to its embedding, expected one "
+                f"tensor called {' or '.join(EMBEDDINGS)}, found {found or 'none'}"
+            )
+        return found[0]
+
+    def untie(self, head: str = HEAD) -> None:
         """Count a tied LM head as a parameter of its own, with the embedding's values.
 
         The fingerprint is of the parameters before that.
         """
-        embedding = next((name for name in self if name.endswith(EMBEDDING)), None)
-        if embedding is None:
-            raise DqreloError(f"{self.folder} has no embedding that its LM head is")
-        self._view(HEAD, embedding, slice(None))
+        self._view(head, *self._stored_as(self.embedding))
+
+    def keep_head(self) -> None:
+        """Count the stored copy of a tied LM head, which may have other values."""
+        if self.second_head:
+            self.files[HEAD] = self.stored.files[HEAD] = self.second_head
 
     def split(self, name: str, rows: int) -> None:
         """Count the rows of a matrix from ``rows`` on as a parameter of its own.
 
         It is called ``name + ADDED``.
         """
-        stored, _ = self._views.get(name, (name, None))
-        self._view(name + ADDED, stored, slice(rows, None))
-        self._view(name, stored, slice(rows))
+        stored, part = self._stored_as(name)
+        self._view(name + ADDED, stored, replace(part, start=rows))
+        self._view(name, stored, replace(part, stop=rows))
 
     def fill(self, name: str, base: "Checkpoint") -> None:
         """Count the rows that ``base`` has beyond those of a parameter as its own."""
         self._filled[name] = base
 
-    def _view(self, name: str, stored: str, rows: slice) -> None:
-        self.files[name] = self.files[stored]
-        self._views[name] = stored, rows
+    def rename(self, names: Mapping[str, tuple[str, Part]]) -> None:
+        """Call parameters, or parts of them, otherwise.
+
+        Args:
+            names: the new name -> which part of the parameter of which old name.
+        """
+        views = {}
+        for new, (old, part) in names.items():
+            stored, whole = self._stored_as(old)
+            views[new] = stored, whole if part == WHOLE else part
+        for old in {old for old, _ in names.values()}:
+            self.drop(old)
+        for new, view in views.items():
+            self._view(new, *view)
+
+    def drop(self, name: str) -> None:
+        """Count a tensor as a parameter no longer."""
+        del self.files[name]
+        self._views.pop(name, None)
+
+    def _stored_as(self, name: str) -> tuple[str, Part]:
+        return self._views.get(name, (name, WHOLE))
+
+    def _view(self, name: str, stored: str, part: Part) -> None:
+        matrix = self._quantized.get(stored)
+        self.files[name] = self.stored.files[matrix.names[0] if matrix else stored]
+        self._views[name] = stored, part
 
     def spec(self, name: str) -> tuple[str, list[int]]:
-        stored, rows = self._views.get(name, (name, slice(None)))
+        stored, part = self._stored_as(name)
         if matrix := self._quantized.get(stored):
             shape = matrix.shape(self.stored.spec, self.stored.get)
             dtype = NAMES[self.dtype]
         else:
-            dtype, shape = super().spec(stored)
+            dtype, shape = self.stored.spec(stored)
         if name in self._filled:
             return dtype, self._filled[name].spec(name)[1]
-        return dtype, [len(range(shape[0])[rows]), *shape[1:]] if shape else shape
+        return dtype, part.shape(shape)
 
     def get(self, name: str) -> torch.Tensor:
-        stored, rows = self._views.get(name, (name, None))
+        stored, part = self._stored_as(name)
         if matrix := self._quantized.get(stored):
             tensor = matrix.dense(self.stored.get).to(self.dtype)
+        elif part.expert is not None:
+            (tensor,) = next(self.stored.rows(stored, [part.expert]))
         else:
-            tensor = super().get(stored)
-        tensor = tensor if rows is None else tensor[rows].clone()
+            tensor = self.stored.get(stored)
+        tensor = tensor if part == WHOLE else part.of(tensor)
         if name in self._filled:
             others = self._filled[name].get(name)[len(tensor) :]
             tensor = torch.cat((tensor, others.to(tensor.dtype)))
         return tensor
 
     def rows(self, name: str, indices: Iterable[int]) -> Iterator[torch.Tensor]:
-        if name not in self._quantized:
-            return super().rows(name, indices)
+        if name not in self._quantized and name not in self._views:
+            return self.stored.rows(name, indices)
         tensor = self.get(name)
         return (tensor[index : index + 1] for index in indices)
 
