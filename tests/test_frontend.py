@@ -5,9 +5,13 @@ The oracle is the merged checkpoint with the same files, run alone by vLLM.
 """
 
 import gc
+import json
+import os
 import shutil
 
 import pytest
+
+from vllm_dqrelo.format.errors import DqreloError
 
 vllm = pytest.importorskip("vllm")
 from vllm.exceptions import VLLMValidationError  # noqa: E402
@@ -104,29 +108,110 @@ def test_an_explicit_template_of_the_server_is_the_base_s(family, own, start):
     assert asked(llm, own.chat)[1][0] == asked(alone, own.chat)[1][0]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("tokenizer.json", "{", "cannot be used"),
-        ("tokenizer.json", None, "cannot be used"),
-        ("generation_config.json", "{", "cannot be used"),
+LOOP = "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2
+BAD = [
+    ("generation_config.json", "{", "is not valid JSON"),
+    *[
+        ("generation_config.json", json.dumps({"eos_token_id": v}), "eos_token_id is")
+        for v in ("2", 3.0, True, [2, 999_999], [[2]], 320)
     ],
-)
-def test_files_that_cannot_be_used_are_refused(
-    family, own, start, tmp_path, name, content, message
-):
-    """At registration; the engine goes on, and what was there stays."""
-    made = family("llama")
-    llm = start(made.base, deltas=True)
+    ("generation_config.json", '{"temperature": NaN}', "temperature is nan"),
+    ("generation_config.json", '{"max_new_tokens": -1}', "max_new_tokens is -1"),
+    ("generation_config.json", '{"top_k": 9.5}', "top_k is 9.5"),
+    ("tokenizer.json", "{", "is not valid JSON"),
+    ("tokenizer.json", None, "a tokenizer that cannot be used"),
+    ("tokenizer.json", "pipe", "is not a regular file"),
+    ("tokenizer.json", "folder", "is not a regular file"),
+    ("vocab.json", "link", "is a link to"),
+    ("tokenizer_config.json", '{"eos_token": 5}', "a tokenizer that cannot be used"),
+    ("chat_template.jinja", "{% if %}", "cannot be used: chat_template"),
+    ("chat_template.jinja", "{{ 'a' | nothing }}", "No filter named 'nothing'"),
+    ("chat_template.jinja", LOOP, "more time than is allowed"),
+    ("chat_template.jinja", "{{ 'a' * 10 ** 11 }}", "bytes of memory"),
+]
+
+
+def test_files_that_cannot_be_used_are_refused(family, own, start, tmp_path):
+    """At registration, by file; the engine goes on, and what was there stays."""
+    llm = start(family("llama").base, deltas=True)
     request = load(llm, "own", own.delta)
     expected = asked(llm, own.chat, None, request)
+    for i, (name, content, message) in enumerate(BAD):
+        folder = tmp_path / f"delta-{i}"
+        shutil.copytree(own.delta, folder)
+        path = folder / name
+        path.unlink(missing_ok=True)
+        if content == "pipe":
+            os.mkfifo(path)
+        elif content == "folder":
+            path.mkdir()
+        elif content == "link":
+            path.symlink_to(folder / "nothing")
+        elif content is not None:
+            path.write_text(content)
+        for _ in range(2):
+            with pytest.raises(DqreloError) as error:
+                load(llm, "bad", folder)
+            said = str(error.value)
+            assert str(folder) in said and name in said and message in said, said
+            assert "/tmp/tmp" not in said and len(said) < 1000, said
+    assert asked(llm, own.chat, None, request) == expected
+
+
+def test_tokens_that_end_an_answer_hold_back_for_min_tokens(family, own, start):
+    llm = start(family("llama").base, deltas=True)
+    request = load(llm, "own", own.delta)
+    sampling = vllm.SamplingParams(temperature=0, min_tokens=12, max_tokens=12)
+    answer = asked(llm, own.chat, sampling, request)[1][1]
+    assert len(answer) == 12 and answer[: len(own.answer) - 1] == own.answer[:-1]
+    assert not {own.answer[-1], 319} & {*answer}
+
+
+def test_a_template_that_fails_on_one_conversation_fails_that_request(
+    family, own, start, tmp_path
+):
+    """Also where it would keep the whole server from running."""
+    llm = start(family("llama").base, deltas=True)
     folder = tmp_path / "delta"
     shutil.copytree(own.delta, folder)
-    (folder / name).unlink()
-    if content is not None:
-        (folder / name).write_text(content)
-    with pytest.raises(Exception, match=rf"{folder} has files of its own .*{message}"):
-        load(llm, "own", folder)
+    text = (folder / "chat_template.jinja").read_text()
+    cases = {"w1": LOOP, "w2": "{{ 'a' * 10 ** 11 }}", "w3": "{{ raise_exception(1) }}"}
+    for word, what in cases.items():
+        text += f"{{% if messages[0]['content'] == '{word}' %}}{what}{{% endif %}}"
+    (folder / "chat_template.jinja").write_text(text)
+    request = load(llm, "some", folder)
+    reasons = ("more time than is allowed", "bytes of memory", "^1$")
+    for word, reason in zip(cases, reasons, strict=True):
+        chat = [{"role": "user", "content": word}]
+        with pytest.raises(VLLMValidationError, match=reason):
+            llm.chat(chat, lora_request=request, use_tqdm=False)
+    assert outcome(llm.chat(own.chat, lora_request=request, use_tqdm=False))[0]
+
+
+def test_a_request_that_the_engine_could_not_decode_stays_here(family, own, start):
+    """The second line: whatever may have been overlooked when the files were read."""
+    llm = start(family("llama").base, deltas=True)
+    request = load(llm, "own", own.delta)
+    frontend = llm.llm_engine.frontends.of(request)
+    sound = frontend.attributes["generation_config_fields"]
+    frontend.attributes["generation_config_fields"] = {"eos_token_id": ["2"]}
+    with pytest.raises(VLLMValidationError, match="own cannot be sent to the engine"):
+        llm.generate(TEXT, lora_request=request, use_tqdm=False)
+    frontend.attributes["generation_config_fields"] = sound
+    assert outcome(llm.generate(TEXT, lora_request=request, use_tqdm=False))
+
+
+def test_what_is_used_is_what_was_checked(family, own, start, tmp_path):
+    """A folder that changes after that is another delta's."""
+    llm = start(family("llama").base, deltas=True)
+    folder = tmp_path / "delta"
+    shutil.copytree(own.delta, folder)
+    request = load(llm, "own", folder)
+    expected = asked(llm, own.chat, None, request)
+    for path in folder.glob("*"):
+        if path.name != "delta_config.json" and not path.name.startswith("delta_model"):
+            path.unlink()
+            os.mkfifo(path)
     assert asked(llm, own.chat, None, request) == expected
 
 

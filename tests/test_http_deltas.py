@@ -169,7 +169,7 @@ def test_the_list_of_models(client, store, family):
         ("foreign", openai.BadRequestError, "belongs to another base"),
         ("flipped", openai.BadRequestError, "was changed after it was written"),
         ("link", openai.BadRequestError, "is a link to"),
-        ("wordless", openai.BadRequestError, "has files of its own"),
+        ("wordless", openai.BadRequestError, "a tokenizer that cannot be used"),
         ("notes", openai.NotFoundError, "notes"),
         ("../store/plain", openai.NotFoundError, "does not exist"),
         ("nobody", openai.NotFoundError, "does not exist"),

@@ -62,3 +62,104 @@ def test_generation_config_travels_also_when_only_config_json_says_it(
     run("convert", "--base", base, "--model", model, "--output", tmp_path / "d")
     stored = json.loads((tmp_path / "d" / "generation_config.json").read_text())
     assert stored == expected
+
+
+FILES = {
+    "eos_token_id is '2'": ("generation_config.json", {"eos_token_id": "2"}),
+    "eos_token_id is 3.0": ("generation_config.json", {"eos_token_id": 3.0}),
+    "eos_token_id is [2, 999999]": (
+        "generation_config.json",
+        {"eos_token_id": [2, 999_999]},
+    ),
+    "temperature is nan": ("generation_config.json", '{"temperature": NaN}'),
+    "max_new_tokens is -1": ("generation_config.json", {"max_new_tokens": -1}),
+    "generation_config.json is not valid JSON": ("generation_config.json", "{"),
+    "generation_config.json is not a JSON object": ("generation_config.json", "[]"),
+    "tokenizer.json is not valid JSON": ("tokenizer.json", "{"),
+    "tokenizer_config.json is not a JSON object": ("tokenizer_config.json", "[]"),
+    "a tokenizer that cannot be used": ("tokenizer.json", {"model": {"type": "BPE"}}),
+    "chat_template.jinja cannot be used": ("chat_template.jinja", "{% for %}"),
+    "it takes more time than is allowed": (
+        "chat_template.jinja",
+        "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2,
+    ),
+    "bytes of memory": ("chat_template.jinja", "{{ 'a' * 10 ** 11 }}"),
+}
+
+
+@pytest.mark.parametrize("message", FILES)
+def test_what_no_server_takes_is_refused_before_anything_is_computed(
+    models, tmp_path, capsys, monkeypatch, message
+):
+    base, model = models
+    name, content = FILES[message]
+    text = content if isinstance(content, str) else json.dumps(content)
+    (model / name).write_text(text)
+    monkeypatch.setattr("dqrelo_tools.convert.convert_all", None)
+    output = tmp_path / "out" / "delta"
+    assert run("convert", "--base", base, "--model", model, "--output", output) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("dqrelo: error: ") and message in said and name in said
+    assert len(said) < 1000 and not (tmp_path / "out").exists()
+
+
+def test_what_config_json_says_of_tokens_is_checked_as_well(models, tmp_path, capsys):
+    base, model = models
+    (model / "generation_config.json").unlink()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": 320}))
+    arguments = ("--base", base, "--model", model, "--output", tmp_path / "d")
+    assert run("convert", *arguments) == 1
+    assert (
+        "config.json cannot be used:\n  eos_token_id is 320" in capsys.readouterr().err
+    )
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
+    models, tmp_path, capsys
+):
+    base, model = models
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(model)
+    arguments = ("--base", base, "--model", model, "--output", tmp_path / "d")
+    assert run("convert", *arguments) == 1
+    assert (
+        "tokens up to 320, but the model has them up to 319" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ missing.attribute }}",
+        "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}",
+        "{% generation %}{{ strftime_now('%Y') }}{% endgeneration %}",
+    ],
+)
+def test_a_template_may_refuse_a_conversation(models, tmp_path, template):
+    base, model = models
+    (model / "chat_template.jinja").write_text(template)
+    delta = tmp_path / "d"
+    assert not run("convert", "--base", base, "--model", model, "--output", delta)
+    assert (delta / "chat_template.jinja").read_text() == template
+
+
+def test_named_templates_travel(models, tmp_path):
+    base, model = models
+    (model / "chat_template.jinja").unlink()
+    path = model / "tokenizer_config.json"
+    named = [{"name": n, "template": f"{{# {n} #}}"} for n in ("default", "tool_use")]
+    config = json.loads(path.read_text()) | {"chat_template": named}
+    path.write_text(json.dumps(config))
+    delta = tmp_path / "d"
+    assert not run("convert", "--base", base, "--model", model, "--output", delta)
+    assert {*AutoTokenizer.from_pretrained(delta).chat_template} == {
+        "default",
+        "tool_use",
+    }
+    named[1]["template"] = "{% if %}"
+    path.write_text(json.dumps(config))
+    output = tmp_path / "e"
+    assert run("convert", "--base", base, "--model", model, "--output", output) == 1

@@ -8,8 +8,6 @@ attributes are its own. A delta without any is served by vLLM's own objects.
 """
 
 import copy
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,11 +15,16 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.renderers import BaseRenderer
+from vllm.renderers.hf import HfRenderer
 from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import TokenizerLike, get_tokenizer
 
+from vllm_dqrelo.chat_template import in_sandbox
 from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.format.generation_config import read_generation_config
 from vllm_dqrelo.format.side_files import GENERATION_CONFIG, TOKENIZER_FILES
+from vllm_dqrelo.format.tokenizer import folder_of, try_tokenizer
+from vllm_dqrelo.message import check_message
 
 T = TypeVar("T")
 
@@ -32,10 +35,11 @@ class Frontend:
     Args:
         files: content of its tokenizer and settings, by file name.
         folder: where they are from, for people.
+        key: of the files' content.
+        tokens: of its model, V.
         base: the folder of the base.
         config: of the engine.
         renderer: the base's.
-        tokens: of this model.
 
     Attributes:
         attributes: of vLLM's objects: name -> this model's value.
@@ -49,25 +53,26 @@ class Frontend:
         self,
         files: dict[str, bytes],
         folder: Path,
+        key: str,
+        tokens: int,
         base: Path,
         config: VllmConfig,
         renderer: BaseRenderer,
-        tokens: int,
     ) -> None:
         # Copies, because nothing of the engine's own configuration may change.
         self._config = copy.copy(config)
         self._config.model_config = self._model = copy.copy(config.model_config)
         self.attributes: dict[str, Any] = {"model_config": self._model}
         self.same_tokens = True
+        self._folder, self._tokens = folder, tokens
         try:
-            with tempfile.TemporaryDirectory() as scratch:
-                for name, content in files.items():
-                    (Path(scratch) / name).write_bytes(content)
-                if GENERATION_CONFIG in files:
-                    self._take_generation_config(scratch)
+            # What is used is what was checked, whatever becomes of the folder.
+            with folder_of(files, base) as scratch:
+                if (content := files.get(GENERATION_CONFIG)) is not None:
+                    self._take_generation_config(str(scratch), content)
                 if renderer.tokenizer and not files.keys().isdisjoint(TOKENIZER_FILES):
-                    shutil.copy(base / "config.json", scratch)  # says which class
-                    self._take_tokenizer(scratch, folder, renderer, tokens)
+                    try_tokenizer(scratch, folder)
+                    self._take_tokenizer(str(scratch), f"{folder}#{key}", renderer)
         except DqreloError:
             raise
         except Exception as error:
@@ -77,8 +82,10 @@ class Frontend:
                 "of them to serve it with the base's"
             ) from error
 
-    def _take_generation_config(self, scratch: str) -> None:
+    def _take_generation_config(self, scratch: str, content: bytes) -> None:
         """Default sampling parameters, and the tokens that end an answer."""
+        file = self._folder / GENERATION_CONFIG
+        read_generation_config(content, str(file), self._tokens)
         self._model.hf_config_path = scratch
         if self._model.generation_config != "vllm":
             self._model.generation_config = "auto"  # no file given for the base
@@ -88,10 +95,16 @@ class Frontend:
             "default_sampling_params": self._model.get_diff_sampling_param(),
             "override_max_tokens": overrides.get("max_new_tokens"),
         }
+        try:
+            params = SamplingParams(**self.attributes["default_sampling_params"])
+            params.update_from_generation_config(
+                self.attributes["generation_config_fields"]
+            )
+            check_message(params, SamplingParams)
+        except Exception as error:
+            raise DqreloError(f"{file} cannot be used: {error}") from error
 
-    def _take_tokenizer(
-        self, scratch: str, folder: Path, renderer: BaseRenderer, tokens: int
-    ) -> None:
+    def _take_tokenizer(self, scratch: str, name: str, renderer: BaseRenderer) -> None:
         """The tokenizer, and the chat template that comes with it."""
         base = renderer.get_tokenizer()
         tokenizer: TokenizerLike = get_tokenizer(
@@ -102,14 +115,23 @@ class Frontend:
         )
         # vLLM's own max_token_id is one too high in 0.31.
         highest, of_base = (max(t.get_vocab().values()) for t in (tokenizer, base))
-        last = max(tokens - 1, of_base)
+        last = max(self._tokens - 1, of_base)
         if highest > last:
             raise DqreloError(
-                f"{folder} has a tokenizer with tokens up to {highest}, "
+                f"{self._folder} has a tokenizer with tokens up to {highest}, "
                 f"but the model has them up to {last} only"
             )
-        tokenizer.name_or_path = self._model.tokenizer = str(folder)
+        end = tokenizer.eos_token_id
+        if end is not None and end >= self._tokens:
+            raise DqreloError(
+                f"{self._folder} has a tokenizer whose eos_token is {end}, but the "
+                f"model has tokens up to {self._tokens - 1} only"
+            )
         self.same_tokens = tokenizer.get_vocab() == base.get_vocab()
+        # What vLLM keeps by name is kept by content, and it finds nothing of that name.
+        self._model.tokenizer = name
+        if type(renderer) is HfRenderer:
+            tokenizer = in_sandbox(tokenizer, name)
         # The renderer makes a copy of it that several threads may use.
         own = type(renderer)(self._config, tokenizer)
         self.attributes |= {"renderer": own, "tokenizer": own.tokenizer}

@@ -5,20 +5,29 @@ import asyncio
 import functools
 import hashlib
 import inspect
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
+from vllm.v1.engine import EngineCoreRequest
 
 from vllm_dqrelo import compat_frontend
+from vllm_dqrelo.containment import contain_failures
 from vllm_dqrelo.format.checkpoint import resolve
 from vllm_dqrelo.format.delta import vocabulary_size
+from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.format.regular_file import read_bytes
 from vllm_dqrelo.format.side_files import GENERATION_CONFIG, TOKENIZER_FILES
+from vllm_dqrelo.format.tokenizer import MOST_BYTES
 from vllm_dqrelo.frontend import Frontend
+from vllm_dqrelo.message import check_message
 from vllm_dqrelo.request import folder_of
 from vllm_dqrelo.token_ids import keep_to_own_tokens
+
+MOST_REFUSED = 1000  # of which it is remembered
 
 
 class Served(NamedTuple):
@@ -53,7 +62,9 @@ class Frontends:
         self._of: dict[int, Served] = {}  # by the id of the delta
         self._removed: set[int] = set()
         # Fine-tunes of one recipe often have the same files: they share a frontend.
-        self._by_content: WeakValueDictionary[bytes, Frontend] = WeakValueDictionary()
+        self._by_content: WeakValueDictionary[str, Frontend] = WeakValueDictionary()
+        # Folder and content -> why: to find out again would take seconds.
+        self._refused: dict[tuple[Path, str], str] = {}
         self._with_adapters(engine)
         self._with_requests(inputs, outputs)
 
@@ -81,22 +92,29 @@ class Frontends:
     def _frontend(self, request: LoRARequest, tokens: int) -> Frontend | None:
         """Read the delta's own files, unless they are the base's."""
         folder, base = folder_of(request), self._base
-        names = [*TOKENIZER_FILES, GENERATION_CONFIG]
-        files = {
-            name: (folder / name).read_bytes()
-            for name in names
-            if (folder / name).is_file()
-        }
+        files: dict[str, bytes] = {}
+        for name in (*TOKENIZER_FILES, GENERATION_CONFIG):
+            with suppress(FileNotFoundError):
+                files[name] = read_bytes(folder / name, MOST_BYTES)
         if all(has_content(base / name, files[name]) for name in files):
             return None
-        key = hashlib.sha256(b"%d tokens\n" % tokens)
+        hasher = hashlib.sha256(b"%d tokens\n" % tokens)
         for name, content in files.items():
-            key.update(f"{name} {len(content)}\n".encode() + content)
-        if (frontend := self._by_content.get(key.digest())) is None:
-            frontend = Frontend(
-                files, folder, base, self._config, self._renderer, tokens
-            )
-            self._by_content[key.digest()] = frontend
+            hasher.update(f"{name} {len(content)}\n".encode() + content)
+        key = hasher.hexdigest()
+        if (error := self._refused.get((folder, key))) is not None:
+            raise DqreloError(error)
+        if (frontend := self._by_content.get(key)) is None:
+            try:
+                frontend = Frontend(
+                    files, folder, key, tokens, base, self._config, self._renderer
+                )
+            except DqreloError as refused:
+                if len(self._refused) == MOST_REFUSED:
+                    self._refused.clear()
+                self._refused[folder, key] = str(refused)
+                raise
+            self._by_content[key] = frontend
         return frontend
 
     @functools.cached_property
@@ -155,12 +173,24 @@ class Frontends:
                 target = model.frontend.twin(inputs)
             made = process(target, *args, **kwargs)
             keep_to_own_tokens(made, params, model.tokens, name)
+            if model.frontend:
+                try:
+                    check_message(made, EngineCoreRequest)
+                except Exception as error:
+                    raise VLLMValidationError(
+                        f"this request for {name} cannot be sent to the engine: {error}"
+                    ) from error
             return made
 
         def add_request(request: Any, *args: Any, **kwargs: Any) -> None:
             frontend = self.of(request.lora_request)
-            target = frontend.twin(outputs) if frontend else outputs
-            add(target, request, *args, **kwargs)
+            if frontend is None:
+                return add(outputs, request, *args, **kwargs)
+            new = request.request_id not in outputs.request_states
+            add(frontend.twin(outputs), request, *args, **kwargs)
+            if new:
+                state = outputs.request_states[request.request_id]
+                contain_failures(state, request.lora_request.lora_name)
 
         inputs.process_inputs = process_inputs
         inputs.process_inputs_async = functools.partial(

@@ -14,7 +14,7 @@ from dqrelo_tools.adapter import Adapter, is_adapter
 from dqrelo_tools.allocate import allocate
 from dqrelo_tools.card import write_card
 from dqrelo_tools.compress import BITS, METHODS, Method, Size, compress
-from dqrelo_tools.configs import config_differences
+from dqrelo_tools.configs import config_differences, vocabulary
 from dqrelo_tools.journal import Journal, journal_of
 from dqrelo_tools.pair import (
     always_stored,
@@ -24,7 +24,7 @@ from dqrelo_tools.pair import (
     read_ahead,
 )
 from dqrelo_tools.report import Entry, Report, matrix_entry
-from dqrelo_tools.side_files import copy_side_files
+from dqrelo_tools.side_files import side_files
 from dqrelo_tools.spectrum import Spectrum
 from dqrelo_tools.vocabulary import smaller_vocabulary
 from vllm_dqrelo import __version__
@@ -108,6 +108,7 @@ def convert(
         return convert_adapter(before, Adapter(folder, before), output, config)
     after = fine_tune(model, folder, base, before)
     config = replace(config, vocab_size=smaller_vocabulary(before, after))
+    others = side_files(before.folder, folder, vocabulary(after.config))
     if budget is not None:
         ratio = budget / (2 * sum(math.prod(after.spec(name)[1]) for name in after))
         config = replace(config, ratio=ratio)
@@ -122,7 +123,7 @@ def convert(
             raise DqreloError(f"{model} has the weights of {base}: nothing to store")
         journal.complete = True
         report = Report(entries)
-        write(output, config, journal, report, before, folder, max_shard_size)
+        write(output, config, journal, report, folder, others, max_shard_size)
     return report
 
 
@@ -132,6 +133,7 @@ def convert_adapter(
     """Write a LoRA adapter as a delta: its factors as they are, at their own rank."""
     size = 2 * sum(path.stat().st_size for path in set(adapter.files.files.values()))
     require_free(output, size, before.folder, adapter.folder)
+    others = side_files(before.folder, adapter.folder, vocabulary(before.config))
     entries: list[Entry] = []
     tensors: dict[str, torch.Tensor] = {}
     for name in sorted(adapter.pairs):
@@ -148,7 +150,7 @@ def convert_adapter(
         entries.append(entry)
         tensors |= stored
     report = Report(entries)
-    write(output, config, tensors, report, before, adapter.folder)
+    write(output, config, tensors, report, adapter.folder, others)
     return report
 
 
@@ -157,15 +159,20 @@ def write(
     config: DeltaConfig,
     tensors: Mapping[str, torch.Tensor],
     report: Report,
-    before: Checkpoint,
     model: Path,
+    others: Mapping[str, bytes],
     max_shard_size: int = 10**9,
 ) -> None:
-    """Write the whole delta folder; ``report`` learns its size."""
+    """Write the whole delta folder; ``report`` learns its size.
+
+    Args:
+        others: content of the files beside the tensors, by name.
+    """
     with new_folder(output) as folder:
         config = write_delta(folder, config, tensors, max_shard_size)
         report.delta_bytes = sum(path.stat().st_size for path in weight_files(folder))
-        copy_side_files(before.folder, model, folder)
+        for name, content in others.items():
+            (folder / name).write_bytes(content)
         write_card(folder, config, report, model)
 
 

@@ -106,9 +106,9 @@ def locate(folder: Path, stem: str) -> dict[str, Path]:
     """
     single = folder / f"{stem}.safetensors"
     index = folder / f"{stem}.safetensors.index.json"
-    if single.is_file():
+    if single.exists():
         return dict.fromkeys(TensorFile(single).tensors, single)
-    if not index.is_file():
+    if not index.exists():
         raise FileNotFoundError(explain(folder, stem.removesuffix("_model")))
     raw = read_json(index)
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None

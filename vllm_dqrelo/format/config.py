@@ -2,6 +2,7 @@
 """delta_config.json: what a delta is and which base it belongs to."""
 
 import json
+import os
 import reprlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -74,7 +75,7 @@ class DeltaConfig:
     def read(cls, folder: Path) -> "DeltaConfig":
         """Read and check the delta_config.json of ``folder``."""
         path = folder / CONFIG_NAME
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise FileNotFoundError(explain(folder, "delta"))
         refuse_broken(folder)
         return cls.from_dict(read_json(path), str(path))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.format.regular_file import read_bytes
 
 MOST_BYTES = 64 * 2**20  # an index of a million tensors
 
@@ -13,15 +14,14 @@ MOST_BYTES = 64 * 2**20  # an index of a million tensors
 def read_json(path: Path) -> Any:
     """The parsed content of ``path``; a DqreloError says why there is none."""
     try:
-        size = path.stat().st_size
-        text = path.read_text(encoding="utf-8") if size <= MOST_BYTES else ""
-    except UnicodeDecodeError as error:
-        raise DqreloError(f"{path} is not valid JSON: {error}") from error
-    except OSError as error:
+        return parsed_json(read_bytes(path, MOST_BYTES), str(path))
+    except FileNotFoundError as error:
         raise DqreloError(f"{path} cannot be read: {error.strerror}") from error
-    if size > MOST_BYTES:
-        raise DqreloError(f"{path} has {size:,} bytes; expected at most {MOST_BYTES:,}")
+
+
+def parsed_json(content: bytes, where: str) -> Any:
+    """The JSON that ``content``, of the file named ``where``, is."""
     try:
-        return json.loads(text)
+        return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DqreloError(f"{path} is not valid JSON: {error}") from error
+        raise DqreloError(f"{where} is not valid JSON: {error}") from error

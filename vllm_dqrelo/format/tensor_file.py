@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.format.regular_file import open_regular
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -54,12 +55,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._file = path.open("rb", buffering=0)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise DqreloError(f"{path} cannot be read: {error.strerror}") from error
+        self._file = open_regular(path)
         self._opened = self._state()
         self.tensors: dict[str, tuple[str, list[int], int]] = {}
         try:
