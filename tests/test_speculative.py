@@ -35,23 +35,26 @@ def hide_llvmlite():
 
 
 @pytest.fixture
-def added(family, save_model, tmp_path):
-    """A delta whose five tokens more are likely, and its merged checkpoint."""
-    model = save_model("llama", tmp_path / "model", seed=7, added_tokens=5)
-    tensors = load_file(model / "model.safetensors")
-    tensors["lm_head.weight"][-5:] *= 4
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    delta, merged = tmp_path / "delta", tmp_path / "merged"
-    base = str(family("llama").base)
-    convert(base, str(model), delta, 0.125)
-    for file in delta.glob("tokenizer*"):  # LLM has one tokenizer in a call
-        file.unlink()
-    export(base, delta, merged)
-    return delta, merged
+def resized(family, save_model, tmp_path):
+    """Deltas with five tokens more, which are likely, and twelve fewer; and merged."""
+    base, deltas, merged = str(family("llama").base), [], []
+    for tokens in (5, -12):
+        model = save_model("llama", tmp_path / "model", seed=7, added_tokens=tokens)
+        if tokens > 0:
+            tensors = load_file(model / "model.safetensors")
+            tensors["lm_head.weight"][-tokens:] *= 4
+            save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+        deltas.append(tmp_path / f"delta{tokens}")
+        convert(base, str(model), deltas[-1], 0.125)
+        for file in deltas[-1].glob("tokenizer*"):  # LLM has one tokenizer in a call
+            file.unlink()
+        merged.append(tmp_path / f"merged{tokens}")
+        export(base, deltas[-1], merged[-1])
+    return deltas, merged
 
 
 def test_ngram_drafts_equal_each_model_alone(
-    family, added, engine, answer_of, sampling, difference, load, prompts
+    family, resized, engine, answer_of, sampling, difference, load, prompts
 ):
     """Rows that check drafts beside rows that do not, each of its own model."""
 
@@ -65,7 +68,7 @@ def test_ngram_drafts_equal_each_model_alone(
         return [answer_of(output) for output in outputs]
 
     made, expected = family("llama"), []
-    for folder in [made.base, made.merged[0], made.merged[2], added[1]]:
+    for folder in [made.base, made.merged[0], made.merged[2], *resized[1]]:
         llm = engine(folder)
         expected.append(run(llm, prompts))
         del llm
@@ -81,7 +84,7 @@ def test_ngram_drafts_equal_each_model_alone(
     )
     requests = [None] + [
         load(llm, f"delta-{i}", folder)
-        for i, folder in enumerate([made.deltas[0], made.deltas[2], added[0]])
+        for i, folder in enumerate([made.deltas[0], made.deltas[2], *resized[0]])
     ]
     order = [(p, m) for p in range(len(prompts)) for m in range(len(requests))]
     got = run(llm, [prompts[p] for p, _ in order], [requests[m] for _, m in order])
@@ -95,4 +98,4 @@ def test_ngram_drafts_equal_each_model_alone(
         for kind in ("draft", "accepted")
     )
     assert 0 < accepted < drafted
-    assert max(token for tokens, _, _ in expected[-1] for token in tokens) >= 320
+    assert max(token for tokens, _, _ in expected[-2] for token in tokens) >= 320
