@@ -14,7 +14,7 @@ from dqrelo_tools.adapter import Adapter, is_adapter
 from dqrelo_tools.allocate import allocate
 from dqrelo_tools.card import write_card
 from dqrelo_tools.compress import BITS, METHODS, Method, Size, compress
-from dqrelo_tools.configs import config_differences, vocabulary
+from dqrelo_tools.configs import config_differences
 from dqrelo_tools.journal import Journal, journal_of
 from dqrelo_tools.pair import (
     always_stored,
@@ -88,7 +88,7 @@ def convert(
             raise DqreloError(f"{base_quantized} is not quantised: give it as --base")
         refuse(
             f"{base_quantized} is no copy of {base}:",
-            config_differences(plain.config, before.config)
+            config_differences(plain.model_config, before.model_config)
             + [f"{name} is in one of them only" for name in {*plain} ^ {*before}],
         )
         base = base_quantized
@@ -108,7 +108,7 @@ def convert(
         return convert_adapter(before, Adapter(folder, before), output, config)
     after = fine_tune(model, folder, base, before)
     config = replace(config, vocab_size=smaller_vocabulary(before, after))
-    others = side_files(before.folder, folder, vocabulary(after.config))
+    others = side_files(before.folder, folder, after.model_config.vocab_size)
     if budget is not None:
         ratio = budget / (2 * sum(math.prod(after.spec(name)[1]) for name in after))
         config = replace(config, ratio=ratio)
@@ -133,7 +133,7 @@ def convert_adapter(
     """Write a LoRA adapter as a delta: its factors as they are, at their own rank."""
     size = 2 * sum(path.stat().st_size for path in set(adapter.files.files.values()))
     require_free(output, size, before.folder, adapter.folder)
-    others = side_files(before.folder, adapter.folder, vocabulary(before.config))
+    others = side_files(before.folder, adapter.folder, before.model_config.vocab_size)
     entries: list[Entry] = []
     tensors: dict[str, torch.Tensor] = {}
     for name in sorted(adapter.pairs):

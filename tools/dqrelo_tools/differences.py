@@ -19,7 +19,7 @@ def differences(base: Checkpoint, model: Checkpoint) -> list[str]:
     found = []
     if model.quantization:
         found += [f"{model.folder} is quantised; convert from the 16-bit checkpoint"]
-    found += config_differences(base.config, model.config)
+    found += config_differences(base.model_config, model.model_config)
     names, others = set(model), set(base)
     found += [f"{n} is only in the base" for n in sorted(others - names)]
     found += [

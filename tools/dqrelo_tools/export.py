@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dqrelo_tools.card import CARD, REPORT
-from dqrelo_tools.configs import vocabulary
 from dqrelo_tools.side_files import files_of
 from dqrelo_tools.verify import open_for_base
 from dqrelo_tools.vocabulary import vocabulary_parameters
@@ -53,7 +52,7 @@ def export(base: str, delta: Path, output: Path) -> int:
         for dtype, shape in [source.spec(name)]
     )
     require_free(output, size, source.folder, delta)
-    tokens = vocabulary_parameters(source, vocabulary(source.config) or 0)
+    tokens = vocabulary_parameters(source, source.model_config.vocab_size or 0)
     total = 0
     progress = tqdm(list(source), desc="export", unit=" tensors", disable=None)
     with new_folder(output) as folder, progress:
@@ -62,7 +61,7 @@ def export(base: str, delta: Path, output: Path) -> int:
             for path in files_of(folder, TOKENIZER_FILES).values():
                 path.unlink()
         copy_other_files(opened.folder, folder)
-        update_config(folder / "config.json", source.tied, opened)
+        update_config(folder / "config.json", source, opened)
         for file, names in names_of.items():
             tensors = {}
             for name in names:
@@ -80,24 +79,27 @@ def export(base: str, delta: Path, output: Path) -> int:
     return total
 
 
-def update_config(path: Path, tied: bool, delta: Delta) -> None:
+def update_config(path: Path, base: Checkpoint, delta: Delta) -> None:
     """Say in a base's config.json what is otherwise: LM head, vocabulary, 16 bits.
 
     Args:
         path: of the file.
-        tied: whether the base's LM head is its embedding.
+        base: whose file it was.
         delta: what was added to it.
     """
     config = json.loads(path.read_text())
     config.pop("quantization_config", None)
     text = config.get("text_config", config)
-    if tied and HEAD in delta.matrices:
-        text["tie_word_embeddings"] = False
+    if base.tied and HEAD in delta.matrices:
+        config["tie_word_embeddings"] = text["tie_word_embeddings"] = False
+    rows = delta.config.vocab_size
     if delta.added_tokens:
-        text["vocab_size"] += delta.added_tokens
-    if (own := delta.config.vocab_size) is not None:
-        text["vocab_size"] = own
-        if (text.get("pad_token_id") or 0) >= own:  # which no model is made with
+        rows = (base.model_config.vocab_size or 0) + delta.added_tokens
+    if rows is not None:
+        text["vocab_size"] = rows
+        if "vocab_size" in config:
+            config["vocab_size"] = rows
+        if (text.get("pad_token_id") or 0) >= rows:  # which no model is made with
             text["pad_token_id"] = None
     path.write_text(json.dumps(config, indent=2) + "\n")
 

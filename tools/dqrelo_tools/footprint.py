@@ -10,13 +10,13 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.serialization._base import parse_size_to_int
 
-from dqrelo_tools.configs import vocabulary
 from vllm_dqrelo.arena import aligned
 from vllm_dqrelo.format.checkpoint import Checkpoint, SafetensorsFiles, locate
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import MODEL
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.json_file import read_json
+from vllm_dqrelo.format.model_config import ModelConfig
 from vllm_dqrelo.format.tensors import ADDED, PACKED, SCALE, SHAPE, SUFFIXES
 
 
@@ -54,13 +54,14 @@ def base_bytes(name_or_path: str, device: str = "cuda") -> int:
     if folder.is_dir():
         base = Checkpoint(folder)
         weights = [base.stored.spec(name) for name in base.stored]
-        config = base.config
+        config = base.model_config
     else:
-        weights, config = on_hub(name_or_path)
+        weights, raw = on_hub(name_or_path)
+        config = ModelConfig(f"{name_or_path}/config.json", raw)
     total = sum(weight_bytes(*weight) for weight in weights)
     if device != "cpu":
         return total
-    words = vocabulary(config)
+    words = config.vocab_size
     matrices = [
         weight_bytes(dtype, shape)
         for dtype, shape in weights

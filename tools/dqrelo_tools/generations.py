@@ -82,12 +82,11 @@ def skeleton(checkpoint: Checkpoint) -> Any:
     """
     import transformers
 
-    architectures = checkpoint.config.get("architectures") or [""]
-    kind = getattr(transformers, str(architectures[0]), None)
-    if kind is None:
+    config = checkpoint.model_config.parsed
+    kind = getattr(transformers, checkpoint.model_config.architecture or "", None)
+    if kind is None or config is None:
         return None
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
         with torch.device("meta"):
             return kind(config)
     except Exception:  # whatever a model's code raises for a config that it is not for

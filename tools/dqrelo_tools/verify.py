@@ -6,8 +6,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dqrelo_tools.configs import vocabulary
-from dqrelo_tools.extras import require
 from dqrelo_tools.fidelity import measure
 from dqrelo_tools.pair import fine_tune
 from dqrelo_tools.prompts import read_prompts
@@ -36,7 +34,7 @@ def open_for_base(delta: Path, base: Checkpoint) -> Delta:
             problems.append(f"{name} is not in the base")
         elif base.spec(name)[1] != shape:
             problems.append(f"{name} is {shape}, the base has {base.spec(name)[1]}")
-    own, old = opened.config.vocab_size, vocabulary(base.config)
+    own, old = opened.config.vocab_size, base.model_config.vocab_size
     if own is not None and (old is None or own >= old):
         problems.append(f"vocab_size is {own}, expected fewer than the base's {old}")
     refuse(f"{delta} does not fit {base.folder}:", problems)
@@ -66,7 +64,6 @@ def verify(
     if prompts and not model:
         raise DqreloError("--prompts needs --model, the fine-tune to compare with")
     if prompts:
-        require("transformers", "--prompts")
         texts = read_prompts(prompts)
     before = Checkpoint(resolve(base))
     opened = open_for_base(delta, before)

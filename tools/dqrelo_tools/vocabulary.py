@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tunes whose vocabulary is larger or smaller than the base's."""
 
-from dqrelo_tools.configs import vocabulary
 from vllm_dqrelo.format.checkpoint import Checkpoint
 from vllm_dqrelo.format.errors import DqreloError
 
@@ -89,4 +88,4 @@ def _has_no_layer(name: str) -> bool:
 
 def _sizes(base: Checkpoint, model: Checkpoint) -> tuple[int | None, int | None]:
     """The vocab_size of either config.json."""
-    return vocabulary(base.config), vocabulary(model.config)
+    return base.model_config.vocab_size, model.model_config.vocab_size

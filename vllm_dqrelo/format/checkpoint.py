@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.json_file import read_json
 from vllm_dqrelo.format.kinds import explain, refuse_broken
+from vllm_dqrelo.format.model_config import ModelConfig
 from vllm_dqrelo.format.part import WHOLE, Part
 from vllm_dqrelo.format.quantized import OTHERS, Quantized, find
 from vllm_dqrelo.format.tensor_file import TensorFile
@@ -171,7 +172,13 @@ class Checkpoint(SafetensorsFiles):
     def dtype(self) -> torch.dtype:
         """In which a quantised matrix is read: that of the model."""
         name = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
-        return getattr(torch, name)
+        dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in NAMES}
+        if str(name) not in dtypes:
+            raise DqreloError(
+                f"{self.folder / 'config.json'}: dtype is {name!r}, expected one of "
+                f"{', '.join(dtypes)}"
+            )
+        return dtypes[name]
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -187,11 +194,15 @@ class Checkpoint(SafetensorsFiles):
             raise DqreloError(f"{path} is not a JSON object")
         return config
 
+    @cached_property
+    def model_config(self) -> ModelConfig:
+        """What config.json says."""
+        return ModelConfig(self.folder / "config.json", self.config)
+
     @property
     def tied(self) -> bool:
         """Whether the LM head is the embedding."""
-        text = self.config.get("text_config", self.config)
-        return bool(text.get("tie_word_embeddings", False))
+        return self.model_config.tied
 
     @property
     def embedding(self) -> str:
