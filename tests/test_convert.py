@@ -197,8 +197,14 @@ NORM, Q = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (drop(NORM), f"{NORM} is only in the base"),
-        (lambda t: t.update(extra=t[NORM].clone()), "extra is only in the fine-tune"),
+        (
+            drop(NORM),
+            "1 of 20 parameters of the base is not in the fine-tune",
+        ),
+        (
+            lambda t: t.update(extra=t[NORM].clone()),
+            "1 of 21 parameters of the fine-tune is not in the base",
+        ),
         (replace(Q, lambda t: t[:64].clone()), f"{Q} is [64, 96], the base has [96"),
         (replace(Q, lambda t: t.double()), f"{Q} is F64, expected BF16, F16 or F32"),
         (replace(Q, lambda t: t * torch.nan), f"{Q} of the fine-tune has a NaN"),
@@ -227,7 +233,7 @@ def test_all_wrong_tensors_in_one_message(models, tmp_path, capsys):
     base, model = models
     edit(model, drop(NORM))
     edit(model, replace(Q, lambda t: t[:64].clone()))
-    refused(tmp_path, capsys, f"{NORM} is only in the base", base, model)
+    refused(tmp_path, capsys, f"not in the fine-tune, for instance {NORM}", base, model)
     assert f"{Q} is [64, 96]" in refused.last
 
 

@@ -2,6 +2,7 @@
 """A fine-tune whose parameters have other names than its base's: logits as trained."""
 
 import copy
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,14 @@ MODELS: dict[str, tuple[str, dict]] = {
         {
             "text_config": {**TEXT, "model_type": "llama"},
             "vision_config": {**VISION, "model_type": "clip_vision_model"},
+        },
+    ),
+    "llava-tied": (
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": {**TEXT, **TIED, "model_type": "llama"},
+            "vision_config": {**VISION, "model_type": "clip_vision_model"},
+            **TIED,
         },
     ),
     "gemma3": (
@@ -280,3 +289,210 @@ def test_experts_side_by_side(kind, transposed, pair, tmp_path):
             },
         )
     check(tmp_path, model)
+
+
+def adding(make: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors]:
+    """More tensors, made from those that are there."""
+    return lambda tensors: tensors | make(tensors)
+
+
+def in_layers(name: str, tensor: torch.Tensor) -> Tensors:
+    return {f"model.layers.{i}.{name}": tensor.clone() for i in range(2)}
+
+
+MASK = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+# What is left out of which side, and what is said.
+LEFT_OUT = {
+    "frequencies": ("both", in_layers("self_attn.rotary_emb.inv_freq", torch.ones(16))),
+    "cosines": (
+        "model",
+        in_layers("self_attn.rotary_emb.cos_cached", torch.ones(8, 8)),
+    ),
+    "base's": ("base", in_layers("self_attn.rotary_emb.inv_freq", torch.ones(16))),
+    "masks": (
+        "model",
+        in_layers("attn.bias", MASK)
+        | in_layers("attn.masked_bias", torch.tensor(-1e4)),
+    ),
+    "positions": ("model", {"model.embeddings.position_ids": torch.arange(8)[None]}),
+    "extra state": (
+        "both",
+        in_layers("self_attn._extra_state", torch.zeros(0, dtype=torch.uint8)),
+    ),
+    "further tokens": ("base", {"mtp.layers.0.mlp.up_proj.weight": torch.ones(8, 8)}),
+    "further tokens in the model": ("both", {"model.mtp.norm.weight": torch.ones(8)}),
+    "value head": (
+        "model",
+        {
+            "v_head.summary.weight": torch.ones(1, 96),
+            "v_head.summary.bias": torch.ones(1),
+        },
+    ),
+    "score": ("model", {"score.weight": torch.ones(1, 96)}),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT_OUT)
+def test_left_out(kind, pair, tmp_path, capsys):
+    side, tensors = LEFT_OUT[kind]
+    model = pair("llama")
+    if side != "model":
+        edit(tmp_path / "base", adding(lambda _: tensors))
+        edit(tmp_path / "plain", adding(lambda _: tensors))
+    if side != "base":
+        edit(tmp_path / "model", adding(lambda _: tensors))
+    check(tmp_path, model)
+    said = f"left out of the {side if side == 'base' else 'fine-tune'}: "
+    error = capsys.readouterr().err
+    assert f"{said}{len(tensors)} tensors, for instance {min(tensors)}" in error
+
+
+def test_next_token_layers(pair, tmp_path):
+    """DeepSeek's further tokens are layers after the last."""
+    model = pair("llama")
+    add = adding(lambda t: {"model.layers.2.mlp.up_proj.weight": torch.ones(8, 8)})
+    for name in ("base", "plain"):
+        edit(tmp_path / name, add)
+    for name in ("base", "plain", "model"):
+        path = tmp_path / name / "config.json"
+        keys = json.loads(path.read_text()) | {"num_nextn_predict_layers": 1}
+        path.write_text(json.dumps(keys))
+    check(tmp_path, model)
+
+
+def test_buffers_in_a_wrapper(pair, tmp_path):
+    model = pair("llama")
+    tensors = in_layers("self_attn.rotary_emb.inv_freq", torch.ones(16))
+    heads = {"v_head.summary.weight": torch.ones(1, 96)}
+    edit(tmp_path / "model", adding(lambda _: tensors | heads))
+    edit(tmp_path / "model", renaming(("", "pretrained_model.")))
+    check(tmp_path, model)
+
+
+# What cannot be taken, and what explains it.
+REFUSED: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
+    "bias": (
+        "llama",
+        adding(lambda t: in_layers("self_attn.q_proj.bias", torch.ones(96))),
+        "the fine-tune has biases that the base does not have",
+    ),
+    "attention bias": (
+        "llama",
+        adding(lambda t: in_layers("self_attn.bias", torch.ones(96))),
+        "2 of 23 parameters of the fine-tune are not in the base",
+    ),
+    "adapter": (
+        "llama",
+        adding(
+            lambda t: in_layers(
+                "self_attn.q_proj.lora_A.default.weight", torch.ones(4, 96)
+            )
+        ),
+        "it is stored with an adapter inside. Merge the adapter",
+    ),
+    "adapter's base layers": (
+        "llama",
+        lambda t: {k.replace("q_proj.", "q_proj.base_layer."): v for k, v in t.items()},
+        "with an adapter inside",
+    ),
+    "optimizer": (
+        "llama",
+        adding(lambda t: {f"optimizer.exp_avg.{k}": v.clone() for k, v in t.items()}),
+        "states of an optimizer",
+    ),
+    "mlx": (
+        "llama",
+        adding(lambda t: in_layers("self_attn.q_proj.scales", torch.ones(96, 2))),
+        "its weights are quantised",
+    ),
+    "classifier": (
+        "llama",
+        lambda t: (
+            {"score.weight": torch.ones(2, 96)}
+            | {k: v for k, v in t.items() if k != "lm_head.weight"}
+        ),
+        "its weights are those of a classifier",
+    ),
+    "layers": (
+        "llama",
+        lambda t: {k: v for k, v in t.items() if ".layers.1." not in k},
+        "the fine-tune has 1 layers, the base has 2",
+    ),
+    "language model": (
+        "llava",
+        lambda t: {k: v for k, v in t.items() if k.startswith("language_model")},
+        "only the language model is there",
+    ),
+    "empty": (
+        "llama",
+        lambda t: {k: torch.zeros(0) if "proj" in k else v for k, v in t.items()},
+        "14 parameters of the fine-tune are empty",
+    ),
+    "float8": (
+        "llama",
+        lambda t: {
+            k: v.to(torch.float8_e4m3fn) if "q_proj" in k else v for k, v in t.items()
+        },
+        "is F8_E4M3, expected BF16, F16 or F32",
+    ),
+    "nothing in common": (
+        "llama",
+        lambda t: {f"tensor_{i}": v for i, v in enumerate(t.values())},
+        "21 of 21 parameters of the base are not in the fine-tune",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused(kind, pair, tmp_path, capsys):
+    """In few lines, led by what explains it, and nothing is left behind."""
+    name, change, message = REFUSED[kind]
+    pair(name)
+    edit(tmp_path / "model", change)
+    capsys.readouterr()
+    assert convert(tmp_path) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") <= 5
+    assert not (tmp_path / "delta").exists()
+
+
+def test_square_experts(tmp_path, capsys):
+    """Nothing says whether they are transposed; one of two matrices would."""
+    config = {**GROUPED, **UNTIED, **EXPERTS, "moe_intermediate_size": 48}
+    kind = transformers.Qwen3MoeForCausalLM
+    base = kind(kind.config_class(**config))
+    base.save_pretrained(tmp_path / "base")
+    model = tuned(base)
+    model.save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "plain")
+    edit(tmp_path / "model", lambda tensors: fused(tensors, model, transposed=True))
+    check(tmp_path, model)
+
+
+def test_base_with_experts_side_by_side(pair, tmp_path, capsys):
+    model = pair("qwen3-moe")
+    edit(tmp_path / "base", lambda tensors: fused(tensors, build("qwen3-moe"), False))
+    assert convert(tmp_path) == 1
+    assert "the base has its experts side by side" in capsys.readouterr().err
+    edit(tmp_path / "model", lambda tensors: fused(tensors, model, False))
+    assert convert(tmp_path) == 1
+    assert "was changed: only vectors and matrices can be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_other_dtype(dtype, pair, tmp_path, capsys):
+    """Of the fine-tune: read as it is."""
+    pair("llama")
+    edit(tmp_path / "model", lambda t: {k: v.to(dtype) for k, v in t.items()})
+    assert convert(tmp_path) == 0
+
+
+def test_scalars_and_empty_parameters(pair, tmp_path):
+    """Of both: no matrix, nothing to divide by."""
+    pair("llama")
+    for name, value in (("base", torch.ones(())), ("model", torch.zeros(()))):
+        empty = {"model.scale": value, "model.nothing": torch.zeros(0, 96)}
+        edit(tmp_path / name, lambda tensors, more=empty: tensors | more)
+    assert convert(tmp_path) == 0
+    assert "model.scale" in Delta(tmp_path / "delta").exact

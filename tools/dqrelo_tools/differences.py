@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What keeps one checkpoint from being a fine-tune of another."""
 
-import re
-
 import torch
 
 from dqrelo_tools.configs import config_differences
+from dqrelo_tools.missing import BESIDE, missing
 from vllm_dqrelo.format.checkpoint import FLOAT_DTYPES, Checkpoint
 from vllm_dqrelo.format.tensors import ADDED, SUFFIXES
-
-# Of a multimodal model, what is not its language model: a server refuses deltas of it,
-# a model that is exported has it.
-BESIDE = re.compile(r"(^|\.)(vis|audio|connector|multi_modal_projector|mm_projector)")
 
 
 def differences(base: Checkpoint, model: Checkpoint) -> list[str]:
@@ -20,14 +15,16 @@ def differences(base: Checkpoint, model: Checkpoint) -> list[str]:
     if model.quantization:
         found += [f"{model.folder} is quantised; convert from the 16-bit checkpoint"]
     found += config_differences(base.model_config, model.model_config)
-    names, others = set(model), set(base)
-    found += [f"{n} is only in the base" for n in sorted(others - names)]
-    found += [
-        f"{n} is only in the fine-tune"
-        for n in sorted(names - others)
-        if not n.endswith(ADDED)
-    ]
-    for name in sorted(names & others):
+    found += missing(base, model)
+    both = sorted(set(model) & set(base))
+    empty = [n for n in both if 0 in model.spec(n)[1] and 0 not in base.spec(n)[1]]
+    if empty:
+        found.append(
+            f"{len(empty)} parameters of the fine-tune are empty, for instance "
+            f"{empty[0]}: DeepSpeed ZeRO-3 has saved them without gathering them. Run "
+            "its zero_to_fp32.py, or set stage3_gather_16bit_weights_on_model_save"
+        )
+    for name in (name for name in both if name not in empty):
         (dtype, shape), (base_dtype, base_shape) = model.spec(name), base.spec(name)
         if shape != base_shape:
             found.append(f"{name} is {shape}, the base has {base_shape}")

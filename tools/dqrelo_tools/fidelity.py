@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from dqrelo_tools.prompts import Prompt
-from vllm_dqrelo.format.checkpoint import Checkpoint
+from vllm_dqrelo.format.checkpoint import HEAD, Checkpoint
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import refuse
 from vllm_dqrelo.format.tensors import ADDED
@@ -161,14 +161,29 @@ def load(folder: Path, delta: Delta | None = None) -> Any:
 
     checkpoint = Checkpoint(folder)
     if not checkpoint.quantization and delta is None:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+        refuse(
+            f"transformers does not find these parameters in {folder}, which has them "
+            "under other names or not at all. Save the model with save_pretrained:",
+            sorted(loaded["missing_keys"]),
+        )
+        return model.eval()
     config = AutoConfig.from_pretrained(folder)
     if checkpoint.quantization:
         del config.quantization_config
+    stored = [*delta.matrices, *delta.exact] if delta else []
+    changed = {name.removesuffix(ADDED) for name in stored}
+    if checkpoint.tied and HEAD in changed:
+        checkpoint.untie()
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = (
+            False
+        )
     tensors = {name: checkpoint.get(name).float() for name in checkpoint}
     if delta is not None:
         config.get_text_config().vocab_size += delta.added_tokens
-        for name in {n.removesuffix(ADDED) for n in (*delta.matrices, *delta.exact)}:
+        for name in changed:
             tensors[name] = delta.merged(name, tensors[name])
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, loaded = kind.from_pretrained(
@@ -178,7 +193,8 @@ def load(folder: Path, delta: Delta | None = None) -> Any:
         dtype=torch.float32,
         output_loading_info=True,
     )
-    wrong = sorted(set(loaded["missing_keys"]) | set(loaded["unexpected_keys"]))
+    unexpected = changed & set(loaded["unexpected_keys"])
+    wrong = sorted(unexpected | set(loaded["missing_keys"]))
     refuse(f"parameters of {folder} that transformers has or lacks:", wrong)
     return model
 

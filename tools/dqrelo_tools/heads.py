@@ -38,8 +38,10 @@ def settle_heads(base: Checkpoint, model: Checkpoint) -> None:
             "the fine-tune is untied, as transformers loads it",
             ours,
         )
-    if not ours and not theirs or not theirs and not base.tied:
+    if not theirs and not base.tied:
         return
+    if not ours and not model.tied and set(base) ^ set(model) > {theirs} - {None}:
+        return  # more is missing, which explains the head
     if not ours and not model.tied:
         raise DqreloError(
             f"{model.folder} has no LM head, and its config.json does not tie it to "
@@ -47,6 +49,8 @@ def settle_heads(base: Checkpoint, model: Checkpoint) -> None:
             "fine-tune with its head, or set tie_word_embeddings to true where the "
             "embedding is the head"
         )
+    if not ours and not theirs:
+        return
     if not theirs:
         base.untie()
     if not ours:

@@ -46,7 +46,7 @@ def match_names(base: Checkpoint, model: Checkpoint) -> None:
     ):
         ours, theirs = set(model) - set(base), set(base) - set(model)
         if not ours or not theirs:
-            return
+            break
         if names := found(base, model, ours, theirs):
             model.rename(names)
             new, (old, _) = next(iter(names.items()))
