@@ -248,12 +248,15 @@ GENERATIONS = {
 
 @pytest.mark.parametrize("side", ["base", "model"])
 @pytest.mark.parametrize("kind", GENERATIONS)
-def test_other_generation(kind, side, pair, tmp_path):
+def test_other_generation(kind, side, pair, tmp_path, capsys):
+    """A part that sees images is stored, too; that a server refuses it is said."""
     model = pair(kind)
     edit(tmp_path / side, renaming(*GENERATIONS[kind]))
     if side == "base":
         edit(tmp_path / "plain", renaming(*GENERATIONS[kind]))
     check(tmp_path, model)
+    said = "beside the language model changed" in capsys.readouterr().err
+    assert said == (kind != "gpt-neox")
 
 
 def test_other_generation_in_a_wrapper(pair, tmp_path):

@@ -2,6 +2,7 @@
 """A base and its fine-tune become a delta folder."""
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,6 +17,7 @@ from dqrelo_tools.card import write_card
 from dqrelo_tools.compress import BITS, METHODS, Method, Size, compress
 from dqrelo_tools.configs import config_differences
 from dqrelo_tools.journal import Journal, journal_of
+from dqrelo_tools.missing import BESIDE
 from dqrelo_tools.pair import (
     always_stored,
     fine_tune,
@@ -34,6 +36,8 @@ from vllm_dqrelo.format.delta import weight_files, write_delta
 from vllm_dqrelo.format.errors import DqreloError, refuse
 from vllm_dqrelo.format.folder import check_output, new_folder, require_free
 from vllm_dqrelo.format.tensors import ADDED, INT4
+
+logger = logging.getLogger(__name__)
 
 
 def convert(
@@ -168,6 +172,14 @@ def write(
     Args:
         others: content of the files beside the tensors, by name.
     """
+    changed = [entry.name for entry in report.entries if entry.kind != "unchanged"]
+    if beside := [name for name in changed if BESIDE.search(name)]:
+        logger.warning(
+            "%d parameters beside the language model changed, for instance %s: a "
+            "server refuses this delta, dqrelo export takes it",
+            len(beside),
+            beside[0],
+        )
     with new_folder(output) as folder:
         config = write_delta(folder, config, tensors, max_shard_size)
         report.delta_bytes = sum(path.stat().st_size for path in weight_files(folder))

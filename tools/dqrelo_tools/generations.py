@@ -36,15 +36,13 @@ class Place:
 
 def places(checkpoint: Checkpoint) -> Callable[[str], Place] | None:
     """The place of a stored name, as transformers maps it; None for other models."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            rename_source_key,
-        )
-    except ImportError:
-        return None
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
     if (model := skeleton(checkpoint)) is None:
         return None
     mapping = get_model_conversion_mapping(model)

@@ -3,7 +3,6 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
 
 from vllm_dqrelo.format.checkpoint import Checkpoint
 from vllm_dqrelo.format.tensors import ADDED
@@ -104,11 +103,6 @@ def explanation(
             )
     if extra and not lacking and all(name.endswith(".bias") for name in extra):
         return "the fine-tune has biases that the base does not have"
-    if extra and lacking and find_spec("transformers") is None:
-        return (
-            "transformers is not installed, which knows the names that older and newer "
-            "checkpoints of one model have. Install transformers>=5.19 and try again"
-        )
     return None
 
 
