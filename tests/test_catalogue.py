@@ -52,7 +52,9 @@ def test_what_is_said_of_a_delta(store):
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "../private", "/etc", "math/", "a/b", "math\0", "./math"]
+    "name",
+    ["", ".", "..", "../private", "/etc", "math/", "a/b", "math\0", "./math"]
+    + ["x" * 256, "\ud800"],
 )
 def test_a_name_is_one_component_of_a_path(store, name):
     with pytest.raises(FileNotFoundError):
@@ -74,6 +76,39 @@ def test_a_link_that_leaves_the_folder_is_refused(store, what):
         with pytest.raises(DqreloError, match=f"outside|must not be loaded: .*{store}"):
             look()
     assert known.list() == {}
+
+
+def test_nothing_in_the_folder_keeps_the_list_from_being_made(store):
+    """Names that are no text, links in a circle, pipes, numbers that JSON lacks."""
+    sound = store / "math"
+    (store / os.fsdecode(b"\xff")).mkdir()
+    shutil.copy(sound / "delta_config.json", store / os.fsdecode(b"\xff"))
+    bad = {name: store / name for name in ("circle", "pipe", "nan", "inside")}
+    for folder in bad.values():
+        shutil.copytree(sound, folder)
+    for name in ("circle", "pipe"):
+        (bad[name] / "delta_config.json").unlink()
+    (bad["circle"] / "delta_config.json").symlink_to("delta_config.json")
+    os.mkfifo(bad["pipe"] / "delta_config.json")
+    config = json.loads((sound / "delta_config.json").read_text())
+    text = json.dumps(config | {"ratio": float("nan")})
+    (bad["nan"] / "delta_config.json").write_text(text)
+    (bad["inside"] / "notes").symlink_to("notes")
+    known = Catalogue([str(store), str(store.parent / "private")])
+    assert known.names() == ["circle", "inside", "math", "nan", "pipe"]
+    assert list(known.list()) == ["inside", "math"]
+    json.dumps([info.ratio for info in known.list().values()], allow_nan=False)
+    for name in ("circle", "pipe", "nan"):
+        with pytest.raises(DqreloError, match="delta_config.json"):
+            DeltaInfo.read(known.find(name))
+    shutil.rmtree(store)
+    assert known.names() == [] and known.list() == {}
+
+
+@pytest.mark.parametrize("path", ["\0", "x/" * 3000])
+def test_what_is_no_path_is_refused(store, path):
+    with pytest.raises(DqreloError, match="is not a path"):
+        Catalogue([str(store)]).allowed(path)
 
 
 def test_a_name_in_two_folders_is_nobody(store):

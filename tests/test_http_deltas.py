@@ -3,6 +3,8 @@
 
 import concurrent.futures
 import json
+import os
+import re
 import shutil
 import sys
 import time
@@ -24,6 +26,27 @@ KEY = "secret"
 PATIENCE_S = 120  # with a busy machine
 
 
+LOOP = "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2
+# Deltas that would have stopped the whole server: file, content (None: a pipe), reason.
+SETTINGS = "generation_config.json"
+BAD = {
+    "z-text": (SETTINGS, '{"eos_token_id": "2"}', "eos_token_id is '2'"),
+    "z-float": (SETTINGS, '{"eos_token_id": 3.0}', "eos_token_id is 3.0"),
+    "z-bool": (SETTINGS, '{"eos_token_id": true}', "eos_token_id is True"),
+    "z-far": (SETTINGS, '{"eos_token_id": [2, 999999]}', "eos_token_id is .2, 999999"),
+    "z-nested": (SETTINGS, '{"eos_token_id": [[2]]}', "eos_token_id is ..2"),
+    "z-nan": (SETTINGS, '{"temperature": NaN}', "temperature is nan"),
+    "z-negative": (SETTINGS, '{"max_new_tokens": -1}', "max_new_tokens is -1"),
+    "z-torn": (SETTINGS, "{", "is not valid JSON"),
+    "z-pipe": ("tokenizer.json", None, "is not a regular file"),
+    "z-config-pipe": ("delta_config.json", None, "is not a regular file"),
+    "z-weights-pipe": ("delta_model.safetensors", None, "is not a regular file"),
+    "z-loop": ("chat_template.jinja", LOOP, "more time than is allowed"),
+    "z-large": ("chat_template.jinja", "{{ 'a' * 10 ** 11 }}", "bytes of memory"),
+    "z-syntax": ("chat_template.jinja", "{% if %}", "cannot be used"),
+}
+
+
 @pytest.fixture(scope="module")
 def store(family, own, tmp_path_factory):
     """A catalogue of good and bad deltas."""
@@ -41,6 +64,16 @@ def store(family, own, tmp_path_factory):
     shutil.copytree(own.delta, root / "wordless")
     (root / "wordless" / "tokenizer.json").unlink()
     (root / "notes").mkdir()
+    for name, (file, content, _) in BAD.items():
+        shutil.copytree(own.delta, root / name)
+        (root / name / file).unlink(missing_ok=True)
+        if content is None:
+            os.mkfifo(root / name / file)
+        else:
+            (root / name / file).write_text(content)
+    (root / os.fsdecode(b"no-text-\xff")).mkdir()
+    (root / "z-circle").mkdir()
+    (root / "z-circle" / "delta_config.json").symlink_to("delta_config.json")
     return root
 
 
@@ -182,6 +215,58 @@ def test_what_cannot_be_served_says_why(client, own, name, error, message):
     assert chat(client, own).choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("name", BAD)
+def test_a_delta_cannot_stop_the_server(client, own, name):
+    """It is refused within seconds, by file and key, and all others go on."""
+    file, _, reason = BAD[name]
+    for options in ({}, {"extra_body": {"min_tokens": 3}}):
+        with pytest.raises(
+            openai.BadRequestError, match=f"(?s){name}.*{file}.*{reason}"
+        ):
+            chat(client, own, name, timeout=PATIENCE_S, **options)
+    for model in ("base", "own"):
+        answer = chat(client, own, model, max_tokens=3, timeout=PATIENCE_S)
+        assert answer.usage.completion_tokens == 3
+    cards = {card.id for card in client.models.list()}
+    assert "own" in cards and "no-text" not in str(cards)
+
+
+def test_tokens_that_end_an_answer_hold_back_for_min_tokens(client, own):
+    answer = chat(client, own, extra_body={"min_tokens": 12, "return_token_ids": True})
+    assert len(answer.choices[0].token_ids) == 12
+    assert not {own.answer[-1], 319} & {*answer.choices[0].token_ids}
+
+
+def test_the_404_names_the_models_that_there_are(url, client, own):
+    """On every route, also for names that no folder can have."""
+    there = r"does not exist\. Valid models: base, flipped, foreign, .*own, plain"
+    with pytest.raises(openai.NotFoundError, match=there):
+        chat(client, own, "nobody")
+    for path, body in (
+        ("/v1/completions", {"prompt": "w1"}),
+        ("/v1/responses", {"input": "w1"}),
+        ("/tokenize", {"prompt": "w1"}),
+        ("/v1/dqrelo/deltas/nobody/load", {}),
+    ):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            post(url, path, model="nobody", **body)
+        assert error.value.code == 404
+        assert re.search(there, error.value.read().decode())
+    for name in ("x" * 100_000, "a\0b", "\u202e", "../x", "no-text-\ufffd"):
+        with pytest.raises(openai.NotFoundError, match=there) as found:
+            chat(client, own, name)
+        assert len(str(found.value)) < 1500
+    for name in ("\ud800", 5, ["own"]):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            post(url, "/v1/chat/completions", model=name, messages=own.chat)
+        assert error.value.code == 400
+    for path in ("\0", "x" * 100_000, "/dev/zero", "/proc/self/fd/0"):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            post(url, "/v1/load_lora_adapter", lora_name="x", lora_path=path)
+        assert error.value.code == 400
+    assert chat(client, own).choices[0].finish_reason == "stop"
+
+
 def test_a_delta_comes_and_goes(url, client, own, store, family):
     with pytest.raises(openai.NotFoundError):
         chat(client, own, "late")
@@ -295,9 +380,9 @@ def test_the_command(url, store, capsys):
 
     for arguments, message in [
         (("load", "foreign"), "belongs to another base"),
-        (("load", "nobody"), "there is no delta called nobody"),
+        (("load", "nobody"), "The model `nobody` does not exist. Valid models: base,"),
         (("unload", "plain"), "plain"),
-        (("pin", "nobody"), "there is no delta called nobody"),
+        (("pin", "nobody"), "The model `nobody` does not exist. Valid models: base,"),
         (("load",), "takes the NAME"),
         (("list", "plain"), "takes no NAME"),
     ]:

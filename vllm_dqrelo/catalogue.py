@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from vllm_dqrelo.format.delta import weight_files
 from vllm_dqrelo.format.errors import DqreloError
 
 DELTA_DIR = "DQRELO_DELTA_DIR"
+MOST_NAME, MOST_PATH = 255, 4096  # bytes, Linux's limits
 HUB_NAMESPACE = "DQRELO_HUB_NAMESPACE"
 
 
@@ -83,8 +85,8 @@ class Catalogue:
             FileNotFoundError: there is none.
             DqreloError: it must not be loaded, or two folders have one.
         """
-        if name in ("", ".", "..") or "\0" in name or Path(name).name != name:
-            raise FileNotFoundError(f"{name!r} is not the name of a delta")
+        if not is_name(name):
+            raise FileNotFoundError(f"{name[:MOST_NAME]!r} is not the name of a delta")
         found = [folder / name for folder in self.folders if (folder / name).is_dir()]
         if not found:
             raise FileNotFoundError(f"there is no delta called {name}")
@@ -92,10 +94,18 @@ class Catalogue:
             raise DqreloError(f"{name} is ambiguous: {', '.join(map(str, found))}")
         return self._inside(found[0])
 
+    def names(self) -> list[str]:
+        """Of all folders that have a delta_config.json; they are not read."""
+        found = set()
+        for folder in self.folders:
+            with suppress(OSError):  # it is gone
+                found |= {p.name for p in folder.iterdir() if has_config(p)}
+        return sorted(filter(is_name, found))
+
     def list(self) -> dict[str, DeltaInfo]:
         """All deltas that can be found; folders that are none are left out."""
         infos = {}
-        for name in sorted({path.name for f in self.folders for path in f.iterdir()}):
+        for name in self.names():
             try:
                 infos[name] = DeltaInfo.read(self.find(name))
             except (DqreloError, OSError):
@@ -111,7 +121,9 @@ class Catalogue:
         Raises:
             DqreloError: it may not. FileNotFoundError: it is not there.
         """
-        folder, parts = Path(path).resolve(), path.split("/")
+        if "\0" in path or len(path) > MOST_PATH:
+            raise DqreloError(f"{path[:MOST_NAME]!r} is not a path")
+        folder, parts = real(Path(path)), path.split("/")
         if len(parts) == 2 and parts[0] in self.namespaces and not folder.exists():
             return resolve(path)
         if folder in self._given:
@@ -131,9 +143,29 @@ class Catalogue:
     def _inside(self, folder: Path) -> Path:
         """``folder``, unless it or a file in it lies outside through a link."""
         for path in (folder, *folder.iterdir()):
-            if not any(path.resolve().is_relative_to(f) for f in self.folders):
+            if not any(real(path).is_relative_to(f) for f in self.folders):
                 raise DqreloError(
-                    f"{path} is a link to {path.resolve()}, which is outside "
+                    f"{path} is a link to {real(path)}, which is outside "
                     f"{self._expected()}; copy what it points to"
                 )
         return folder
+
+
+def is_name(name: str) -> bool:
+    """Whether a folder can be called so, and JSON can say it."""
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        return False
+    plain = name not in ("", ".", "..") and "/" not in name and "\0" not in name
+    return plain and size <= MOST_NAME
+
+
+def has_config(folder: Path) -> bool:
+    """Whether there is something called delta_config.json in it."""
+    return os.path.lexists(folder / CONFIG_NAME)
+
+
+def real(path: Path) -> Path:
+    """Where a path leads; also of links that lead in a circle."""
+    return Path(os.path.realpath(path))

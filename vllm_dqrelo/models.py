@@ -7,6 +7,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.protocol import BaseModelPath, LoRAModulePath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -24,13 +25,14 @@ from vllm.entrypoints.serve.lora.protocol import (
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
-from vllm_dqrelo.catalogue import Catalogue, DeltaInfo
+from vllm_dqrelo.catalogue import MOST_NAME, Catalogue, DeltaInfo
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.request import delta_request
 
 logger = init_logger(f"vllm.{__name__}")
 
 DRAIN_INTERVAL = 0.05  # seconds
+SHOWN = 20  # models that an error names
 
 
 class DeltaModels(OpenAIServingModels):
@@ -59,12 +61,14 @@ class DeltaModels(OpenAIServingModels):
         self.infos: dict[str, DeltaInfo] = {}  # of what is loaded
 
     async def find(self, name: str | None) -> LoRARequest | ErrorResponse | None:
-        """The delta called ``name``, loaded; why it cannot be; None for no delta."""
+        """The delta called ``name``, loaded; why it cannot be; None for the base."""
         if not name or self.is_base_model(name):
             return None
         found = self.lora_requests.get(name) or await self.resolve_lora(name)
-        unknown = isinstance(found, ErrorResponse) and found.error.code == 404
-        return None if unknown else found  # vLLM knows what to say
+        if isinstance(found, ErrorResponse) and found.error.code == 404:
+            skips = envs.VLLM_SKIP_MODEL_NAME_VALIDATION  # then it means the base
+            return None if skips else await self.unknown(name)
+        return found
 
     async def resolve_lora(self, lora_name: str) -> LoRARequest | ErrorResponse:
         """Load a delta of the catalogue."""
@@ -137,6 +141,20 @@ class DeltaModels(OpenAIServingModels):
         infos = listed | self.infos  # of a folder that changed: what is served
         return {n: info for n, info in infos.items() if not self.is_base_model(n)}
 
+    async def unknown(self, name: str) -> ErrorResponse:
+        """That there is no such model, and which there are."""
+        deltas = {*await asyncio.to_thread(self.catalogue.names), *self.infos}
+        names = [model.name for model in self.base_model_paths]
+        names += sorted(deltas.difference(names))
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        return create_error_response(
+            f"The model `{name[:MOST_NAME]}` does not exist. "
+            f"Valid models: {', '.join(names[:SHOWN])}{more}.",
+            "NotFoundError",
+            HTTPStatus.NOT_FOUND,
+            "model",
+        )
+
     def running(self, name: str) -> int:
         """Requests for a delta that are not answered yet."""
         states = self.engine_client.output_processor.request_states
@@ -159,18 +177,25 @@ class DeltaModels(OpenAIServingModels):
             if self.engine_client.errored:
                 raise
             logger.warning("dqrelo: delta %s refused: %s", name, error)
-            return refusal(error)
+            # vLLM strikes paths out of what it tells clients, names of files included.
+            return refusal(error, str(error).replace(str(folder), name))
         self.lora_requests[name], self.infos[name] = request, info
         return request
 
 
-def refusal(error: Exception) -> ErrorResponse:
-    """Why a delta cannot be served, as an answer: 404 if it is not there, else 400."""
+def refusal(error: Exception, message: str = "") -> ErrorResponse:
+    """Why a delta cannot be served, as an answer: 404 if it is not there, else 400.
+
+    Args:
+        message: what is said in the place of the error's own.
+    """
     if isinstance(error, FileNotFoundError):
         status, kind = HTTPStatus.NOT_FOUND, "NotFoundError"
     else:
         status, kind = HTTPStatus.BAD_REQUEST, "BadRequestError"
-    return create_error_response(str(error), kind, status, "model")
+    # Names of files are bytes, and not always text.
+    text = (message or str(error)).encode(errors="replace").decode()
+    return create_error_response(text, kind, status, "model")
 
 
 async def serving_twin(handler: Any, request: Any) -> Any:

@@ -2,6 +2,7 @@
 """delta_config.json: what a delta is and which base it belongs to."""
 
 import json
+import math
 import os
 import reprlib
 from dataclasses import asdict, dataclass, fields
@@ -64,6 +65,8 @@ class DeltaConfig:
             if not isinstance(raw[key], (int, float) if kind is float else kind):
                 got = reprlib.repr(raw[key])
                 problems.append(f"{key} must be a {kind.__name__}, got {got}")
+            elif kind is float and not abs(raw[key]) < math.inf:
+                problems.append(f"{key} must be finite, got {raw[key]}")
             elif kind is str and not _is_text(raw[key]):
                 problems.append(f"{key} is no text of at most {MOST_TEXT} characters")
             elif key == VOCAB_SIZE and (raw[key] is True or raw[key] < 1):
