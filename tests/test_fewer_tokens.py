@@ -3,6 +3,7 @@
 
 import gc
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, PhiConfig
 
 from dqrelo_tools import cli
 from vllm_dqrelo.format.config import DeltaConfig
-from vllm_dqrelo.format.delta import Delta
+from vllm_dqrelo.format.delta import Delta, write_delta
+from vllm_dqrelo.format.side_files import TOKENIZER_FILES
 
 TOKENS, FEWER = 320, 12
 OWN = TOKENS - FEWER
@@ -217,10 +219,6 @@ def test_a_smaller_vocabulary_of_another_base(tmp_path, save_model, capsys):
 
 
 def rewrite(delta, folder, vocab_size) -> None:
-    from dataclasses import replace
-
-    from vllm_dqrelo.format.delta import write_delta
-
     folder.mkdir()
     tensors = load_file(delta.folder / "delta_model.safetensors")
     write_delta(folder, replace(delta.config, vocab_size=vocab_size), tensors)
@@ -248,8 +246,8 @@ def test_a_mixed_batch_equals_each_model_alone(
         model, delta = tmp_path / f"model{added}", tmp_path / f"delta{added}"
         save_model(kind, model, seed=50 + added, added_tokens=added)
         edit(model, make_the_last_tokens_likely)
-        for file in model.glob("tokenizer*"):  # LLM has one tokenizer in a call
-            file.unlink()
+        for file in TOKENIZER_FILES:  # LLM has one tokenizer in a call
+            (model / file).unlink(missing_ok=True)
         set_config(model, pad_token_id=0)
         options = ("--base", base, "--model", model, "--output", delta)
         assert run("convert", *options) == 0

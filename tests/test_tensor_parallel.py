@@ -14,6 +14,7 @@ from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import Delta, write_delta
+from vllm_dqrelo.format.side_files import TOKENIZER_FILES
 from vllm_dqrelo.format.tensors import MatrixDelta
 
 vllm = pytest.importorskip("vllm")
@@ -318,8 +319,8 @@ def base_and_tuned(tmp_path, save_model):
     for i, added_tokens in enumerate((-FEWER, 5)):
         model = tmp_path / f"model-{i}"
         save_model(config, model, 2 + i, added_tokens=added_tokens)
-        for file in model.glob("tokenizer*"):  # LLM has one tokenizer in a call
-            file.unlink()
+        for file in TOKENIZER_FILES:  # LLM has one tokenizer in a call
+            (model / file).unlink(missing_ok=True)
         if added_tokens > 0:
             tensors = load_file(model / "model.safetensors")
             tensors["lm_head.weight"][-added_tokens:] *= 4

@@ -3,12 +3,14 @@
 
 import gc
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import openai
 import pytest
 
 from dqrelo_tools.convert import convert
+from vllm_dqrelo.format.side_files import TOKENIZER_FILES
 
 vllm = pytest.importorskip("vllm")
 from vllm.exceptions import VLLMValidationError  # noqa: E402
@@ -27,8 +29,8 @@ def folders(family, save_model, tmp_path_factory) -> dict[str, Path]:
     for name in ("fewer", "more"):
         added = SIZES[name] - SIZES["base"]
         model = save_model("llama", root / "model", seed=3, added_tokens=added)
-        for file in model.glob("tokenizer*"):
-            file.unlink()
+        for file in TOKENIZER_FILES:
+            (model / file).unlink(missing_ok=True)
         made[name] = root / name
         convert(str(made["base"]), str(model), made[name], 0.125)
     return made
@@ -62,6 +64,7 @@ def served(folders):
         )
         return list(output.outputs[0].token_ids)
 
+    answer.load = lambda name, folder: load_delta(llm, name, str(folder))
     yield answer
     llm.llm_engine.engine_core.shutdown()
     gc.unfreeze()  # an engine has frozen all that there was at its start
@@ -106,6 +109,24 @@ def test_a_grammar_of_tokens_that_a_model_lacks(served):
     choice = StructuredOutputsParams(choice=["w310"])
     served("fewer", structured_outputs=choice)
     assert served("fewer") == before
+
+
+@pytest.mark.parametrize("size", [320, 10**30])
+def test_a_delta_that_has_not_fewer_tokens_than_it_says(
+    served, folders, tmp_path, size
+):
+    """Refused, and the others go on."""
+    from safetensors.torch import load_file
+
+    from vllm_dqrelo.format.config import DeltaConfig
+    from vllm_dqrelo.format.delta import write_delta
+
+    config = replace(DeltaConfig.read(folders["fewer"]), vocab_size=size)
+    tensors = load_file(folders["fewer"] / "delta_model.safetensors")
+    write_delta(tmp_path, config, tensors)
+    with pytest.raises(Exception, match=f"vocab_size is {size}, expected fewer .* 320"):
+        served.load("wrong", tmp_path)
+    assert served("fewer")
 
 
 def test_every_parameter_of_token_ids_is_known():

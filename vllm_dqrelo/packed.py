@@ -102,9 +102,11 @@ def pack(delta: Delta, sites: Sites, device: torch.device) -> PackedDelta:
             f"server has room for {sites.added_tokens}. Start it with "
             f"--additional-config '{json.dumps(option)}'"
         )
-    vocab_size = delta.config.vocab_size or sites.tokens + delta.added_tokens
     extent, problems = _Extent(device), []
-    if sites.tokens and not delta.added_tokens and vocab_size > sites.tokens:
+    vocab_size = delta.config.vocab_size
+    if vocab_size is None:
+        vocab_size = sites.tokens + delta.added_tokens
+    elif 0 < sites.tokens <= vocab_size:
         problems.append(
             f"vocab_size is {vocab_size}, expected fewer than the base's {sites.tokens}"
         )

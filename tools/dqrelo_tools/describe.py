@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a delta folder says of itself, without its base."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ def describe(folder: Path) -> dict[str, Any]:
             else str(matrix.lora_a.dtype).removeprefix("torch."),
         }
     return {
-        **asdict(delta.config),
+        **delta.config.to_dict(),
         "bytes": sum(path.stat().st_size for path in weight_files(folder)),
         "matrices": matrices,
         "exact": {name: list(delta.parameter(name).shape) for name in delta.exact},
