@@ -6,6 +6,7 @@ import torch
 from dqrelo_tools.configs import config_differences
 from dqrelo_tools.missing import BESIDE, missing
 from vllm_dqrelo.format.checkpoint import FLOAT_DTYPES, Checkpoint
+from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.tensors import ADDED, SUFFIXES
 
 
@@ -16,15 +17,7 @@ def differences(base: Checkpoint, model: Checkpoint) -> list[str]:
         found += [f"{model.folder} is quantised; convert from the 16-bit checkpoint"]
     found += config_differences(base.model_config, model.model_config)
     found += missing(base, model)
-    both = sorted(set(model) & set(base))
-    empty = [n for n in both if 0 in model.spec(n)[1] and 0 not in base.spec(n)[1]]
-    if empty:
-        found.append(
-            f"{len(empty)} parameters of the fine-tune are empty, for instance "
-            f"{empty[0]}: DeepSpeed ZeRO-3 has saved them without gathering them. Run "
-            "its zero_to_fp32.py, or set stage3_gather_16bit_weights_on_model_save"
-        )
-    for name in (name for name in both if name not in empty):
+    for name in sorted(set(model) & set(base)):
         (dtype, shape), (base_dtype, base_shape) = model.spec(name), base.spec(name)
         if shape != base_shape:
             found.append(f"{name} is {shape}, the base has {base_shape}")
@@ -39,6 +32,17 @@ def differences(base: Checkpoint, model: Checkpoint) -> list[str]:
         if name.endswith((*SUFFIXES, ADDED)):
             found.append(f"{name} ends like a tensor of the delta format")
     return found
+
+
+def refuse_placeholders(model: Checkpoint) -> None:
+    """Refuse what DeepSpeed ZeRO-3 writes where it did not gather the parameters."""
+    if empty := [name for name in model if 0 in model.spec(name)[1]]:
+        raise DqreloError(
+            f"{model.folder}: {len(empty)} of {len(list(model))} parameters are empty, "
+            f"for instance {empty[0]}: DeepSpeed ZeRO-3 saved them without gathering "
+            "them. Run its zero_to_fp32.py, or train with "
+            "stage3_gather_16bit_weights_on_model_save"
+        )
 
 
 def changed(name: str, base: Checkpoint, model: Checkpoint) -> bool:

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """A base and its fine-tune, opened as one: the same parameters under the same names."""
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from dqrelo_tools.differences import differences
+from dqrelo_tools.differences import differences, refuse_placeholders
 from dqrelo_tools.heads import settle_heads
 from dqrelo_tools.names import match_names
 from dqrelo_tools.vocabulary import match_vocabularies
 from vllm_dqrelo.format.checkpoint import HEAD, Checkpoint
 from vllm_dqrelo.format.errors import DqreloError, refuse
 from vllm_dqrelo.format.tensors import ADDED
+
+logger = logging.getLogger(__name__)
 
 
 def fine_tune(model: str, folder: Path, base: str, before: Checkpoint) -> Checkpoint:
@@ -28,7 +31,14 @@ def fine_tune(model: str, folder: Path, base: str, before: Checkpoint) -> Checkp
         DqreloError: it is no fine-tune of ``before``.
     """
     after = Checkpoint(folder)
+    if after.config.get("quantization_config") and not after.quantization:
+        logger.warning(
+            "config.json of %s says that it is quantised, but its weights are floats: "
+            "quantization_config is left out",
+            model,
+        )
     after.keep_head()
+    refuse_placeholders(after)
     match_names(before, after)
     settle_heads(before, after)
     match_vocabularies(before, after)

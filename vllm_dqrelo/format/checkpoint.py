@@ -19,7 +19,7 @@ from vllm_dqrelo.format.json_file import read_json
 from vllm_dqrelo.format.kinds import explain, refuse_broken
 from vllm_dqrelo.format.model_config import ModelConfig
 from vllm_dqrelo.format.part import WHOLE, Part
-from vllm_dqrelo.format.quantized import OTHERS, Quantized, find
+from vllm_dqrelo.format.quantized import METHODS, OTHERS, Quantized, find, method_of
 from vllm_dqrelo.format.tensor_file import TensorFile
 from vllm_dqrelo.format.tensors import ADDED
 
@@ -163,10 +163,20 @@ class Checkpoint(SafetensorsFiles):
             for name in [name for name in self.files if name.endswith(OTHERS)]:
                 del self.files[name]
 
-    @property
+    @cached_property
     def quantization(self) -> dict[str, Any] | None:
-        """How the matrices are quantised, by config.json; None if they are not."""
-        return self.config.get("quantization_config")
+        """How the matrices are quantised, by config.json; None if they are not.
+
+        A trainer may write 16-bit weights and leave in config.json how it had
+        quantised them (bitsandbytes): weights that are floats are not quantised.
+        """
+        config = self.config.get("quantization_config")
+        if config and method_of(config) not in METHODS and self._has_floats_only():
+            return None
+        return config
+
+    def _has_floats_only(self) -> bool:
+        return all(self.stored.spec(name)[0] in FLOAT_DTYPES for name in self.stored)
 
     @property
     def dtype(self) -> torch.dtype:

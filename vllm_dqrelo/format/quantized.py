@@ -30,6 +30,7 @@ PARTS = (PACKED, SCALE, BLOCK_SCALE, SHAPE, ZEROS, GROUPS)
 GPTQ_PARTS = (QWEIGHT, QZEROS, SCALES, G_IDX)
 # Of activations; a matrix is read without them.
 OTHERS = (".input_scale", ".input_zero_point", ".activation_scale")
+METHODS = ("compressed-tensors", "fp8", "gptq", "awq")
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # place in a word of each of 8 columns
 
 Spec = Callable[[str], tuple[str, list[int]]]
@@ -77,17 +78,21 @@ class Quantized:
         return _scaled(tensors, self.config)
 
 
+def method_of(config: Any) -> Any:
+    """The quant_method of a quantization_config; what it is where it is no object."""
+    return config.get("quant_method") if isinstance(config, Mapping) else config
+
+
 def find(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Quantized]:
     """Parameter -> quantised matrix, of the stored tensors called ``names``.
 
     Raises:
         DqreloError: the format is not one that can be read.
     """
-    method = config.get("quant_method") if isinstance(config, Mapping) else config
-    if method not in ("compressed-tensors", "fp8", "gptq", "awq"):
+    if (method := method_of(config)) not in METHODS:
         raise DqreloError(
             f"a checkpoint quantised by {method} cannot be read, only by "
-            "compressed-tensors, fp8, gptq or awq"
+            f"{', '.join(METHODS)}. Convert from the 16-bit checkpoint"
         )
     parts: dict[str, set[str]] = {}
     stored = set(names)
