@@ -62,14 +62,14 @@ def test_the_disk_is_full(family, tmp_path):
 def test_files_that_must_not_be_read(family, tmp_path, monkeypatch):
     """As for another user's; the tests may run as root, who may read everything."""
     folder = shutil.copytree(family("llama").deltas[0], tmp_path / "delta")
-    opened = Path.open
+    opened = os.open
 
     def forbidden(path, *arguments, **options):
-        if path.name == forbidden.name:
+        if Path(path).name == forbidden.name:
             raise PermissionError(13, "Permission denied")
         return opened(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "open", forbidden)
+    monkeypatch.setattr(os, "open", forbidden)
     for forbidden.name in (WEIGHTS, "delta_config.json"):
         with pytest.raises(DqreloError, match=r"cannot be read: Permission denied"):
             Delta(folder)

@@ -35,7 +35,12 @@ def test_a_delta_takes_what_the_server_packs(family, kind):
             return [Place(Site(name, None, 0, (n,), k, (n,), k), 0, "weight")]
 
         sites = types.SimpleNamespace(
-            count=1, places=places, added_tokens=0, rearranged=set(), by_name={}
+            count=1,
+            places=places,
+            added_tokens=0,
+            tokens=0,
+            rearranged=set(),
+            by_name={},
         )
         assert delta_bytes(str(folder)) == pack(delta, sites, torch.device("cpu")).size
 

@@ -92,7 +92,7 @@ def test_random_arrivals_over_all_tiers(
     requests[1:] = [load(llm, f"delta-{i}", d) for i, d in enumerate(deltas)]
     manager, reads = manager_of(llm), []
     read = manager.loader._read
-    manager.loader._read = lambda request: reads.append(request) or read(request)
+    manager.loader._read = lambda *given: reads.append(given) or read(*given)
     rng = random.Random(1)
     pending = [(i, rng.randrange(len(prompts)), rng.randrange(8)) for i in range(60)]
     finished, most_resident = {}, 0
@@ -220,7 +220,7 @@ import os, time, torch
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.host import Loader
 
-def read(request):
+def read(request, others):
     torch.zeros(2**22).add_(1)
     raise DqreloError(f"{len(os.listdir('/proc/self/task')) - before} more")
 
@@ -228,7 +228,7 @@ torch.set_num_threads(3)
 torch.zeros(2**22).add_(1)
 before = len(os.listdir("/proc/self/task"))
 loader = Loader(read)
-loader.start(None)
+loader.start(None, {})
 while not loader.done:
     time.sleep(0.01)
 print(loader.take()[0].error, torch.get_num_threads())

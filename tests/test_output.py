@@ -197,7 +197,7 @@ def test_a_last_step_that_fails_keeps_the_work(models, tmp_path, capsys, monkeyp
     def fails(*args, **options):
         raise ValueError("a bug")
 
-    steps = ["write_delta", "copy_side_files", "write_card"]
+    steps = ["write_delta", "write_card"]
     for step in steps:
         with monkeypatch.context() as patched:
             patched.setattr(convert, step, fails)

@@ -257,10 +257,10 @@ class Executor:
         from vllm_dqrelo.manager import Memory, memory
 
         if call is memory:
-            return [Memory(1, 4096, 2**20, 1, 8), Memory(1, 2048, 2**20, 1, 8)]
+            return [Memory(1, size, 2**20, 1, 8, 1) for size in (4096, 2048)]
         return [getattr(self, args[0])(worker, *args[1:]) for worker in range(2)]
 
-    def start_load(self, worker, request):
+    def start_load(self, worker, request, others):
         self.read = request.lora_path
 
     def load_done(self, worker):

@@ -107,24 +107,6 @@ def test_added_rows_that_cannot_be(tmp_path, shapes, problem):
         Delta(tmp_path)
 
 
-def test_serve_makes_room_for_added_tokens(pair, tmp_path, monkeypatch):
-    pytest.importorskip("vllm")
-    from vllm_dqrelo import compat_frontend
-    from vllm_dqrelo.serve import serve
-
-    base, model = pair
-    delta = tmp_path / "delta"
-    assert run("convert", "--base", base, "--model", model, "--output", delta) == 0
-    given = []
-    monkeypatch.setattr(compat_frontend, "run_serve", given.append)
-    serve(str(base), [f"mine={delta}"], ["--port", "1"])
-    option = given[0][given[0].index("--additional-config") + 1]
-    assert json.loads(option) == {"dqrelo": {"added_tokens": ADDED}}
-    own = ["--additional-config", "{}"]
-    serve(str(base), [f"mine={delta}"], own)
-    assert given[1].count("--additional-config") == 1 and given[1][-2:] == own
-
-
 # In a server.
 
 

@@ -168,6 +168,24 @@ def show_reasons() -> None:
     replace(RequestOutputCollector, "put", with_reason)
 
 
+def before_serve(prepare: Callable[[Any], None]) -> None:
+    """Call ``prepare`` with the arguments of ``vllm serve``, before it starts.
+
+    That is when vLLM has checked them (entrypoints/cli/main.py:118).
+    """
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    def then(validate: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(validate)
+        def checked(self: Any, arguments: Any) -> None:
+            validate(self, arguments)
+            prepare(arguments)
+
+        return checked
+
+    replace(ServeSubcommand, "validate", then)
+
+
 def run_serve(arguments: list[str]) -> None:
     """``vllm serve`` with these arguments (entrypoints/cli/main.py).
 

@@ -27,7 +27,6 @@ from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.host import Loaded, agreed
 from vllm_dqrelo.manager import Memory, Usage, memory, on_manager
-from vllm_dqrelo.options import too_little_memory
 from vllm_dqrelo.report import Report
 
 logger = init_logger(f"vllm.{__name__}")
@@ -235,7 +234,8 @@ class Deltas:
             if (bound := next(unread, None)) is None:
                 return
             self._load = Load(bound, None)
-        self._rpc(on_manager, args=("start_load", self._load.request))
+        load = self._load
+        self._rpc(on_manager, args=("start_load", load.request, self._beside(load)))
 
     def _finish(self, load: Load, ahead: set[str]) -> Failure | None:
         """Take what was read, and answer those who wait for it."""
@@ -252,8 +252,6 @@ class Deltas:
         if loaded.error:
             for digest in {one.digest for one in loads} - self.sizes.keys() - {""}:
                 self._rpc(on_manager, args=("forget", digest))
-        if not loaded.error:
-            loaded = self._admit(load, loaded)
         if loaded.error:
             self.report.failed_loads += 1
         else:
@@ -276,21 +274,13 @@ class Deltas:
             return self._fail(request.lora_name, loaded.error)
         return None
 
-    def _admit(self, load: Load, loaded: Loaded) -> Loaded:
-        """Refuse a delta that a later step could have no room for."""
-        if loaded.digest in self.sizes:
-            return loaded
+    def _beside(self, load: Load) -> dict[str, int]:
+        """Digest -> bytes of the largest deltas that a step may have beside one."""
         replaced = load.request.lora_int_id if load.future else None
         others = self._named(but=replaced) | self.users.keys()
-        sizes = [size for digest, size in self.sizes.items() if digest in others]
-        largest = sorted([*sizes, loaded.size], reverse=True)[: self._max_loras]
-        needed, arena = sum(map(aligned, largest)), self.memory.arena
-        if needed <= arena:
-            return loaded
-        self._rpc(on_manager, args=("forget", loaded.digest))
-        folder, deltas = load.request.lora_path.partition("#")[0], len(largest)
-        error = too_little_memory(folder, loaded.size, deltas, needed, arena)
-        return loaded._replace(error=error)
+        sizes = [(size, digest) for digest, size in self.sizes.items()]
+        known = sorted((pair for pair in sizes if pair[1] in others), reverse=True)
+        return {digest: size for size, digest in known[: self._max_loras]}
 
     def _register(self, request: LoRARequest, loaded: Loaded) -> None:
         """A name means this delta from now on."""

@@ -4,7 +4,7 @@
 import ctypes
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -141,18 +141,22 @@ class Loader:
         read: reads, checks and packs a delta; all of its exceptions are results.
     """
 
-    def __init__(self, read: Callable[[LoRARequest], PackedDelta]) -> None:
+    def __init__(
+        self, read: Callable[[LoRARequest, Mapping[str, int]], PackedDelta]
+    ) -> None:
         self._read = read
         self._thread = ThreadPoolExecutor(1, "dqrelo-loader", _without_helpers)
         self._running: Future[tuple[PackedDelta, float]] | None = None
 
-    def start(self, request: LoRARequest) -> None:
+    def start(self, request: LoRARequest, others: Mapping[str, int]) -> None:
         """Begin to read a delta; the one before was taken."""
-        self._running = self._thread.submit(self._timed, request)
+        self._running = self._thread.submit(self._timed, request, others)
 
-    def _timed(self, request: LoRARequest) -> tuple[PackedDelta, float]:
+    def _timed(
+        self, request: LoRARequest, others: Mapping[str, int]
+    ) -> tuple[PackedDelta, float]:
         start = time.monotonic()
-        return self._read(request), time.monotonic() - start
+        return self._read(request, others), time.monotonic() - start
 
     @property
     def done(self) -> bool:

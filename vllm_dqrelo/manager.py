@@ -6,7 +6,7 @@ vLLM's model runner talks to this class as it talks to its own LoRA manager
 talks to it through ``deltas.py``.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -27,8 +27,10 @@ from dqrelo_kernels.table import Field, empty_table
 from vllm_dqrelo import compat
 from vllm_dqrelo.coverage import check_coverage
 from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
+from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.format.need import Need
 from vllm_dqrelo.host import HostTier, Loaded, Loader
 from vllm_dqrelo.layers import install
 from vllm_dqrelo.loaded import rearranged
@@ -40,6 +42,7 @@ from vllm_dqrelo.options import (
 )
 from vllm_dqrelo.packed import PackedDelta, pack
 from vllm_dqrelo.residency import Residency
+from vllm_dqrelo.room import Room
 from vllm_dqrelo.sites import Sites
 from vllm_dqrelo.step import Step
 
@@ -57,6 +60,7 @@ class Memory(NamedTuple):
         host: for deltas in host memory.
         typical: what a delta of ratio 1/8 takes.
         slots: the most deltas that are resident, a number.
+        rank: the largest sum of ranks in one layer, a number.
     """
 
     base: int
@@ -64,6 +68,7 @@ class Memory(NamedTuple):
     host: int
     typical: int
     slots: int
+    rank: int
 
 
 class Usage(NamedTuple):
@@ -96,7 +101,7 @@ class DeltaManager:
         refuse_unsupported(vllm_config, device)
         warn_untested(vllm_config)
         self.device = device
-        self.options = Options.from_config(vllm_config)
+        self.options = Options.of(vllm_config.additional_config)
         self.model_config = vllm_config.model_config
         self.workers = vllm_config.parallel_config.world_size
         self.max_loras = vllm_config.lora_config.max_loras
@@ -127,6 +132,7 @@ class DeltaManager:
             host=self.options.host_bytes(self.workers),
             typical=int(typical),
             slots=self.options.slots(self.sites, arena, self.max_loras),
+            rank=self.options.ranks(self.sites),
         )
         self.host = HostTier(self.memory.host)
         self.residency = Residency(
@@ -134,11 +140,16 @@ class DeltaManager:
         )
         self.pinned: set[str] = set()
         self.loader = Loader(self.read)
-        self.ranks = self.options.scratch_ranks(self.sites)
+        self.room = Room(
+            self.memory.rank,
+            arena,
+            self.options.added_tokens,
+            self.options.given,
+        )
         self.step = Step(
             self.max_tokens,
             self.memory.slots,
-            self.ranks,
+            self.memory.rank,
             self.device,
             merge_rows(vllm_config, self.device),
         )
@@ -185,9 +196,9 @@ class DeltaManager:
 
     # Calls of the engine, between steps.
 
-    def start_load(self, request: LoRARequest) -> None:
-        """Begin to read a delta beside the steps."""
-        self.loader.start(request)
+    def start_load(self, request: LoRARequest, others: Mapping[str, int]) -> None:
+        """Begin to read a delta beside the steps; ``others`` as for ``read``."""
+        self.loader.start(request, others)
 
     def load_done(self) -> bool:
         """Whether the delta was read."""
@@ -228,8 +239,13 @@ class DeltaManager:
         self.host.drop(digest)
         self.residency.drop([digest])
 
-    def read(self, request: LoRARequest) -> PackedDelta:
+    def read(self, request: LoRARequest, others: Mapping[str, int]) -> PackedDelta:
         """Read and check a delta and lay it out; runs in the loader's thread.
+
+        Args:
+            request: its path is the delta's folder.
+            others: digest -> bytes of the ``--max-loras`` largest deltas that it must
+                have room beside.
 
         Raises:
             FileNotFoundError: there is no such folder.
@@ -237,16 +253,20 @@ class DeltaManager:
                 for by its digest.
         """
         folder, _, digest = request.lora_path.partition("#sha256:")
+        need = Need.of(Path(folder))
+        self._expect(need.config, folder, digest)
+        beside = [size for key, size in others.items() if key != need.config.digest]
+        beside = sorted(beside, reverse=True)[: self.max_loras - 1]
+        # Each worker has its part of the delta: at least this one.
+        least, rank = need.size // self.workers, need.rank(self._layer)
+        sizes = [need.size, *beside]
+        self.room.check(folder, rank, need.added_tokens, sizes, least)
         # What a delta takes in the arena is about as much as it has on disk; the rows
         # of added tokens are elsewhere.
         added = sum(rows.rows[0].nbytes for rows in self.residency.added.values())
-        delta = Delta(Path(folder), int(1.05 * self.memory.arena) + added + SLACK)
-        if digest and delta.config.digest != f"sha256:{digest}":
-            raise DqreloError(
-                f"{folder} was replaced: it holds {delta.config.digest}, "
-                f"sha256:{digest} was asked for. Load the delta again"
-            )
-        delta.config.check_base(self._fingerprint, self.model_config.model, folder)
+        most = int(1.05 * self.workers * self.memory.arena) + added + SLACK
+        delta = Delta(Path(folder), most)
+        self._expect(delta.config, folder, digest)
         packed = pack(delta, self.sites, self.device)
         delta.check_unchanged()  # the digest is of what was packed
         entries = packed.entries
@@ -254,12 +274,24 @@ class DeltaManager:
             int((entries[:, Field.FIRST_A] + entries[:, Field.RANK_A]).max()),
             int((entries[:, Field.FIRST_B] + entries[:, Field.RANK_B]).max()),
         )
-        if rank > self.ranks:
-            raise DqreloError(
-                f"{folder} has rank {rank} in one layer, there is room for "
-                f"{self.ranks}; convert it with a lower --ratio"
-            )
+        sizes = [packed.size, *beside]
+        self.room.check(folder, rank, delta.added_tokens, sizes)
         return packed
+
+    def _expect(self, config: DeltaConfig, folder: str, digest: str) -> None:
+        """Refuse a delta of another base, or another than was asked for."""
+        if digest and config.digest != f"sha256:{digest}":
+            raise DqreloError(
+                f"{folder} was replaced: it holds {config.digest}, "
+                f"sha256:{digest} was asked for. Load the delta again"
+            )
+        config.check_base(self._fingerprint, self.model_config.model, folder)
+
+    def _layer(self, parameter: str) -> Hashable | None:
+        """The layer whose scratch has the ranks of a matrix; None in other stages."""
+        for place in self.sites.places(parameter)[:1]:
+            return place.site.name, place.index // len(place.site.of_a_row)
+        return None
 
     @cached_property
     def base(self) -> Checkpoint:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plugin's options, and the engine configurations that it refuses."""
 
-import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import psutil
 import torch
@@ -18,6 +19,8 @@ from vllm_dqrelo.sites import Sites
 
 logger = init_logger(f"vllm.{__name__}")
 
+# vLLM's default for --max-loras is 1, which would serve the deltas one by one.
+DEFAULT_MAX_DELTAS = 8
 # Without an option, the arena has room for --max-loras deltas of this ratio, and
 # the host tier takes this part of the memory that is free once the base is loaded.
 DEFAULT_RATIO = 1 / 8
@@ -63,6 +66,10 @@ class Options:
         delta_memory_gib: device memory for resident deltas; by default what
             ``--max-loras`` deltas of ratio 1/8 take.
         added_tokens: the most tokens that a delta may add to the base's vocabulary.
+        max_rank: the largest sum of a delta's ranks in one layer; q, k and v are one
+            layer, and so are gate and up (of one expert). By default what 4-bit
+            factors of two bits a weight have. A worker takes 4 bytes for each rank and
+            token of a step.
         host_memory_gib: host memory for deltas that are not read from disk again;
             by default a quarter of what is free once the base is loaded. This and the
             memory above are of each worker, which has its part of a delta.
@@ -71,13 +78,16 @@ class Options:
 
     delta_memory_gib: float | None = None
     added_tokens: int = 0
+    max_rank: int | None = None
     host_memory_gib: float | None = None
     version: str = ""
 
     @classmethod
-    def from_config(cls, vllm_config: VllmConfig) -> "Options":
+    def of(cls, additional_config: Mapping[str, Any]) -> "Options":
         """Read and check the options of an engine."""
-        given = vllm_config.additional_config.get("dqrelo", {})
+        given = additional_config.get("dqrelo", {})
+        if not isinstance(given, Mapping):
+            raise ValueError(f"additional_config's dqrelo is {given!r}, no JSON object")
         known = {field.name for field in fields(cls)}
         if unknown := sorted(given.keys() - known):
             raise ValueError(
@@ -86,14 +96,28 @@ class Options:
             )
         for name in ("delta_memory_gib", "host_memory_gib"):
             value = given.get(name, 0)
-            if not isinstance(value, int | float) or value < 0:
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
                 raise ValueError(
                     f"dqrelo option {name} is {value!r}, expected a number of GiB"
                 )
-        tokens = given.get("added_tokens", 0)
-        if not isinstance(tokens, int) or tokens < 0:
-            raise ValueError(f"dqrelo option added_tokens is {tokens!r}: no number")
+        for name, least in (("added_tokens", 0), ("max_rank", 1)):
+            value = given.get(name, least)
+            if type(value) is not int or value < least:
+                raise ValueError(
+                    f"dqrelo option {name} is {value!r}, expected a whole number of "
+                    f"{least} or more"
+                )
         return cls(**given)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that are not the defaults, without the version."""
+        return {
+            field.name: value
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != field.default
+            and field.name != "version"
+        }
 
     def arena_bytes(self, typical: int, deltas: int) -> int:
         """Size of the arena where a delta of the default ratio takes ``typical``."""
@@ -124,49 +148,61 @@ class Options:
             ]
         return max(max_loras, min(most))
 
-    def scratch_ranks(self, sites: Sites) -> int:
-        """The largest sum of ranks in one site that is served.
-
-        What factors of 4 bits have in two bits a weight, twice the default.
-        """
+    def ranks(self, sites: Sites) -> int:
+        """The largest sum of ranks in one site that is served."""
+        if self.max_rank is not None:
+            return self.max_rank
         return max(
-            sum(min(n, k, math.ceil(n * k / 2 / (n + k))) for n in site.whole_of_a_row)
+            typical_rank(site.whole_of_a_row, site.whole_columns)
             for site in sites.by_name.values()
-            if (k := site.whole_columns)
+            if site.whole_columns
         )
+
+
+def typical_rank(sizes: Iterable[int], columns: int) -> int:
+    """The sum of the ranks of one layer's matrices, all of ``columns``.
+
+    What factors of 4 bits have in two bits a weight, the default ratio.
+    """
+    k = columns
+    return sum(min(n, k, math.ceil(n * k / 2 / (n + k))) for n in sizes)
 
 
 def _delta_bytes(sites: Sites, ratio: float) -> int:
     """What a delta of every matrix takes in the arena, at most."""
     total = 0
     for site in sites.by_name.values():
-        k, whole_k = site.columns, site.whole_columns
+        whole_k = site.whole_columns
         for n, whole_n in zip(site.sizes, site.whole_sizes, strict=True):
             if site.is_vocabulary:  # of which the last worker may have fewer rows
                 n = min(site.module.num_embeddings_per_partition, whole_n)
-            total += aligned(4 * n)  # a bias or a norm in float32
-            if not k:
-                continue
-            size, signs = 2 * ratio * whole_n * whole_k, whole_n * whole_k / 8
-            factors = size - signs if size > signs else size
-            split = n * k / (whole_n * whole_k)
-            held = split if site.fully_sharded else (n + k) / (whole_n + whole_k)
-            total += int((size - factors) * split + factors * held)
-            # What rounding a rank up and scales for each row may add.
-            total += 2 * (n + k) + 4 * n + TENSORS * ALIGNMENT
+            whole = whole_n, whole_k
+            total += slice_bytes(ratio, n, site.columns, whole, site.fully_sharded)
     return total
 
 
-def too_little_memory(
-    delta: str, size: int, deltas: int, needed: int, arena: int
-) -> str:
-    """What to say of a delta that a step could have no room for, and what to do."""
-    option = {"dqrelo": {"delta_memory_gib": math.ceil(needed / 2**20) / 1024}}
-    return (
-        f"{delta} takes {size:,} bytes; the {deltas} largest deltas take {needed:,} "
-        f"together, and there is room for {arena:,}. Serve with a lower --max-loras, "
-        f"or with --additional-config '{json.dumps(option)}'"
-    )
+def slice_bytes(
+    ratio: float, n: int, k: int, whole: tuple[int, int], fully_sharded: bool = False
+) -> int:
+    """What a delta of one matrix and its bias takes in the arena, at most.
+
+    Args:
+        ratio: of the delta.
+        n, k: rows and columns that a worker has; k is 0 for a norm of n weights.
+        whole: rows and columns of the checkpoint's matrix.
+        fully_sharded: whether workers share both factors.
+    """
+    whole_n, whole_k = whole
+    total = aligned(4 * n)  # a bias or a norm in float32
+    if not k:
+        return total
+    size, signs = 2 * ratio * whole_n * whole_k, whole_n * whole_k / 8
+    factors = size - signs if size > signs else size
+    split = n * k / (whole_n * whole_k)
+    held = split if fully_sharded else (n + k) / (whole_n + whole_k)
+    total += int((size - factors) * split + factors * held)
+    # What rounding a rank up and scales for each row may add.
+    return total + 2 * (n + k) + 4 * n + TENSORS * ALIGNMENT
 
 
 def merge_rows(vllm_config: VllmConfig, device: torch.device) -> int | None:

@@ -2,7 +2,6 @@
 """A delta ready for the device: one run of bytes and a table of where things are."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from dqrelo_kernels.table import (
 from vllm_dqrelo.arena import aligned
 from vllm_dqrelo.format.checkpoint import HEAD
 from vllm_dqrelo.format.delta import Delta
-from vllm_dqrelo.format.errors import DqreloError, refuse
+from vllm_dqrelo.format.errors import refuse
 from vllm_dqrelo.format.tensors import ADDED, take_columns
 from vllm_dqrelo.sites import Place, Sites
 
@@ -90,18 +89,14 @@ class _Extent:
 def pack(delta: Delta, sites: Sites, device: torch.device) -> PackedDelta:
     """Lay a delta out for the sites of a model on ``device``.
 
+    Args:
+        delta: adds at most as many tokens as the sites have room for.
+
     Raises:
         DqreloError: it has a parameter that no site takes, or of another shape; a
             delta is served as a whole or not at all. In a stage of a pipeline what no
             site takes is ``elsewhere``: ``agreed`` sees that some stage has it.
     """
-    if delta.added_tokens > sites.added_tokens:
-        option = {"dqrelo": {"added_tokens": delta.added_tokens}}
-        raise DqreloError(
-            f"{delta.folder} adds {delta.added_tokens} tokens to the vocabulary; this "
-            f"server has room for {sites.added_tokens}. Start it with "
-            f"--additional-config '{json.dumps(option)}'"
-        )
     extent, problems = _Extent(device), []
     vocab_size = delta.config.vocab_size
     if vocab_size is None:

@@ -19,9 +19,6 @@ from vllm_dqrelo import __version__, compat, compat_frontend
 
 logger = init_logger(f"vllm.{__name__}")
 
-# vLLM's default for --max-loras is 1, which would serve the deltas one by one.
-DEFAULT_MAX_DELTAS = 8
-
 
 def register() -> None:
     """Make ``--quantization dqrelo`` known. Safe to call again."""
@@ -39,6 +36,8 @@ def register() -> None:
 
     register_quantization_config("dqrelo")(DqreloConfig)
     compat.after_create_model_config(switch_on)
+    if "vllm.entrypoints.cli.serve" in sys.modules:
+        patch_serve()
     # An engine's process loads its plugins first of all, from EngineCore.__init__.
     if "vllm.v1.engine.core" in sys.modules:
         patch_engine()
@@ -48,6 +47,7 @@ def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) 
     """Turn on vLLM's LoRA control plane, which deltas use, for a dqrelo engine."""
     if model_config.quantization != "dqrelo":
         return
+    from vllm_dqrelo.options import DEFAULT_MAX_DELTAS, Options
     from vllm_dqrelo.quantization import refuse_dtype
     from vllm_dqrelo.vocabulary import enlarge
 
@@ -61,11 +61,11 @@ def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) 
     if engine_args.max_loras == 1:
         engine_args.max_loras = DEFAULT_MAX_DELTAS
     # additional_config is part of vLLM's compile cache key; the plugin must be too.
-    options = dict(engine_args.additional_config.get("dqrelo", {}))
-    enlarge(model_config, options.get("added_tokens", 0))
+    options = Options.of(engine_args.additional_config)
+    enlarge(model_config, options.added_tokens)
     engine_args.additional_config = {
         **engine_args.additional_config,
-        "dqrelo": {**options, "version": __version__},
+        "dqrelo": {**options.given, "version": __version__},
     }
     patch_frontend()
 
@@ -99,6 +99,21 @@ def patch_frontend() -> None:
     compat_frontend.choose_handler(serving_twin)
     compat_frontend.before_check_model(check_twin)
     compat_frontend.choose_offline(offline_twin)
+
+
+def patch_serve() -> None:
+    """Let ``vllm serve`` make room for its deltas, or end, before it starts."""
+
+    def prepare(arguments: Any) -> None:
+        from vllm_dqrelo.format.errors import DqreloError
+        from vllm_dqrelo.start import make_room
+
+        try:
+            make_room(arguments)
+        except (DqreloError, OSError, ValueError) as error:
+            raise SystemExit(f"dqrelo: error: {error}") from error
+
+    compat_frontend.before_serve(prepare)
 
 
 def patch_engine() -> None:

@@ -142,5 +142,5 @@ def under_deltas(
         raise ValueError(
             "--quantization dqrelo has no quantised embeddings or LM heads"
         )
-    options = Options.from_config(get_current_vllm_config())
+    options = Options.of(get_current_vllm_config().additional_config)
     return EnlargedEmbedding(options.added_tokens)

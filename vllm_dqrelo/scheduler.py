@@ -172,12 +172,14 @@ def start(core: Any) -> None:
     memory = deltas.memory
     logger.info(
         "dqrelo: base %.2f GiB, KV cache %.2f GiB, arena %.2f GiB: %d deltas of ratio "
-        "1/8 resident, at most %d of any size, %d in one step; host tier %.2f GiB",
+        "1/8 resident, at most %d of any size, %d in one step, rank %d in one layer; "
+        "host tier %.2f GiB",
         memory.base / 2**30,
         core.available_gpu_memory_for_kv_cache / 2**30,
         memory.arena / 2**30,
         memory.arena // memory.typical,
         memory.slots,
         config.lora_config.max_loras,
+        memory.rank,
         memory.host / 2**30,
     )

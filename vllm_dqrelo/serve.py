@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``dqrelo serve``: ``vllm serve`` with deltas, checked before it starts."""
 
-import json
 import os
 from collections.abc import Sequence
 from importlib import metadata
@@ -10,7 +9,6 @@ from pathlib import Path
 from vllm_dqrelo.catalogue import DELTA_DIR, HUB_NAMESPACE, Catalogue
 from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
 from vllm_dqrelo.format.config import DeltaConfig
-from vllm_dqrelo.format.delta import added_tokens
 from vllm_dqrelo.format.errors import DqreloError
 
 ENDPOINTS = "dqrelo_endpoints"  # in pyproject.toml
@@ -27,7 +25,8 @@ def serve(
     """Serve ``base`` and its deltas with vLLM's OpenAI-compatible server.
 
     A wrong base, a missing delta or an inactive plugin ends it here, before vLLM
-    spends time on loading; the workers check everything again.
+    spends time on loading, and so does a delta without room (start.py); the workers
+    check everything again.
 
     Args:
         base: a folder or a Hub id.
@@ -46,13 +45,14 @@ def serve(
         FileNotFoundError: the base or a delta is not there.
     """
     folders = parse_deltas(deltas)
+    refuse_ours(vllm_arguments)
     if folders:
         fingerprint = Checkpoint(resolve(base)).fingerprint()
     for folder in folders.values():
         DeltaConfig.read(Path(folder)).check_base(fingerprint, base, folder)
     Catalogue(delta_dirs, hub_namespaces)
     check_plugin()
-    from vllm_dqrelo import compat_frontend
+    from vllm_dqrelo import compat_frontend, plugin
 
     for variable, values in (
         (DELTA_DIR, [str(Path(d).expanduser().absolute()) for d in delta_dirs]),
@@ -64,14 +64,16 @@ def serve(
         os.environ["VLLM_PLUGINS"] = ",".join(plugins_with_endpoints())
     local = Path(base).expanduser()
     arguments = [str(local) if local.is_dir() else base, "--quantization", "dqrelo"]
-    room = max((added_tokens(Path(f)) for f in folders.values()), default=0)
-    if room and "--additional-config" not in vllm_arguments:
-        options = {"dqrelo": {"added_tokens": room}}
-        arguments += ["--additional-config", json.dumps(options)]
     if folders:
         modules = [f"{name}={folder}" for name, folder in folders.items()]
         arguments += ["--lora-modules", *modules]
-    compat_frontend.run_serve([*arguments, *vllm_arguments])
+    plugin.patch_serve()
+    try:
+        compat_frontend.run_serve([*arguments, *vllm_arguments])
+    except SystemExit as ended:
+        if ended.__cause__ is None:
+            raise
+        raise DqreloError(str(ended.__cause__)) from ended  # of plugin.patch_serve
     return 0
 
 
@@ -86,6 +88,16 @@ def parse_deltas(deltas: Sequence[str]) -> dict[str, str]:
             raise DqreloError(f"--delta {argument}: {name} is {folders[name]} already")
         folders[name] = str(Path(folder).expanduser())
     return folders
+
+
+def refuse_ours(vllm_arguments: Sequence[str]) -> None:
+    """Refuse options of ``vllm serve`` that would take the place of what is given."""
+    for argument in vllm_arguments:
+        name = argument.partition("=")[0].replace("_", "-")
+        if name == "--lora-modules":
+            raise DqreloError(f"{argument}: give deltas as --delta NAME=DELTA")
+        if name in ("--quantization", "-q"):
+            raise DqreloError(f"{argument}: it is dqrelo, whatever the base has")
 
 
 def plugins_with_endpoints() -> list[str]:

@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with 2 when the command line itself is wrong.
     """
     log_to_stderr()
-    arguments, rest = parser().parse_known_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments, rest = parser().parse_known_args(split_values(given))
     if rest and arguments.run is not serve:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.vllm_arguments = rest
@@ -37,6 +38,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dqrelo: interrupted", file=sys.stderr)
         return 130
+
+
+def split_values(argv: Sequence[str]) -> list[str]:
+    """``--option=VALUE`` as two arguments, where VALUE has a space, such as JSON.
+
+    argparse takes an option that it does not know for a value then, and gives it to the
+    option before.
+    """
+    parts: list[str] = []
+    for argument in argv:
+        is_option = argument.startswith("--") and " " in argument
+        parts += argument.split("=", 1) if is_option else [argument]
+    return parts
 
 
 class Stderr(logging.Handler):

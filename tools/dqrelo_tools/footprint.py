@@ -10,14 +10,11 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.serialization._base import parse_size_to_int
 
-from vllm_dqrelo.arena import aligned
-from vllm_dqrelo.format.checkpoint import Checkpoint, SafetensorsFiles, locate
-from vllm_dqrelo.format.config import DeltaConfig
-from vllm_dqrelo.format.delta import MODEL
+from vllm_dqrelo.format.checkpoint import Checkpoint
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.json_file import read_json
 from vllm_dqrelo.format.model_config import ModelConfig
-from vllm_dqrelo.format.tensors import ADDED, PACKED, SCALE, SHAPE, SUFFIXES
+from vllm_dqrelo.format.need import Need
 
 
 def bytes_of(text: str, measure: Callable[[str], int]) -> int:
@@ -109,24 +106,9 @@ def itemsize(dtype: str) -> int:
 
 
 def delta_bytes(path: str) -> int:
-    """Bytes of a delta's extent in the arena, as vllm_dqrelo/packed.py lays it out.
-
-    Signs and factors are as in the file, scales one for each row, and what is stored
-    exactly is float32; the start of each tensor is aligned.
+    """Bytes of a delta's extent in the arena of a server with one worker.
 
     Raises:
         DqreloError: it is damaged. FileNotFoundError: it is not there.
     """
-    folder = Path(path).expanduser()
-    DeltaConfig.read(folder)
-    files = SafetensorsFiles(locate(folder, MODEL))
-    total = 0
-    for name in files:
-        dtype, shape = files.spec(name)
-        suffix = next((s for s in SUFFIXES if name.endswith(s)), None)
-        if suffix == SHAPE or name.endswith(ADDED):  # rows that have a place already
-            continue
-        if suffix == SCALE:
-            shape = files.spec(name.removesuffix(SCALE) + PACKED)[1][:2]
-        total += aligned(prod(shape) * (itemsize(dtype) if suffix else 4))
-    return total
+    return Need.of(Path(path)).size

@@ -75,9 +75,8 @@ class Delta:
         size = sum(path.stat().st_size for path in {*self._files.files.values()})
         if size > most_bytes:
             raise DqreloError(
-                f"{folder} has {size:,} bytes of tensors, there is room for "
-                f"{most_bytes:,}. Raise delta_memory_gib, or convert it with a lower "
-                "--ratio"
+                f"{folder} has {size:,} bytes of tensors, expected at most "
+                f"{most_bytes:,} of what this server has room for. Convert it again"
             )
         suffixes, self.exact = group(self._files)
         self.matrices = sorted(suffixes)
