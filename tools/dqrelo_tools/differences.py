@@ -34,13 +34,15 @@ def differences(base: Checkpoint, model: Checkpoint) -> list[str]:
     return found
 
 
-def refuse_placeholders(model: Checkpoint) -> None:
+def refuse_placeholders(base: Checkpoint, model: Checkpoint) -> None:
     """Refuse what DeepSpeed ZeRO-3 writes where it did not gather the parameters."""
-    if empty := [name for name in model if 0 in model.spec(name)[1]]:
+    both = sorted(set(model) & set(base))
+    empty = [n for n in both if 0 in model.spec(n)[1] and 0 not in base.spec(n)[1]]
+    if empty:
         raise DqreloError(
-            f"{model.folder}: {len(empty)} of {len(list(model))} parameters are empty, "
-            f"for instance {empty[0]}: DeepSpeed ZeRO-3 saved them without gathering "
-            "them. Run its zero_to_fp32.py, or train with "
+            f"{model.folder}: {len(empty)} parameters of the fine-tune are empty, for "
+            f"instance {empty[0]}: DeepSpeed ZeRO-3 has saved them without gathering "
+            "them. Run its zero_to_fp32.py, or set "
             "stage3_gather_16bit_weights_on_model_save"
         )
 

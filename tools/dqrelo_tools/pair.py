@@ -38,8 +38,8 @@ def fine_tune(model: str, folder: Path, base: str, before: Checkpoint) -> Checkp
             model,
         )
     after.keep_head()
-    refuse_placeholders(after)
     match_names(before, after)
+    refuse_placeholders(before, after)
     settle_heads(before, after)
     match_vocabularies(before, after)
     refuse(f"{model} is no fine-tune of {base}:", differences(before, after))
