@@ -1,116 +1,365 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA adapters as deltas, against the model that PEFT itself merges."""
+"""LoRA adapters as deltas, against what PEFT computes with them."""
 
-import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from adapters import (
+    LINEARS,
+    TOKENS,
+    close,
+    convert,
+    edit,
+    exported_logits,
+    load_model,
+    make_adapter,
+    opened_logits,
+    peft,
+    peft_logits,
+)
+from safetensors.torch import save_file
 
-from dqrelo_tools import cli
+from dqrelo_tools.adapter import Adapter
+from vllm_dqrelo.format.checkpoint import Checkpoint
+from vllm_dqrelo.format.delta import Delta
 
-peft = pytest.importorskip("peft")
-
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def make_adapter(base, folder, **options):
-    """A random adapter of ``base`` and the merged model's parameters."""
-    torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)
-    model = peft.get_peft_model(model, config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-                assert "lora" in name or "modules_to_save" in name or "bias" in name
-    model.save_pretrained(folder)
-    return folder, model.merge_and_unload().state_dict()
+Q = ["q_proj"]
+ROWS = 3  # of tokens that are added, or cut
+FIRST = 320  # of those that are added
+UNTIED_TIED = ("llama", "llama-tied")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"target_modules": LINEARS},
-        {"target_modules": ["q_proj", "v_proj"], "use_rslora": True},
-        {"target_modules": [*LINEARS, "embed_tokens", "lm_head"]},
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, save_model):
+    """``base(kind)``: a base of that kind, made once."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def get(kind):
+        folder = root / kind
+        return folder if folder.is_dir() else save_model(kind, folder, seed=1)
+
+    return get
+
+
+FACTORS = {
+    "linears": ("llama", {"target_modules": LINEARS}),
+    "rslora": ("llama", {"target_modules": ["q_proj", "v_proj"], "use_rslora": True}),
+    "embedding": ("llama", {"target_modules": [*LINEARS, "embed_tokens", "lm_head"]}),
+    "patterns": (
+        "llama",
         {
             "target_modules": LINEARS,
             "rank_pattern": {"q_proj": 7},
-            "alpha_pattern": {"layers.1.mlp.up_proj": 32},
+            "alpha_pattern": {"layers.1.mlp.up_proj": 32.5},
         },
-    ],
-    ids=["linears", "rslora", "embedding", "patterns"],
-)
-def test_base_plus_delta_is_what_peft_merges(family, tmp_path, options):
-    base = family("llama").base
-    adapter, merged = make_adapter(base, tmp_path / "adapter", **options)
-    command = ["convert", "--base", str(base), "--model", str(adapter)]
-    assert cli.main([*command, "--output", str(tmp_path / "delta")]) == 0
-    command = ["export", "--base", str(base), "--delta", str(tmp_path / "delta")]
-    assert cli.main([*command, "--output", str(tmp_path / "merged")]) == 0
-    got = load_file(tmp_path / "merged" / "model.safetensors")
-    original = load_file(base / "model.safetensors")
-    changed = 0
-    for name, tensor in got.items():
-        # float32 factors: a sum of at most 7 products below 1, and two roundings
-        assert (tensor - merged[name]).abs().max() < 1e-6, name
-        changed += not torch.equal(tensor, original[name])
-    assert changed >= 2 * len(options["target_modules"]) - 2
+    ),
+    "regex": ("llama", {"target_modules": r".*layers\.1\..*(q|k)_proj"}),
+    "all-linear": ("llama", {"target_modules": "all-linear"}),
+    "one layer": ("llama", {"target_modules": Q, "layers_to_transform": 1}),
+    "layers of a pattern": (
+        "llama",
+        {
+            "target_modules": Q,
+            "layers_to_transform": [0],
+            "layers_pattern": "layers",
+        },
+    ),
+    "excluded": (
+        "llama",
+        {"target_modules": "all-linear", "exclude_modules": ["up_proj"]},
+    ),
+    "gaussian": ("llama", {"target_modules": Q, "init_lora_weights": "gaussian"}),
+    "orthogonal": ("llama", {"target_modules": Q, "init_lora_weights": "orthogonal"}),
+    "mica": ("llama", {"target_modules": Q, "init_lora_weights": "mica"}),
+    "not a zero at first": ("llama", {"target_modules": Q, "init_lora_weights": False}),
+    "lora_bias": ("qwen2", {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
+    "bias of all": ("qwen2", {"target_modules": Q, "bias": "all"}),
+    "bias of targets": ("qwen2", {"target_modules": Q, "bias": "lora_only"}),
+    "norms": ("llama", {"target_modules": Q, "modules_to_save": ["norm"]}),
+    "both biases": (
+        "qwen2",
+        {"target_modules": Q, "bias": "lora_only", "lora_bias": True},
+    ),
+    # One of two tied matrices is changed, or both.
+    "tied embedding": ("llama-tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "tied head": ("llama-tied", {"target_modules": ["q_proj", "lm_head"]}),
+    "tied both": ("llama-tied", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "tied still": (
+        "llama-tied",
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "tied head still": (
+        "llama-tied",
+        {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True},
+    ),
+    # Rows of the vocabulary.
+    "tokens": ("llama", {"target_modules": Q, "trainable_token_indices": [3, 250]}),
+    "tied tokens": (
+        "llama-tied",
+        {"target_modules": Q, "trainable_token_indices": [3, 250]},
+    ),
+    "tokens of both": (
+        "llama",
+        {
+            "target_modules": Q,
+            "trainable_token_indices": {"embed_tokens": [9, 3], "lm_head": [4]},
+        },
+    ),
+    "tied tokens of both": (
+        "llama-tied",
+        {
+            "target_modules": Q,
+            "trainable_token_indices": {"embed_tokens": [9, 3], "lm_head": [4]},
+        },
+    ),
+    "tied tokens of the head": (
+        "llama-tied",
+        {"target_modules": Q, "trainable_token_indices": {"lm_head": [4, 250]}},
+    ),
+    "tokens and a head": (
+        "llama",
+        {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [3]},
+    ),
+}
+RESIZED = {
+    "resized": {"target_modules": Q},
+    "resized, factors": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "resized, tokens": {
+        "target_modules": Q,
+        "trainable_token_indices": [FIRST + 2, 3, FIRST],
+    },
+    "resized, tokens of both": {
+        "target_modules": Q,
+        "trainable_token_indices": {"embed_tokens": [3, FIRST], "lm_head": [3, FIRST]},
+    },
+}
+WHOLE = {
+    "dora": ("llama", {"target_modules": LINEARS, "use_dora": True}),
+    "dora and biases": ("qwen2", {"target_modules": LINEARS, "use_dora": True}),
+    "dora of both": (
+        "llama",
+        {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True},
+    ),
+    "dora of a tied embedding": (
+        "llama-tied",
+        {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+    ),
+    "dora, rslora": (
+        "llama",
+        {"target_modules": LINEARS, "use_dora": True, "use_rslora": True},
+    ),
+    "a head": ("llama", {"target_modules": Q, "modules_to_save": ["lm_head"]}),
+    "a module": ("llama", {"target_modules": Q, "modules_to_save": ["mlp"]}),
+    "tied head": ("llama-tied", {"target_modules": Q, "modules_to_save": ["lm_head"]}),
+    "tied embedding": (
+        "llama-tied",
+        {"target_modules": Q, "modules_to_save": ["embed_tokens"]},
+    ),
+    "tied both": (
+        "llama-tied",
+        {"target_modules": Q, "modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
+    "tied still": (
+        "llama-tied",
+        {
+            "target_modules": Q,
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+    ),
+    "tied head still": (
+        "llama-tied",
+        {
+            "target_modules": Q,
+            "modules_to_save": ["lm_head"],
+            "ensure_weight_tying": True,
+        },
+    ),
+    "many tokens": (
+        "llama",
+        {"target_modules": Q, "trainable_token_indices": [*range(10, 80)]},
+    ),
+}
+CUT = {
+    "cut": {"target_modules": Q},
+    "cut, factors": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "cut, tokens": {"target_modules": Q, "trainable_token_indices": [3, 8]},
+}
+CUT_WHOLE = {
+    "cut, whole": {
+        "target_modules": Q,
+        "modules_to_save": ["embed_tokens", "lm_head"],
+    },
+    "cut, dora": {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True},
+}
+RESIZED_WHOLE = {
+    "resized, whole": {
+        "target_modules": Q,
+        "modules_to_save": ["embed_tokens", "lm_head"],
+    },
+    "resized, embedding": {"target_modules": Q, "modules_to_save": ["embed_tokens"]},
+}
 
 
-def test_modules_saved_as_a_whole_are_compressed_and_norms_exact(family, tmp_path):
-    base = family("llama").base
-    adapter, merged = make_adapter(
-        base,
-        tmp_path / "adapter",
-        target_modules=["q_proj"],
-        modules_to_save=["norm", "lm_head"],
-    )
-    command = ["convert", "--base", str(base), "--model", str(adapter), "--ratio", "1"]
-    assert cli.main([*command, "--output", str(tmp_path / "delta")]) == 0
-    command = ["export", "--base", str(base), "--delta", str(tmp_path / "delta")]
-    assert cli.main([*command, "--output", str(tmp_path / "merged")]) == 0
-    got = load_file(tmp_path / "merged" / "model.safetensors")
-    assert torch.equal(got["model.norm.weight"], merged["model.norm.weight"])
-    change = (
-        merged["lm_head.weight"]
-        - load_file(base / "model.safetensors")["lm_head.weight"]
-    )
-    missed = got["lm_head.weight"] - merged["lm_head.weight"]
-    assert missed.norm() < 0.2 * change.norm()
+def cases(*tables):
+    """The entries of tables; one without a base is tried with two."""
+    found = []
+    for name, entry in {k: v for table in tables for k, v in table.items()}.items():
+        kinds, options = entry if isinstance(entry, tuple) else (UNTIED_TIED, entry)
+        for kind in [kinds] if isinstance(kinds, str) else kinds:
+            rows = ROWS * (name.startswith("resized") - name.startswith("cut"))
+            found.append(pytest.param(kind, rows, options, id=f"{name}, {kind}"))
+    return found
 
 
+def vocabulary_of(delta):
+    """How many tokens a fine-tune has."""
+    return delta.config.vocab_size or FIRST + delta.added_tokens
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "rows", "options"), cases(FACTORS, RESIZED, CUT))
+def test_factors_stay_as_they_are(base, tmp_path, kind, rows, options):
+    adapter = make_adapter(base(kind), tmp_path / "adapter", rows, **options)
+    assert convert(base(kind), adapter, tmp_path / "delta") == 0
+    delta = Delta(tmp_path / "delta")
+    assert delta.config.method == "lora" and vocabulary_of(delta) == FIRST + rows
+    assert not any(delta.matrix(name).planes for name in delta.matrices)
+    want = peft_logits(base(kind), adapter, rows)
+    got = exported_logits(base(kind), tmp_path / "delta", tmp_path / "merged")
+    assert close(got, want)
+    plain = load_model(base(kind))(TOKENS).logits
+    common = slice(min(FIRST, FIRST + rows))
+    assert not close(want[..., common], plain[..., common])
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"use_dora": True}, "use_dora is True"),
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
-        ({"layer_replication": [[0, 2]]}, "layer_replication is"),
-    ],
+    ("kind", "rows", "options"), cases(WHOLE, RESIZED_WHOLE, CUT_WHOLE)
 )
-def test_what_is_no_plain_lora_is_refused(family, tmp_path, capsys, change, message):
-    base = family("llama").base
-    adapter, _ = make_adapter(base, tmp_path / "a", target_modules=["q_proj"])
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | change))
-    command = ["convert", "--base", str(base), "--model", str(adapter)]
-    assert cli.main([*command, "--output", str(tmp_path / "delta")]) == 1
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "delta").exists()
+def test_other_changes_are_compressed(base, tmp_path, kind, rows, options):
+    """What is compressed is what PEFT computes; the error is that of a fine-tune."""
+    adapter = make_adapter(base(kind), tmp_path / "adapter", rows, **options)
+    want = peft_logits(base(kind), adapter, rows)
+    assert close(opened_logits(base(kind), adapter), want)
+    assert convert(base(kind), adapter, tmp_path / "delta") == 0
+    delta = Delta(tmp_path / "delta")
+    assert delta.config.method == "dqrelo" and vocabulary_of(delta) == FIRST + rows
+    before = Checkpoint(base(kind))
+    opened = Adapter(adapter, before, [str(base(kind))])
+    assert opened.dense
+    bound = 0.2 if "trainable_token_indices" in options else 0.1  # few rows, or all
+    for name in opened.dense:
+        change = opened.get(name).float() - before.get(name)
+        missed = delta.matrix(name).dense() - change
+        assert missed.norm() < bound * change.norm(), name
+    got = exported_logits(base(kind), tmp_path / "delta", tmp_path / "merged")
+    plain = load_model(base(kind))(TOKENS).logits
+    common = slice(min(FIRST, FIRST + rows))
+    missed, change = got - want, want[..., common] - plain[..., common]
+    assert got.shape == want.shape and missed.norm() < bound * change.norm()
 
 
-def test_an_adapter_of_another_model(family, tmp_path, capsys):
-    base = family("llama").base
-    adapter, _ = make_adapter(base, tmp_path / "a", target_modules=["q_proj"])
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    first = sorted(tensors)[0]
-    tensors[first.replace("layers.0", "layers.7")] = tensors.pop(first)
-    save_file(tensors, path)
-    command = ["convert", "--base", str(base), "--model", str(adapter)]
-    assert cli.main([*command, "--output", str(tmp_path / "delta")]) == 1
+@pytest.mark.filterwarnings("ignore")
+def test_factors_of_a_16_bit_adapter(base, tmp_path, save_model):
+    """They keep their dtype, and a base of another one does not matter."""
+    folder = save_model("llama", tmp_path / "base", seed=1, dtype=torch.bfloat16)
+    adapter = make_adapter(folder, tmp_path / "adapter", target_modules=LINEARS)
+    edit(adapter, lambda t: {n: v.bfloat16() for n, v in t.items()}, lora_alpha=16)
+    assert convert(folder, adapter, tmp_path / "delta") == 0
+    delta = Delta(tmp_path / "delta")
+    assert {delta.matrix(n).lora_a.dtype for n in delta.matrices} == {torch.bfloat16}
+    merged = peft.PeftModel.from_pretrained(
+        load_model(folder), adapter
+    ).merge_and_unload()
+    before = Checkpoint(folder)
+    for name in delta.matrices:
+        want = merged.get_parameter(name) - before.get(name).float()
+        # of one sum, PEFT rounds the product to 8 bits and the sum to 24
+        assert (
+            delta.matrix(name).dense() - want
+        ).abs().max() < 2**-8 * want.abs().max()
+
+
+def test_an_adapter_brings_its_tokenizer(base, tmp_path, own):
+    adapter = make_adapter(base("llama"), tmp_path / "adapter", target_modules=Q)
+    words = own.merged / "tokenizer.json"
+    shutil.copy(words, adapter)
+    assert convert(base("llama"), adapter, tmp_path / "delta") == 0
+    assert (tmp_path / "delta" / words.name).read_text() == words.read_text()
+
+
+@pytest.mark.parametrize("named", ["someone/else-7B", "", None, "itself", "elsewhere"])
+def test_the_base_that_it_names(base, tmp_path, capsys, named):
+    folder, other = base("llama"), "someone" in str(named)
+    names = {"itself": str(folder), "elsewhere": str(folder / ".." / folder.name) + "/"}
+    adapter = make_adapter(folder, tmp_path / "adapter", target_modules=Q)
+    edit(adapter, base_model_name_or_path=names.get(named, named))
+    capsys.readouterr()
+    assert convert(folder, adapter, tmp_path / "delta") == 0
     error = capsys.readouterr().err
-    assert "layers.7" in error and "has no" in error
+    assert ("dqrelo: warning" in error) == other
+    assert (f"{named}, and is converted for {folder}" in error) == other
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_told(base, tmp_path, capsys):
+    """Modules without factors, weights beside the adapter, an untied head, DoRA."""
+    adapter = make_adapter(
+        base("llama-tied"),
+        tmp_path / "adapter",
+        target_modules=[*Q, "embed_tokens", "lm_head"],
+        use_dora=True,
+    )
+    edit(
+        adapter,
+        lambda t: {n: v for n, v in t.items() if "embed" in n or "q_proj" in n},
+        loftq_config={"loftq_bits": 4},
+    )
+    for name in ("value_head", "optimizer"):
+        save_file({"a": torch.zeros(1)}, adapter / f"{name}.safetensors")
+    assert convert(base("llama-tied"), adapter, tmp_path / "delta") == 0
+    error = capsys.readouterr().err
+    for text in (
+        "note: the LM head is no longer the embedding",
+        "note: the change of model.embed_tokens.weight and 2 others is not of low rank",
+        "value_head.safetensors is left out: no model generates with it",
+        "warning: " + str(adapter / "optimizer.safetensors") + " is left out",
+        "warning: target_modules has lm_head, the file has no factors of it",
+        "LoftQ",
+    ):
+        assert text in error
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")
+def test_served_beside_each_other(base, tmp_path, engine, answers, load, prompts):
+    """A head untied by an adapter, one that stays the base's, DoRA, added tokens."""
+    folder = base("llama-tied")
+    kinds = {
+        "embedding": (0, {"target_modules": ["q_proj", "embed_tokens"]}),
+        "head": (0, {"target_modules": Q, "modules_to_save": ["lm_head"]}),
+        "resized": (ROWS, {"target_modules": Q, "use_dora": True}),
+    }
+    for name, (rows, options) in kinds.items():
+        adapter = make_adapter(folder, tmp_path / name, rows, **options)
+        assert (
+            convert(folder, adapter, tmp_path / f"{name}-delta", "--ratio", ".2") == 0
+        )
+    room = {"dqrelo": {"delta_memory_gib": 0.002, "added_tokens": 8}}
+    llm = engine(folder, quantization="dqrelo", max_loras=3, additional_config=room)
+    loaded = {name: load(llm, name, tmp_path / f"{name}-delta") for name in kinds}
+    order = [(prompt, name) for prompt in prompts for name in kinds]
+    asked = [[prompt for prompt, _ in order], [loaded[name] for _, name in order]]
+    for (prompt, name), answer in zip(
+        order, answers(llm, *asked, prompt_logprobs=1), strict=True
+    ):
+        tokens, logprobs, of_prompt = answer
+        every = torch.tensor([prompt + tokens])
+        delta, merged = tmp_path / f"{name}-delta", tmp_path / f"{name}-{len(prompt)}"
+        known = exported_logits(folder, delta, merged, every)[0, :-1].log_softmax(-1)
+        assert known[len(prompt) - 1 :].argmax(-1).tolist() == tokens
+        want = known.gather(1, every[0, 1:, None])[:, 0]
+        got = torch.tensor(of_prompt + logprobs)
+        assert (got - want).abs().max() <= 1e-4, (prompt, name)  # as in test_serving.py

@@ -1,33 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A LoRA adapter in PEFT's format becomes a delta of low rank."""
+"""A LoRA adapter in PEFT's format, opened as a fine-tune of its base."""
 
-import json
-import re
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from vllm_dqrelo.format.checkpoint import Checkpoint, SafetensorsFiles, locate
+from dqrelo_tools.adapter_change import Change
+from dqrelo_tools.adapter_config import CONFIG, MERGE, AdapterConfig, is_within, selects
+from dqrelo_tools.adapter_names import Name, Role, parse
+from dqrelo_tools.missing import BESIDE
+from dqrelo_tools.names import names_of
+from vllm_dqrelo.format.checkpoint import (
+    EMBEDDINGS,
+    HEAD,
+    Checkpoint,
+    SafetensorsFiles,
+    locate,
+)
 from vllm_dqrelo.format.errors import refuse
-from vllm_dqrelo.format.tensors import LORA_A, LORA_B, SHAPE, MatrixDelta
+from vllm_dqrelo.format.tensors import ADDED, SUFFIXES, MatrixDelta
 
-CONFIG = "adapter_config.json"
 STEM = "adapter_model"
-PREFIX = "base_model.model."
-# Options of PEFT that change what the factors mean, with the values that do not.
-PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "use_dora": (False, None),
-    "use_qalora": (False, None),
-    "alora_invocation_tokens": (None,),
-    "layer_replication": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None),
-}
+# Weights that others leave beside it. vLLM had the first for added tokens, TRL and
+# LLaMA-Factory have the second for training with rewards.
+NEW_ROWS = ("new_embeddings.safetensors", "new_embeddings.bin")
+VALUE_HEAD = "value_head.safetensors"
+
+logger = logging.getLogger(__name__)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -35,98 +36,264 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The factors of one matrix, as they are called in the adapter's file."""
-
-    down: str
-    up: str
-    embedding: bool
-    scaling: float
-
-
 class Adapter:
-    """An opened adapter.
+    """An opened adapter: the parameters that it changes, as it leaves them.
+
+    Iterating over it gives their names in order; among them are those of added tokens,
+    and the LM head where the adapter unties it: then ``base`` is untied as well.
+
+    Args:
+        folder: of the adapter.
+        base: the base, as plain or quantised parameters.
+        names: how the base was named.
 
     Attributes:
-        pairs: parameter of the base -> its factors.
-        whole: parameter of the base -> tensor that replaces it (modules_to_save,
-            trained biases).
+        files: parameters and configuration -> the files that they come from.
+        dense: the matrices whose change is of full rank.
+        tokens: how many the fine-tune has, if the base's config.json says so.
 
     Raises:
-        DqreloError: it is not a plain LoRA of ``base``; lists all reasons.
+        DqreloError: it is not a LoRA of ``base``; lists all reasons.
+        FileNotFoundError: its tensors are not there.
     """
 
-    def __init__(self, folder: Path, base: Checkpoint) -> None:
-        self.folder = folder
-        self.config = json.loads((folder / CONFIG).read_text())
-        self.files = SafetensorsFiles(locate(folder, STEM))
-        self.pairs: dict[str, Pair] = {}
-        self.whole: dict[str, str] = {}
-        problems = [
-            f"{CONFIG}: {key} is {self.config[key]!r}; merge the adapter into its base "
-            "and convert that"
-            for key, plain in PLAIN.items()
-            if key in self.config and self.config[key] not in plain
-        ]
-        for stored in self.files:
-            problems += self._place(stored, base)
-        refuse(f"{folder} cannot be converted:", problems)
+    def __init__(self, folder: Path, base: Checkpoint, names: Sequence[str]) -> None:
+        self.folder, self.base = folder, base
+        self.config = AdapterConfig.read(folder)
+        self._tensors = SafetensorsFiles(locate(folder, STEM))
+        self.files = {**self._tensors.files, CONFIG: folder / CONFIG}
+        embeddings = [name for name in base if name.endswith(EMBEDDINGS)]
+        self._embedding = embeddings[0] if len(embeddings) == 1 else None
+        self._changes: dict[str, Change] = {}
+        self.tokens = base.model_config.vocab_size
+        steps = (self._other_files, self._sort, self._check, self._tie, self._settle)
+        for step in steps:
+            refuse(f"{folder} cannot be converted:", list(step()))
+        self.dense = [n for n in self if n in self._changes and self._changes[n].dense]
+        self._tell(names)
 
-    def _place(self, stored: str, base: Checkpoint) -> list[str]:
-        """Sort one stored tensor; what is wrong with it."""
-        name = stored.removeprefix(PREFIX)
-        module, _, rest = name.partition(".lora_")
-        if not rest:
-            parameter = name.replace(".modules_to_save", "").replace(".base_layer", "")
-            self.whole[parameter] = stored
-        elif rest.startswith(("A.", "embedding_A")):
-            up = stored.replace(".lora_A.", ".lora_B.").replace("_A", "_B")
-            if up not in self.files:
-                return [f"{stored} has no {up}"]
-            parameter, embedding = f"{module}.weight", rest.startswith("embedding")
-            self.pairs[parameter] = Pair(stored, up, embedding, self._scaling(module))
-        elif rest.startswith(("B.", "embedding_B")):
-            return []
-        else:
-            return [f"{stored} is no factor of a plain LoRA"]
-        if base.tied and parameter == "lm_head.weight":
-            return [f"{stored} unties the LM head, which cannot be served yet"]
-        if parameter not in base:
-            return [f"{stored}: the base has no {parameter}"]
-        return []
+    def __iter__(self) -> Iterator[str]:
+        for name, change in sorted(self._changes.items()):
+            if change.touches or name == HEAD and self.base.tied:
+                yield name
+            if change.rows > self.base.spec(name)[1][0]:
+                yield name + ADDED
 
-    def _scaling(self, module: str) -> float:
-        """alpha / rank, or alpha / sqrt(rank) with rslora, of one module."""
-        rank = self._of("rank_pattern", module, self.config["r"])
-        alpha = self._of("alpha_pattern", module, self.config["lora_alpha"])
-        return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+    @property
+    def vocab_size(self) -> int | None:
+        """The tokens of an adapter that has fewer than its base; None for another."""
+        old, own = self.base.model_config.vocab_size, self.tokens
+        return own if old is not None and own is not None and own < old else None
 
-    def _of(self, key: str, module: str, default: float) -> float:
-        """A per-module option, matched as PEFT does."""
-        for pattern, value in (self.config.get(key) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return default
+    def spec(self, name: str) -> tuple[str, list[int]]:
+        """dtype as safetensors spells it, and shape; reads no data."""
+        dtype, shape = self.base.spec(name.removesuffix(ADDED))
+        if name.endswith(ADDED):
+            rows = self._changes[name.removesuffix(ADDED)].rows
+            return dtype, [rows - shape[0], *shape[1:]]
+        return dtype, shape
 
-    def matrix(self, parameter: str) -> MatrixDelta:
-        """The change of one matrix: ``scaling * B A``, folded into B.
+    def get(self, name: str) -> torch.Tensor:
+        """The whole parameter, on the CPU."""
+        parameter = name.removesuffix(ADDED)
+        before = self.base.get(parameter)
+        value = self._changes[parameter].value(before)
+        if not value.ndim:
+            return value
+        first = len(before)
+        if name.endswith(ADDED):
+            return value[first:].clone()
+        return torch.cat((value[:first], before[len(value) :].to(value.dtype)))
 
-        PEFT's A is [R, in] and B [out, R]; an embedding's are [R, vocabulary] and
-        [hidden, R], and its change is the transpose of their product.
-        """
-        pair = self.pairs[parameter]
-        a, b = self.files.get(pair.down), self.files.get(pair.up)
-        dtype = a.dtype
-        if pair.embedding:
-            a, b = b.T, a.T
-        stored = {
-            SHAPE: torch.tensor([b.shape[0], a.shape[1]]),
-            LORA_A: a.contiguous(),
-            LORA_B: (pair.scaling * b.float()).to(dtype).contiguous(),
+    def matrix(self, name: str) -> MatrixDelta | None:
+        """The change of a matrix as factors, where it has them."""
+        change = self._changes.get(name)
+        if change is None or change.dense or len(change.shape) != 2:
+            return None
+        return change.matrix(self.base.get(name) if change.tokens else None)
+
+    def _other_files(self) -> Iterator[str]:
+        """What else in the folder holds weights; most of it is told, not refused."""
+        for name in NEW_ROWS:
+            if (self.folder / name).is_file():
+                yield (
+                    f"{name} has rows of added tokens apart from the adapter. Load the "
+                    "adapter with PEFT on the base resized to them, and save it again"
+                )
+        used = {path.name for path in self._tensors.files.values()}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name.startswith("model"):
+                yield (
+                    f"the folder holds a whole model as well, {path.name}. Move one of "
+                    "the two into a folder of its own"
+                )
+            elif path.name == VALUE_HEAD:
+                logger.info("%s is left out: no model generates with it", path)
+            elif path.name not in used and path.name not in NEW_ROWS:
+                logger.warning("%s is left out: it is no part of the adapter", path)
+
+    def _sort(self) -> Iterator[str]:
+        """Give each tensor to the parameter that it is for."""
+        parsed = {stored: parse(stored, self.config) for stored in self._tensors}
+        own = {name.parameter for name in parsed.values() if name}
+        renamed = names_of(self.base, own)
+        for stored, name in parsed.items():
+            if name is None:
+                yield f"{stored} is not a factor of a plain LoRA; {MERGE}"
+                continue
+            parameter = renamed.get(name.parameter, name.parameter)
+            change = self._change(parameter, name.module)
+            if change is None:
+                yield f"{stored}: the base has no {name.parameter}{why(name)}"
+            else:
+                yield from change.add(name.role, stored)
+        for what, names in (
+            ("without wrappers", [s for s, n in parsed.items() if n and n.wrapped]),
+            ("as the base has them", sorted(renamed)),
+        ):
+            if names:
+                logger.info("names %s: %d, for instance %s", what, len(names), names[0])
+        if not self._tensors.files:
+            yield "it has no tensors"
+
+    def _change(self, parameter: str, module: str) -> Change | None:
+        """The change of a parameter, made if need be; None if the base lacks it."""
+        if parameter in self._changes:
+            return self._changes[parameter]
+        tied = self.base.tied and parameter == HEAD
+        like = self._embedding if tied else parameter
+        if like is None or like not in self.base:
+            return None
+        shape = self.base.spec(like)[1]
+        resizes = parameter in (HEAD, self._embedding)
+        resizes = resizes and shape[:1] == [self.base.model_config.vocab_size]
+        self._changes[parameter] = Change(
+            parameter, module, shape, resizes, tied, self._tensors, self.config
+        )
+        return self._changes[parameter]
+
+    def _check(self) -> Iterator[str]:
+        """What is wrong with the tensors, and which of them are missing."""
+        for parameter, change in sorted(self._changes.items()):
+            yield from change.problems()
+            if parameter.endswith((*SUFFIXES, ADDED)):
+                yield f"{parameter} ends like a tensor of the delta format"
+            if Role.UP in change.tensors and not change.embedding:
+                bias = self._changes.get(f"{parameter.removesuffix('weight')}bias")
+                has = bias is not None and Role.OFFSET in bias.tensors
+                if has != bool(self.config.lora_bias):
+                    yield (
+                        f"{change.module}: lora_bias of {CONFIG} is "
+                        f"{str(not has).lower()}, the file has {'a' if has else 'no'} "
+                        "bias of its lora_B"
+                    )
+        modules = {change.module for change in self._changes.values()}
+        of_base = {n.rpartition(".")[0] for n in (*self.base, HEAD)}
+        for name in self.config.modules_to_save or []:
+            parts = [m for m in of_base if is_within(m, name)]
+            if parts and not any(is_within(m, name) for m in modules):
+                yield f"modules_to_save of {CONFIG} has {name}, the file does not"
+
+    def _tie(self) -> Iterator[str]:
+        """Settle which of two tied matrices follow each other from now on."""
+        names = (self._embedding, HEAD)
+        if self.base.tied and any(name in self._changes for name in names):
+            yield from self._untie(self._embedding or "")
+        rows = {
+            name: self._changes[name].rows
+            if name in self._changes
+            else self.base.spec(name)[1][0]
+            for name in names
+            if name and name in self.base
         }
-        return MatrixDelta.from_tensors("", stored)
+        if len({*rows.values()}) > 1:
+            found = " and ".join(f"{name} has {n}" for name, n in rows.items())
+            yield (
+                f"one matrix of the vocabulary was resized without the other: {found} "
+                "rows. Save both, with save_pretrained(..., save_embedding_layers=True)"
+            )
+        elif self._embedding in self._changes:
+            self.tokens = rows[self._embedding]
 
-    def change(self, parameter: str, before: torch.Tensor) -> torch.Tensor:
-        """Fine-tune minus base of a parameter that the adapter holds as a whole."""
-        return self.files.get(self.whole[parameter]).float() - before.float()
+    def _untie(self, embedding: str) -> Iterator[str]:
+        """Let the LM head be a parameter of its own, where its values will be.
+
+        Semantics: what PEFT computes. Its base has one matrix for both; modules_to_save
+        and factors change one of them. trainable_token_indices and
+        ensure_weight_tying change both.
+        """
+        first = self._change(embedding, embedding.rpartition(".")[0])
+        head = self._change(HEAD, HEAD.rpartition(".")[0])
+        if first is None or head is None:
+            return
+        for one, other in ((first, head), (head, first)):
+            if Role.ORIGINAL in one.tensors:
+                yield from other.add(Role.ORIGINAL, one.tensors[Role.ORIGINAL])
+        ensured = bool(self.config.ensure_weight_tying)
+        lone = bool(first.own) != bool(head.own)
+        if ensured and lone and (head.own or Role.MAGNITUDE in first.own):
+            yield f"ensure_weight_tying of {CONFIG}: the file has one of two matrices"
+        if Role.ROWS in first.own and head.own - {Role.ROWS}:
+            yield f"{HEAD} is tied to rows of trainable_token_indices, and is changed"
+        follows = not head.own and (ensured or Role.ROWS in first.own)
+        if follows or first.same(head):
+            del self._changes[HEAD]
+        else:
+            self.base.untie()
+            logger.info("the LM head is no longer the embedding: the adapter unties it")
+
+    def _settle(self) -> Iterator[str]:
+        """Read the base where the adapter has other values for the whole of it."""
+        for parameter, change in sorted(self._changes.items()):
+            change.settle(self.base.get(parameter) if change.whole else None)
+            beside = BESIDE.search(parameter)
+            if len(change.shape) > 2 and change.touches and not beside:
+                yield (
+                    f"{parameter} is {change.shape} and was changed: only vectors and "
+                    "matrices can be"
+                )
+
+    def _tell(self, names: Sequence[str]) -> None:
+        """Say what is not as it would be expected."""
+        own = self.config.base_model_name_or_path
+        if own and not any(same_model(own, name) for name in names):
+            logger.warning(
+                "%s was trained on %s, and is converted for %s",
+                self.folder,
+                own,
+                *names,
+            )
+        if self.config.loftq_config:
+            logger.warning(
+                "%s has a loftq_config: LoftQ made a base of its own for the adapter, "
+                "and --base has to be that",
+                self.folder,
+            )
+        modules = {c.module for c in self._changes.values() if Role.UP in c.own}
+        targets = self.config.target_modules
+        for name in targets if isinstance(targets, list) else []:
+            if not any(selects([name], module) for module in modules):
+                logger.warning(
+                    "target_modules has %s, the file has no factors of it", name
+                )
+        if self.dense:
+            others = f" and {len(self.dense) - 1} others" if self.dense[1:] else ""
+            logger.info(
+                "the change of %s%s is not of low rank (DoRA, or trained as a whole): "
+                "compressed by --method at --ratio",
+                self.dense[0],
+                others,
+            )
+
+
+def why(name: Name) -> str:
+    """What explains that the base has no parameter for a bias of lora_B."""
+    offset = name.role == Role.OFFSET
+    return ", which lora_bias adds to: train without it" if offset else ""
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names are of one folder, or of one model on the Hub."""
+    paths = Path(one).expanduser(), Path(other).expanduser()
+    same = paths[0] == paths[1]
+    return same or all(p.exists() for p in paths) and paths[0].samefile(paths[1])

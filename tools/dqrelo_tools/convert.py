@@ -4,7 +4,7 @@
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from dqrelo_tools.configs import config_differences
 from dqrelo_tools.journal import Journal, journal_of
 from dqrelo_tools.missing import BESIDE
 from dqrelo_tools.pair import (
+    Parameters,
     always_stored,
     fine_tune,
     half_of,
@@ -86,6 +87,7 @@ def convert(
         raise DqreloError(f"--budget is of --method dqrelo, {method} has --ratio only")
     output = check_output(output)
     before, folder = Checkpoint(resolve(base)), resolve(model)
+    names = [base]
     if base_quantized:
         plain, before = before, Checkpoint(resolve(base_quantized))
         if not before.quantization:
@@ -96,32 +98,44 @@ def convert(
             + [f"{name} is in one of them only" for name in {*plain} ^ {*before}],
         )
         base = base_quantized
+        names.append(base)
     config = DeltaConfig(
         base_model_name_or_path=base,
         base_fingerprint=before.fingerprint(),
         digest="",
-        method="lora" if is_adapter(folder) else method,
+        method=method,
         ratio=ratio,
     )
+    after: Parameters
     if is_adapter(folder):
         if budget is not None:
             raise DqreloError(
                 f"{model} is a LoRA adapter, which is stored at its own rank: leave "
                 "--budget out"
             )
-        return convert_adapter(before, Adapter(folder, before), output, config)
-    after = fine_tune(model, folder, base, before)
-    config = replace(config, vocab_size=smaller_vocabulary(before, after))
-    others = side_files(before.folder, folder, after.model_config.vocab_size)
+        after = Adapter(folder, before, names)
+        config = replace(
+            config,
+            method=method if after.dense else "lora",
+            vocab_size=after.vocab_size,
+        )
+        compressed, tokens = after.dense, after.tokens
+    else:
+        after = fine_tune(model, folder, base, before)
+        config = replace(config, vocab_size=smaller_vocabulary(before, after))
+        compressed, tokens = list(after), after.model_config.vocab_size
+    others = side_files(before.folder, folder, tokens)
     if budget is not None:
         ratio = budget / (2 * sum(math.prod(after.spec(name)[1]) for name in after))
         config = replace(config, ratio=ratio)
-    size = 2 * predicted_bytes(after, min(ratio, 1), how)
-    require_free(output, size, before.folder, folder)
+    size = predicted_bytes(after, compressed, min(ratio, 1), how) + copied_bytes(after)
+    require_free(output, 2 * size, before.folder, folder)
     limits = None if budget is None else (budget, max_shard_size)
     mark = identity(config, before, after, device, limits)
     with journal_of(output, mark) as journal:
         plan = planned(before, after, device, journal, *limits) if limits else {}
+        if isinstance(after, Adapter):
+            keep_factors(after, journal)
         entries = convert_all(before, after, ratio, how, device, journal, plan)
         if not journal:
             raise DqreloError(f"{model} has the weights of {base}: nothing to store")
@@ -131,31 +145,13 @@ def convert(
     return report
 
 
-def convert_adapter(
-    before: Checkpoint, adapter: Adapter, output: Path, config: DeltaConfig
-) -> Report:
-    """Write a LoRA adapter as a delta: its factors as they are, at their own rank."""
-    size = 2 * sum(path.stat().st_size for path in set(adapter.files.files.values()))
-    require_free(output, size, before.folder, adapter.folder)
-    others = side_files(before.folder, adapter.folder, before.model_config.vocab_size)
-    entries: list[Entry] = []
-    tensors: dict[str, torch.Tensor] = {}
-    for name in sorted(adapter.pairs):
-        matrix = adapter.matrix(name)
-        weights = matrix.shape[0] * matrix.shape[1]
-        entries.append(Entry(name, "matrix", weights, 2 * weights, matrix.rank))
-        tensors |= matrix.tensors(name)
-    for name in sorted(adapter.whole):
-        change = adapter.change(name, before.get(name))
-        tensor = adapter.files.get(adapter.whole[name])
-        entry, stored = convert_parameter(
-            name, tensor, change, config.ratio, METHODS["dqrelo"]
-        )
-        entries.append(entry)
-        tensors |= stored
-    report = Report(entries)
-    write(output, config, tensors, report, adapter.folder, others)
-    return report
+def keep_factors(adapter: Adapter, journal: Journal) -> None:
+    """Record the matrices that an adapter changes by factors, at their own rank."""
+    for number, name in enumerate(adapter):
+        if journal.entry(number) is None and (matrix := adapter.matrix(name)):
+            weights = matrix.shape[0] * matrix.shape[1]
+            entry = Entry(name, "matrix", weights, 2 * weights, matrix.rank)
+            journal.record(number, entry, matrix.tensors(name))
 
 
 def write(
@@ -190,7 +186,7 @@ def write(
 
 def planned(
     before: Checkpoint,
-    after: Checkpoint,
+    after: Parameters,
     device: str,
     journal: Journal,
     budget: int,
@@ -221,7 +217,7 @@ def planned(
 
 def convert_all(
     before: Checkpoint,
-    after: Checkpoint,
+    after: Parameters,
     ratio: float,
     method: Method,
     device: str,
@@ -289,7 +285,7 @@ def convert_parameter(
 def identity(
     config: DeltaConfig,
     base: Checkpoint,
-    model: Checkpoint,
+    model: Parameters,
     device: str,
     limits: tuple[int, int] | None,
 ) -> str:
@@ -305,10 +301,22 @@ def identity(
     return json.dumps([__version__, config.to_json(), files, device, limits])
 
 
-def predicted_bytes(model: Checkpoint, ratio: float, method: Method) -> int:
-    """An upper bound of the delta's size, before anything is computed."""
+def copied_bytes(model: Parameters) -> int:
+    """The size of an adapter, whose factors a delta takes as they are."""
+    files = {*model.files.values()} if isinstance(model, Adapter) else ()
+    return sum(path.stat().st_size for path in files)
+
+
+def predicted_bytes(
+    model: Parameters, names: Iterable[str], ratio: float, method: Method
+) -> int:
+    """An upper bound of the delta's size, before anything is computed.
+
+    Args:
+        names: of the parameters that are compressed, or stored as they are.
+    """
     total = 1 << 20  # headers and side files
-    for name in model:
+    for name in names:
         _, shape = model.spec(name)
         if len(shape) == 2 and not name.endswith(ADDED):
             n, k = shape

@@ -7,13 +7,13 @@ A delta has the base's names: vLLM's loader of the base maps those.
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from dqrelo_tools.experts import experts_of
 from dqrelo_tools.generations import places
 from dqrelo_tools.heads import LM_HEADS
 from dqrelo_tools.left_out import VALUE_HEADS, leave_out
-from vllm_dqrelo.format.checkpoint import Checkpoint
+from vllm_dqrelo.format.checkpoint import HEAD, Checkpoint
 from vllm_dqrelo.format.part import WHOLE, Part
 
 logger = logging.getLogger(__name__)
@@ -54,16 +54,36 @@ def match_names(base: Checkpoint, model: Checkpoint) -> None:
     leave_out(base, model)
 
 
+def names_of(base: Checkpoint, names: set[str]) -> dict[str, str]:
+    """The base's names for those of an adapter's parameters that it calls otherwise."""
+    found: dict[str, str] = {}
+    ours, theirs = names - {*base, HEAD}, {*base} - names
+    if ours:
+        same = with_one_prefix(base, names, ours, theirs)
+        found = {old: new for new, (old, _) in same.items()}
+    if ours - found.keys() and (loads := places(base)):
+        wanted = {loads(name): name for name in theirs}
+        for name in sorted(ours - found.keys()):
+            if (new := wanted.get(loads(name))) is not None:
+                found[name] = new
+    return found
+
+
 def without_wrappers(
     base: Checkpoint, model: Checkpoint, ours: set[str], theirs: set[str]
 ) -> Names:
     """The names of ``ours`` without what trainers wrap a model in."""
-    bare = {name: BEFORE.sub("", INSIDE.sub("", name)) for name in sorted(ours)}
+    bare = {name: without_wrapper(name) for name in sorted(ours)}
     return renamed(model, {old: new for old, new in bare.items() if old != new})
 
 
+def without_wrapper(name: str) -> str:
+    """The name that a parameter has in the model that is wrapped."""
+    return BEFORE.sub("", INSIDE.sub("", name))
+
+
 def with_one_prefix(
-    base: Checkpoint, model: Checkpoint, ours: set[str], theirs: set[str]
+    base: Checkpoint, model: Iterable[str], ours: set[str], theirs: set[str]
 ) -> Names:
     """The names of ``ours`` with one prefix instead of another, where most need it."""
     heads = LM_HEADS | VALUE_HEADS  # the base may lack one
@@ -93,7 +113,7 @@ def tails(name: str) -> Iterator[str]:
         yield name
 
 
-def renamed(model: Checkpoint, names: Mapping[str, str]) -> Names:
+def renamed(model: Iterable[str], names: Mapping[str, str]) -> Names:
     """As ``Checkpoint.rename`` takes them; empty where two names would become one."""
     kept = [name for name in model if name not in names]
     if len({*kept, *names.values()}) < len(kept) + len(names):

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -17,6 +18,25 @@ from vllm_dqrelo.format.errors import DqreloError, refuse
 from vllm_dqrelo.format.tensors import ADDED
 
 logger = logging.getLogger(__name__)
+
+
+class Parameters(Protocol):
+    """The parameters of a fine-tune: a checkpoint's, or those an adapter changes.
+
+    Attributes:
+        files: parameter -> the file that it comes from.
+    """
+
+    files: dict[str, Path]
+
+    def __iter__(self) -> Iterator[str]:
+        """Their names, in order."""
+
+    def spec(self, name: str) -> tuple[str, list[int]]:
+        """dtype as safetensors spells it, and shape; reads no data."""
+
+    def get(self, name: str) -> torch.Tensor:
+        """The whole tensor, on the CPU."""
 
 
 def fine_tune(model: str, folder: Path, base: str, before: Checkpoint) -> Checkpoint:
@@ -47,7 +67,7 @@ def fine_tune(model: str, folder: Path, base: str, before: Checkpoint) -> Checkp
 
 
 def read_ahead(
-    before: Checkpoint, after: Checkpoint, names: list[str]
+    before: Checkpoint, after: Parameters, names: list[str]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Each parameter of the fine-tune and its change; the next is read meanwhile."""
 
