@@ -32,6 +32,18 @@ def fuzz_table(rows: list[Row]) -> str:
     )
 
 
+def fuzz_server_table(rows: list[Row]) -> str:
+    """One line a kind of mutation, and what the server took."""
+    keys = ("mutation", "cases", "refused", "answered", "faults")
+    (total,) = (row for row in rows if row["mutation"] == "all")
+    half_way, end = (total[f"memory_{when}_mib"] for when in ("half_way", "end"))
+    return (
+        f"{table([*keys], [[row[key] for key in keys] for row in rows])}\n\n"
+        f"Memory of the server's processes: {half_way} MiB half-way, {end} MiB at the "
+        f"end.\nSeed {total['seed']}, on {measured_on(total)}."
+    )
+
+
 def soak_table(found: Mapping[str, Any]) -> str:
     """What its clients asked, what they got and what the server did for it."""
 

@@ -71,10 +71,24 @@ def store(family, own, tmp_path_factory):
             os.mkfifo(root / name / file)
         else:
             (root / name / file).write_text(content)
+    shutil.copytree(own.delta, root / "padded")
+    padded_tokenizer().save_pretrained(root / "padded")
     (root / os.fsdecode(b"no-text-\xff")).mkdir()
     (root / "z-circle").mkdir()
     (root / "z-circle" / "delta_config.json").symlink_to("delta_config.json")
     return root
+
+
+def padded_tokenizer():
+    """With tokens for a half of the model's; vLLM fails on the logprobs of others."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"▁w{i}": i for i in range(160)}
+    made = Tokenizer(models.WordLevel(words, unk_token="▁w0"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, chat_template="w1")
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +245,17 @@ def test_a_delta_cannot_stop_the_server(client, own, name):
     assert "own" in cards and "no-text" not in str(cards)
 
 
+def test_a_tokenizer_that_fails_on_an_answer_fails_that_request(client, own):
+    """In the task of vLLM that makes text of all models' tokens."""
+    for options in ({}, {"stream": True}):
+        with pytest.raises(openai.APIError, match="of padded fails on its answer"):
+            list(chat(client, own, "padded", logprobs=True, top_logprobs=20, **options))
+    assert chat(client, own, "padded", max_tokens=3).usage.completion_tokens == 3
+    for model in ("base", "own"):
+        answer = chat(client, own, model, max_tokens=3, timeout=PATIENCE_S)
+        assert answer.usage.completion_tokens == 3
+
+
 def test_tokens_that_end_an_answer_hold_back_for_min_tokens(client, own):
     answer = chat(client, own, extra_body={"min_tokens": 12, "return_token_ids": True})
     assert len(answer.choices[0].token_ids) == 12
@@ -239,7 +264,7 @@ def test_tokens_that_end_an_answer_hold_back_for_min_tokens(client, own):
 
 def test_the_404_names_the_models_that_there_are(url, client, own):
     """On every route, also for names that no folder can have."""
-    there = r"does not exist\. Valid models: base, flipped, foreign, .*own, plain"
+    there = r"does not exist\. Valid models: base, flipped, foreign, .*own, padded"
     with pytest.raises(openai.NotFoundError, match=there):
         chat(client, own, "nobody")
     for path, body in (

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+MOST_MESSAGE = 4000  # characters of an error
 TEXT = "Hello, world! 你好 0123 \n\t <|im_start|>"
 
 
@@ -100,7 +101,8 @@ def main() -> None:
         try:
             reply = json.dumps(["", jobs[job](*arguments)])
         except BaseException as error:  # a panic of native code is no Exception
-            reply = json.dumps([type(error).__name__, str(error)])
+            message = str(error)[:MOST_MESSAGE]
+            reply = json.dumps([type(error).__name__, message])
         replies.write(reply + "\n")
         replies.flush()
 
