@@ -146,7 +146,7 @@ def test_without_vllm_serve_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--delta", "math=/nowhere"], "no delta_config.json"),
+        (["--delta", "math=/nowhere"], "is not a delta folder"),
         (["--delta", "/nowhere"], "expected NAME=DELTA"),
         (["--delta-dir", "/nowhere"], "/nowhere is no folder"),
     ],
