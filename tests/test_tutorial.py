@@ -12,6 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from field import LLAMA_3_1, publish
+from shapes import GROUPED, UNTIED
+from transformers import LlamaConfig
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -20,13 +23,13 @@ TUTORIAL = Path(__file__).parent.parent / "docs" / "tutorial.md"
 LIMIT_S = 1800
 
 
-def test_every_command(family, tmp_path):
-    made = family("llama")
-    (tmp_path / "models").mkdir()
-    models = {"base": made.base, "math": made.models[0]}
-    models |= {"code": made.models[1], "math-2": made.models[2]}
-    for name, folder in models.items():
-        (tmp_path / "models" / name).symlink_to(folder)
+def test_every_command(save_model, tmp_path):
+    """The base's config.json is as Llama 3.1 was published, the others' as of today."""
+    rope = {"rope_theta": LLAMA_3_1["rope_theta"], **LLAMA_3_1["rope_scaling"]}
+    config = LlamaConfig(**GROUPED, **UNTIED, rope_parameters=rope)
+    for seed, name in enumerate(("base", "math", "code", "math-2"), start=1):
+        save_model(config, tmp_path / "models" / name, seed=seed)
+    publish(tmp_path / "models" / "base", **LLAMA_3_1)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     blocks = re.findall(r"^```bash\n(.*?)^```", TUTORIAL.read_text(), re.M | re.S)
