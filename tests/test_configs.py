@@ -223,6 +223,28 @@ def test_what_computes_is_refused_by_name(kind, changes, told):
     assert not torch.equal(got, logits(config))
 
 
+MAMBA = {"model_type": "mamba2", "head_dim": 8, "num_heads": 16, "hidden_size": 64}
+OTHERS = [
+    {"model_type": "gemma", "hidden_act": "gelu", "hidden_activation": None},
+    {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"},
+    {"model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "summary_use_proj": True},
+    {"model_type": "falcon", "n_head": 71, "n_layer": 32, "alibi": False},
+    {"model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh"},
+    {"model_type": "deepseek_v3", "rope_theta": 10000, "aux_loss_alpha": 0.001},
+    {"model_type": "granite", "logits_scaling": 8.0, "rope_theta": 10000.0},
+    {"model_type": "olmo2", "clip_qkv": None, "rope_theta": 500000},
+    {"model_type": "llama4", "text_config": {"rope_theta": 500000.0}},
+    MAMBA | {"time_step_limit": [0.0, float("inf")]},
+]
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=lambda config: config["model_type"])
+def test_other_models_are_equal_when_saved_again(config, caplog):
+    for use_diff in (True, False):
+        assert compare(config, saved_again(config, use_diff)) == []
+    assert not said(caplog)
+
+
 def test_ropes_of_all_kinds_are_equal_when_saved_again(caplog):
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     for rope in (
@@ -407,6 +429,17 @@ def test_tied_is_what_transformers_ties(kind, said):
     assert ModelConfig("config.json", config).tied == expected
     assert ModelConfig("config.json", saved_again(config)).tied == expected
     assert ModelConfig("config.json", saved_again(config)).vocab_size == 320
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_tied_is_what_vllm_reads(kind, tmp_path):
+    from vllm.transformers_utils.config import get_config
+
+    config = changed(PUBLISHED[kind], {"tie_word_embeddings": ABSENT})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = get_config(tmp_path, trust_remote_code=False)
+    assert ModelConfig("config.json", config).tied == read.tie_word_embeddings
 
 
 def run(*arguments) -> int:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a config.json says of a model, as transformers reads it."""
 
-import copy
+import json
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,10 +80,15 @@ def without_inert(config: dict[str, Any]) -> dict[str, Any]:
     """A copy of a config.json, its sub-configs included, without the inert keys."""
     kind = config.get("model_type")
     return {
-        key: without_inert(value) if isinstance(value, dict) else copy.deepcopy(value)
+        key: without_inert(value) if isinstance(value, dict) else value
         for key, value in config.items()
         if not is_inert(key, kind)
     }
+
+
+def special_float(value: dict[str, Any]) -> Any:
+    """The infinity that transformers 5 writes as ``{"__float__": "Infinity"}``."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def is_inert(key: str, kind: Any) -> bool:
@@ -120,7 +125,7 @@ class ModelConfig:
 
         It has the class's defaults for absent keys, and one spelling of the rope.
         None if transformers does not know the model type, or refuses the values.
-        Opens no file and no connection, and runs no code but that of transformers.
+        Runs no code but that of transformers.
 
         Raises:
             DqreloError: a value has another type than the class expects.
@@ -135,7 +140,8 @@ class ModelConfig:
         level = logging.get_verbosity()
         logging.set_verbosity(logging.CRITICAL)  # it remarks on what is left out
         try:
-            values = without_inert(self.raw)
+            text = json.dumps(without_inert(self.raw))
+            values = json.loads(text, object_hook=special_float)
             rename_su(values.get("rope_scaling"))
             config = CONFIG_MAPPING[kind].from_dict(values)
             config.to_json_string()  # fails where a key hides a method
