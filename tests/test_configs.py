@@ -251,7 +251,6 @@ def test_ropes_of_all_kinds_are_equal_when_saved_again(caplog):
         {"type": "linear", "factor": 2},
         {"type": "dynamic", "factor": 2.0},
         yarn,
-        {**yarn, "beta_fast": 32, "beta_slow": 1.0, "truncate": True},
         LLAMA3_ROPE,
         LONG_ROPE | {"original_max_position_embeddings": 64},
         {"type": "default"},
@@ -259,6 +258,9 @@ def test_ropes_of_all_kinds_are_equal_when_saved_again(caplog):
     ):
         config = PUBLISHED["llama-2"] | {"rope_scaling": rope}
         assert compare(config, saved_again(config)) == []
+    config = PUBLISHED["llama-2"] | {"rope_scaling": yarn}
+    defaults = {"beta_fast": 32, "beta_slow": 1.0, "truncate": True, "mscale": None}
+    assert compare(config, config | {"rope_scaling": yarn | defaults}) == []
     first = PUBLISHED["phi-3"] | {"rope_scaling": LONG_ROPE | {"type": "su"}}
     assert compare(first, saved_again(PUBLISHED["phi-3"])) == []
     assert not said(caplog)
@@ -283,6 +285,19 @@ def test_defaults_written_out_equal_defaults_left_out(caplog):
     assert not said(caplog)
 
 
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [("gemma-3", "sliding_window_pattern"), ("phi", "partial_rotary_factor")],
+)
+def test_keys_that_a_class_turned_into_others_may_be_left_out(kind, key, caplog):
+    again = saved_again(PUBLISHED[kind])
+    assert key in again
+    other = changed(again, {key: ABSENT})
+    assert compare(again, other) == compare(PUBLISHED[kind], other) == []
+    assert torch.equal(logits(again), logits(other))
+    assert not said(caplog)
+
+
 def test_flat_and_nested_are_equal(caplog):
     """As transformers 4.52 saved Qwen2-VL: both at once."""
     config = PUBLISHED["qwen2-vl"]
@@ -302,6 +317,17 @@ def test_another_longest_sequence_is_noted(kind, size, caplog):
     (record,) = said(caplog)
     assert f"max_position_embeddings is {size}, the base has 256" in record.message
     assert record.levelname == "INFO"
+
+
+def test_more_learnt_positions_are_refused_by_their_shape(tmp_path, capsys):
+    published = PUBLISHED["opt"]
+    longer = published | {"max_position_embeddings": 512}
+    base = save(build(published), tmp_path / "base", published)
+    model = save(build(longer), tmp_path / "model", longer)
+    pair = ("--base", base, "--model", model, "--output", tmp_path / "d")
+    assert run("convert", *pair) == 1
+    shapes = "embed_positions.weight is [514, 64], the base has [258, 64]"
+    assert shapes in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rope", ["dynamic", "longrope", "of another day"])
@@ -381,6 +407,8 @@ def test_a_model_type_that_transformers_does_not_know(caplog):
     assert compare(config, again) == []
     (found,) = compare(config, config | {"n_things": 4})
     assert found == "config.json: n_things is 4, the base has 3"
+    (found,) = compare(config, config | {"top_k": 4})  # of a router, perhaps
+    assert found == "config.json: top_k is 4, the base has absent"
     assert not said(caplog)
 
 
@@ -513,6 +541,27 @@ def test_a_fine_tune_that_untied_a_head_tied_by_default(tmp_path, capsys):
     assert run("convert", *pair, "--output", delta, "--ratio", 1) == 0
     assert run("export", "--base", base, "--delta", delta, "--output", merged) == 0
     assert_close(base, model, merged)
+    written = json.loads((merged / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False
+
+
+def test_added_tokens_are_written_wherever_the_vocabulary_is(tmp_path):
+    """SmolVLM's config.json has vocab_size twice."""
+    published = PUBLISHED["smolvlm"]
+    base = save(build(published), tmp_path / "base", published)
+    grown = changed(published, {"vocab_size": 324, "text_config.vocab_size": 324})
+    model = save(build(grown), tmp_path / "model", grown)
+    tensors = load_file(model / "model.safetensors")
+    vision = {
+        n: t for n, t in load_file(base / "model.safetensors").items() if t.ndim > 2
+    }
+    save_file(tensors | vision, model / "model.safetensors", metadata={"format": "pt"})
+    delta, merged = tmp_path / "delta", tmp_path / "merged"
+    pair = ("--base", base, "--model", model)
+    assert run("convert", *pair, "--output", delta) == 0
+    assert run("export", "--base", base, "--delta", delta, "--output", merged) == 0
+    written = json.loads((merged / "config.json").read_text())
+    assert written["vocab_size"] == written["text_config"]["vocab_size"] == 324
 
 
 def test_tokens_added_to_a_vocabulary_of_the_class_s_size(tmp_path):

@@ -20,13 +20,13 @@ def match_vocabularies(base: Checkpoint, model: Checkpoint) -> None:
         DqreloError: only some of these parameters were resized, or config.json has
             another vocab_size than they have rows, which transformers does not load.
     """
-    tokens = []
+    tokens, sizes = [], _sizes(base, model)
     for name in sorted(set(base) & set(model)):
         shape, base_shape = model.spec(name)[1], base.spec(name)[1]
         resized = shape[1:] == base_shape[1:] and shape[:1] != base_shape[:1]
-        if resized and _has_no_layer(name):
+        of_tokens = base_shape[:1] == [sizes[0]] or shape[:1] == [sizes[1]]
+        if resized and of_tokens and _has_no_layer(name):  # no learnt positions
             tokens.append(name)
-    sizes = _sizes(base, model)
     if not tokens and sizes[0] != sizes[1]:
         tokens = [
             name

@@ -143,8 +143,7 @@ class ModelConfig:
             text = json.dumps(without_inert(self.raw))
             values = json.loads(text, object_hook=special_float)
             rename_su(values.get("rope_scaling"))
-            config = CONFIG_MAPPING[kind].from_dict(values)
-            config.to_json_string()  # fails where a key hides a method
+            return CONFIG_MAPPING[kind].from_dict(values)
         except StrictDataclassFieldValidationError as error:
             raise DqreloError(
                 f"{self.path} is not a config.json of model_type {kind}: "
@@ -155,7 +154,6 @@ class ModelConfig:
             return None
         finally:
             logging.set_verbosity(level)
-        return config
 
     @cached_property
     def model_type(self) -> str | None:
