@@ -4,6 +4,7 @@
 The oracle is transformers, which loads the fine-tune from its folder.
 """
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -82,9 +83,7 @@ def test_trained_head(tied, capsys):
     """Of other values, the fine-tune is untied, as transformers does it."""
     edit(tied / "model", lambda tensors: with_head(tensors, 0.05))
     assert HEAD in check(tied).matrices
-    assert (
-        "the fine-tune is untied, as transformers loads it" in capsys.readouterr().err
-    )
+    assert f"{HEAD} of the fine-tune has other values" in capsys.readouterr().err
 
 
 def test_trained_head_in_a_wrapper(tied):
@@ -130,16 +129,21 @@ def test_head_that_is_not_stored(tied, capsys):
     assert not (tied / "delta").exists()
 
 
-def test_second_head_of_the_base(tied, capsys):
-    """vLLM serves the embedding; so the delta is from there, and says so."""
+def test_equal_head_of_the_base(tied):
+    """The fingerprint does not know it."""
     fingerprint = Checkpoint(tied / "base").fingerprint()
-    shutil.copytree(tied / "base", tied / "plain")
-    edit(tied / "base", lambda tensors: with_head(tensors, 0.05))
+    edit(tied / "base", with_head)
     assert Checkpoint(tied / "base").fingerprint() == fingerprint
-    output = ["--output", tied / "delta", "--ratio", 1]
-    assert run("convert", tied, "--model", tied / "model", *output) == 0
-    assert "the embedding is the head, as vLLM serves it" in capsys.readouterr().err
-    assert HEAD not in Delta(tied / "delta").matrices
+    assert HEAD not in check(tied).matrices
+
+
+def test_trained_head_of_the_base(tied, capsys):
+    """Such a base is untied in vLLM and in transformers, and is another base."""
+    fingerprint = Checkpoint(tied / "base").fingerprint()
+    edit(tied / "base", lambda tensors: with_head(tensors, 0.05))
+    assert Checkpoint(tied / "base").fingerprint() != fingerprint
+    assert HEAD in check(tied).matrices
+    assert f"{HEAD} of the base has other values" in capsys.readouterr().err
 
 
 def test_prompts_of_an_untied_fine_tune(tied, tmp_path, save_model, capsys):
@@ -185,3 +189,32 @@ def test_gpt_neox_calls_it_otherwise(tmp_path):
     )
     config(tmp_path / "model", tie_word_embeddings=True)
     assert "embed_out.weight" in check(tmp_path).matrices
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("scale", [0.0, 0.05])
+def test_served_base_with_a_head(
+    scale, tied, engine, answers, load, difference, prompts
+):
+    """Base, tied and untied fine-tune in one batch, each as it is alone."""
+    edit(tied / "base", lambda tensors: with_head(tensors, scale))
+    shutil.copytree(tied / "model", tied / "untied")
+    edit(tied / "untied", lambda tensors: with_head(tensors, 0.1))
+    known = []
+    for name in ("model", "untied"):
+        folder = tied / f"delta-{name}"
+        assert run("convert", tied, "--model", tied / name, "--output", folder) == 0
+        output = ["--output", tied / f"merged-{name}"]
+        assert run("export", tied, "--delta", folder, *output) == 0
+    for name in ("base", "merged-model", "merged-untied"):
+        llm = engine(tied / name)
+        known.append(answers(llm, prompts, prompt_logprobs=1))
+        del llm
+        gc.unfreeze()
+        gc.collect()
+    llm = engine(tied / "base", quantization="dqrelo")
+    deltas = [load(llm, n, tied / f"delta-{n}") for n in ("model", "untied")]
+    for request, expected in zip([None, *deltas], known, strict=True):
+        got = answers(llm, prompts, [request] * len(prompts), prompt_logprobs=1)
+        for answer, one in zip(got, expected, strict=True):
+            assert difference(answer, one) <= 1e-4

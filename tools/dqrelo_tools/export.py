@@ -90,7 +90,7 @@ def update_config(path: Path, base: Checkpoint, delta: Delta) -> None:
     config = json.loads(path.read_text())
     config.pop("quantization_config", None)
     text = config.get("text_config", config)
-    if base.tied and HEAD in delta.matrices:
+    if base.model_config.tied and (HEAD in delta.matrices or not base.tied):
         config["tie_word_embeddings"] = text["tie_word_embeddings"] = False
     rows = delta.config.vocab_size
     if delta.added_tokens:

@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from dqrelo_tools.experts import experts_of
 from dqrelo_tools.generations import places
-from dqrelo_tools.heads import LM_HEADS
 from dqrelo_tools.left_out import VALUE_HEADS, leave_out
-from vllm_dqrelo.format.checkpoint import HEAD, Checkpoint
+from vllm_dqrelo.format.checkpoint import HEAD, HEADS, Checkpoint, ends_with
 from vllm_dqrelo.format.part import WHOLE, Part
 
 logger = logging.getLogger(__name__)
@@ -86,8 +85,11 @@ def with_one_prefix(
     base: Checkpoint, model: Iterable[str], ours: set[str], theirs: set[str]
 ) -> Names:
     """The names of ``ours`` with one prefix instead of another, where most need it."""
-    heads = LM_HEADS | VALUE_HEADS  # the base may lack one
-    needed = {name for name in ours if not heads.intersection(name.split("."))}
+    needed = {
+        name
+        for name in ours  # the base may lack a head
+        if not ends_with(name, HEADS) and not VALUE_HEADS.intersection(name.split("."))
+    }
     prefixes: Counter[tuple[str, str]] = Counter()
     for names, others, is_base in ((needed, theirs, False), (theirs, needed, True)):
         for name in names:

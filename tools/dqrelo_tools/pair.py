@@ -57,7 +57,6 @@ def fine_tune(model: str, folder: Path, base: str, before: Checkpoint) -> Checkp
             "quantization_config is left out",
             model,
         )
-    after.keep_head()
     match_names(before, after)
     refuse_placeholders(before, after)
     settle_heads(before, after)

@@ -30,6 +30,7 @@ INT_SIZES = {"I64": 8, "I32": 4}
 SAMPLED_ROWS = 8
 MOST_OPEN = 64  # files of one model
 HEAD = "lm_head.weight"
+HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
 
 
@@ -124,6 +125,11 @@ def locate(folder: Path, stem: str) -> dict[str, Path]:
     return {name: folder / file for name, file in weight_map.items()}
 
 
+def ends_with(name: str, endings: Iterable[str]) -> bool:
+    """Whether the last parts of a parameter's name are one of ``endings``."""
+    return any(f".{name}".endswith(f".{ending}") for ending in endings)
+
+
 def _is_plain(name: str) -> bool:
     """Whether it names a file of a folder, and nothing outside of it."""
     return Path(name).name == name and "\0" not in name
@@ -133,12 +139,11 @@ class Checkpoint(SafetensorsFiles):
     """The parameters of a model folder, under their names in the files.
 
     With tied embeddings a second copy of the shared matrix (``lm_head.weight``) is not
-    a parameter of its own and is left out, unless ``untie`` or ``keep_head`` was
-    called. A quantised matrix is a parameter in the dtype of the model (quantized.py).
+    a parameter of its own and is left out, unless ``untie`` was called. A quantised
+    matrix is a parameter in the dtype of the model (quantized.py).
 
     Attributes:
         stored: the tensors as they are in the files.
-        second_head: the file with the second copy of the shared matrix.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -146,15 +151,16 @@ class Checkpoint(SafetensorsFiles):
         # name -> the tensor that it is stored in, and which part of it
         self._views: dict[str, tuple[str, Part]] = {}
         self._filled: dict[str, Checkpoint] = {}  # name -> who has the other rows
+        self._quantized: dict[str, Quantized] = {}
         try:
             super().__init__(locate(folder, MODEL))
         except FileNotFoundError as error:
             raise DqreloError(str(error)) from error
-        self.second_head: Path | None = None
-        if HEAD in self.files and self.tied:
-            self.second_head = self.files.pop(HEAD)
         self.stored = SafetensorsFiles(dict(self.files))
-        self._quantized: dict[str, Quantized] = {}
+        if (head := self.head) and self.tied and self._embeddings:
+            del self.files[head]
+        if HEAD not in self.files:
+            self.stored.files.pop(HEAD, None)
         if self.quantization:
             self._quantized = find(self.quantization, self.files)
             for name, matrix in self._quantized.items():
@@ -209,15 +215,30 @@ class Checkpoint(SafetensorsFiles):
         """What config.json says."""
         return ModelConfig(self.folder / "config.json", self.config)
 
-    @property
+    @cached_property
     def tied(self) -> bool:
-        """Whether the LM head is the embedding."""
-        return self.model_config.tied
+        """Whether the LM head is the embedding.
+
+        As transformers and vLLM see it: where config.json ties them and an LM head is
+        stored all the same, it is the embedding if it has the embedding's values
+        (``tie_weights`` in modeling_utils.py; vllm's model_loader/weight_tying.py).
+        """
+        head = self.head
+        if not self.model_config.tied or not head or len(self._embeddings) != 1:
+            return self.model_config.tied
+        embedding = self.get(self.embedding)
+        return torch.equal(self.get(head).to(embedding.dtype), embedding)
+
+    @property
+    def head(self) -> str | None:
+        """The name of the LM head's matrix; None if it is not a parameter."""
+        heads = [name for name in self if ends_with(name, HEADS)]
+        return HEAD if HEAD in heads else heads[0] if len(heads) == 1 else None
 
     @property
     def embedding(self) -> str:
         """The name of the matrix that a tied LM head is."""
-        found = [name for name in self if name.endswith(EMBEDDINGS)]
+        found = self._embeddings
         if len(found) != 1:
             raise DqreloError(
                 f"{self.folder}: its LM head is tied to its embedding, expected one "
@@ -225,17 +246,16 @@ class Checkpoint(SafetensorsFiles):
             )
         return found[0]
 
+    @property
+    def _embeddings(self) -> list[str]:
+        return [name for name in self if ends_with(name, EMBEDDINGS)]
+
     def untie(self, head: str = HEAD) -> None:
         """Count a tied LM head as a parameter of its own, with the embedding's values.
 
         The fingerprint is of the parameters before that.
         """
         self._view(head, *self._stored_as(self.embedding))
-
-    def keep_head(self) -> None:
-        """Count the stored copy of a tied LM head, which may have other values."""
-        if self.second_head:
-            self.files[HEAD] = self.stored.files[HEAD] = self.second_head
 
     def split(self, name: str, rows: int) -> None:
         """Count the rows of a matrix from ``rows`` on as a parameter of its own.
