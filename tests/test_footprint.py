@@ -25,7 +25,7 @@ def test_a_delta_takes_what_the_server_packs(family, kind):
     for folder in family(kind).deltas:
         delta = Delta(folder)
 
-        def places(name, delta=delta):
+        def places(name, tied, delta=delta):
             matrix = name in delta.matrices
             n, k = (
                 delta.matrix(name).shape

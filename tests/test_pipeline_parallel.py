@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several workers, each with some layers of the base and of every delta."""
 
-import pytest
-from safetensors.torch import load_file
+import gc
+import shutil
 
+import pytest
+from safetensors.torch import load_file, save_file
+
+from dqrelo_tools.convert import convert
+from dqrelo_tools.export import export
 from vllm_dqrelo.format.delta import Delta, write_delta
 
 vllm = pytest.importorskip("vllm")
@@ -55,6 +60,42 @@ def test_two_stages_equal_each_model_alone(
         write_delta(folder, Delta(made.deltas[0]).config, tensors)
         with pytest.raises(Exception, match=rf"{name}.weight: the model has no place"):
             load(llm, name, folder)
+
+
+def test_a_tied_head_that_is_stored_as_well(
+    family,
+    alone,
+    engine,
+    answers,
+    difference,
+    load,
+    prompts,
+    save_model,
+    tmp_path,
+    monkeypatch,
+):
+    """vLLM gives the last stage a matrix of its own, to which a delta belongs, too."""
+    made, expected = family("llama-tied"), alone("llama-tied")[:2]
+    model = save_model("llama", tmp_path / "model", seed=7)
+    convert(str(made.base), str(model), tmp_path / "delta", 0.125)
+    export(str(made.base), tmp_path / "delta", tmp_path / "merged")
+    llm = engine(tmp_path / "merged")
+    expected.append(answers(llm, prompts, prompt_logprobs=1))
+    del llm
+    gc.unfreeze()
+    gc.collect()
+    base = shutil.copytree(made.base, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
+    llm = engine(base, quantization="dqrelo", pipeline_parallel_size=2)
+    requests = [None, load(llm, "tied", made.deltas[0])]
+    requests.append(load(llm, "untied", tmp_path / "delta"))
+    for request, known in zip(requests, expected, strict=True):
+        got = answers(llm, prompts, [request] * len(prompts), 1)
+        for answer, one in zip(got, known, strict=True):
+            assert difference(answer, one) <= TOLERANCE
 
 
 def test_each_parameter_is_in_some_stage():

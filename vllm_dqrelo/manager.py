@@ -120,6 +120,7 @@ class DeltaManager:
             self.options.added_tokens,
             stages.world_size > 1,
             vllm_config.lora_config.fully_sharded_loras,
+            self.base.tied_embedding,
         )
         self.sites.rearranged = rearranged(self.sites, self.base, self.device)
         # A delta is in all stages, so that all are as large as the largest.

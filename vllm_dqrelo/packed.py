@@ -109,9 +109,8 @@ def pack(delta: Delta, sites: Sites, device: torch.device) -> PackedDelta:
     elsewhere = set()
     entries = empty_table(1, sites.count, "cpu")[0]
     for name in [*delta.matrices, *delta.exact]:
-        places = sites.places(name.removesuffix(ADDED))
-        if HEAD in delta.matrices:  # its own, though the base's may be the embedding
-            places = places[:1]
+        tied = HEAD not in delta.matrices
+        places = sites.places(name.removesuffix(ADDED), tied)
         if not places and sites.is_stage:
             elsewhere.add(name)
             continue

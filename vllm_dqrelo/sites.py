@@ -189,6 +189,8 @@ class Sites:
         added_tokens: rows of its vocabulary matrices that are not the base's.
         is_stage: whether other workers have other layers of the model.
         fully_sharded: whether workers that share a layer share both factors.
+        tied_embedding: the parameter that the LM head is, too. vLLM may have two
+            matrices for it where the checkpoint has a copy.
 
     Attributes:
         by_name: module path -> site, in the order of the model.
@@ -205,8 +207,10 @@ class Sites:
         added_tokens: int = 0,
         is_stage: bool = False,
         fully_sharded: bool = False,
+        tied_embedding: str | None = None,
     ) -> None:
         self.model = model
+        self.tied_embedding = tied_embedding
         self.is_stage = is_stage
         self._fully_sharded = fully_sharded
         self.added_tokens = added_tokens
@@ -272,32 +276,49 @@ class Sites:
             return range(0)
         return shards.added_here(site.module, self.added_tokens)
 
-    def places(self, parameter: str) -> list[Place]:
-        """Where the fine-tune's ``parameter`` goes; empty if nowhere."""
+    def places(self, parameter: str, tied: bool = True) -> list[Place]:
+        """Where the fine-tune's ``parameter`` goes; empty if nowhere.
+
+        Args:
+            tied: whether the fine-tune's LM head is its embedding, as the base's is.
+        """
+        own = self._own_place(parameter)
+        places = [own] if own else []
+        heads = (
+            site
+            for site in self.by_name.values()
+            if isinstance(site.module, ParallelLMHead)
+            and not (own and own.site is site)
+        )
+        for head in heads if tied else ():
+            shared = own and own.leaf == "weight" and _share(own.site, head)
+            if shared or parameter == self.tied_embedding:
+                places.append(Place(head, 0, "weight"))
+        return places
+
+    def _own_place(self, parameter: str) -> Place | None:
+        """Where the model's loader puts it."""
         mapped = compat.map_name(self.model, parameter)
         if mapped is None:
-            return []
+            return None
         name, shard = mapped
         module, _, leaf = name.rpartition(".")
         module, index = self._experts.get(module, (module, _index(shard)))
         site = self.by_name.get(module)
         if site is None or leaf not in ("weight", "bias"):
-            return []
+            return None
         if index is None or index >= len(site.sizes):
-            return []
+            return None
         if leaf == "bias" and not site.has(leaf):
-            return []
-        places = [Place(site, index, leaf)]
-        if isinstance(site.module, VocabParallelEmbedding) and leaf == "weight":
-            shared = site.module.weight.data_ptr()
-            places += [
-                Place(other, 0, leaf)
-                for other in self.by_name.values()
-                if isinstance(other.module, ParallelLMHead)
-                and other is not site
-                and other.module.weight.data_ptr() == shared
-            ]
-        return places
+            return None
+        return Place(site, index, leaf)
+
+
+def _share(one: Site, other: Site) -> bool:
+    """Whether two sites have one matrix."""
+    if not one.is_vocabulary:
+        return False
+    return one.module.weight.data_ptr() == other.module.weight.data_ptr()
 
 
 @functools.cache

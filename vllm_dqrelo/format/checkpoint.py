@@ -31,7 +31,12 @@ SAMPLED_ROWS = 8
 MOST_OPEN = 64  # files of one model
 HEAD = "lm_head.weight"
 HEADS = ("lm_head.weight", "embed_out.weight")
-EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "wte.weight",
+)
 
 
 def resolve(name_or_path: str, revision: str | None = None) -> Path:
@@ -245,6 +250,12 @@ class Checkpoint(SafetensorsFiles):
                 f"tensor called {' or '.join(EMBEDDINGS)}, found {found or 'none'}"
             )
         return found[0]
+
+    @property
+    def tied_embedding(self) -> str | None:
+        """The parameter that the LM head is, too; None where it is not known."""
+        found = self._embeddings
+        return found[0] if self.tied and len(found) == 1 else None
 
     @property
     def _embeddings(self) -> list[str]:

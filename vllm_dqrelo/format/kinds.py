@@ -136,7 +136,8 @@ def _reason(path: Path, wanted: str) -> str:
         if other == wanted and (path / MARKS[kind]).is_file():
             return what
     for patterns, what in FORMATS if wanted != "delta" else ():
-        if found := [p for pattern in patterns for p in _weights(path, pattern)]:
+        found = [p for pattern in patterns for p in _weights(path, pattern)]
+        if found := [*dict.fromkeys(found)]:
             files = ", ".join(str(p.relative_to(path)) for p in found[:SHOWN])
             return what.format(files=files, parent=found[0].parent)
     if below := sorted(_below(path, wanted), key=_number):
