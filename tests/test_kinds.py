@@ -130,6 +130,9 @@ def test_kind_is_named(kind, side, base, tmp_path, capsys):
     folder = tmp_path / "given"
     folder.mkdir()
     files(folder, *names)
+    if "adapter_config.json" in names:
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
     if side == "base" and "adapter" in kind and "checkpoints" not in kind:
         what = "it is a LoRA adapter"
     sides = (folder, base) if side == "base" else (base, f"{folder}/")
