@@ -2,6 +2,7 @@
 """What converts is served: a server has room for its ranks, bytes and added tokens."""
 
 import argparse
+import dataclasses
 import json
 import re
 import shutil
@@ -13,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from shapes import SHAPE, UNTIED
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dqrelo_tools import cli
 from dqrelo_tools.convert import convert
@@ -251,7 +253,7 @@ def test_what_is_no_delta_of_the_base(family, tmp_path):
     made = family("llama")
     with pytest.raises(DqreloError, match="belongs to another base"):
         made_room(made.base, [("a", family("llama-tied").deltas[0])])
-    with pytest.raises(FileNotFoundError, match="owner/name"):
+    with pytest.raises(FileNotFoundError, match="hf download owner/name --local-dir"):
         made_room(made.base, [("a", "owner/name")])
 
 
@@ -324,7 +326,9 @@ def test_vllm_serve_too(wide, tmp_path):
     command = [Path(sys.executable).parent / "vllm", "serve", base, "--lora-modules"]
     command += [f"a={made['0.5'][0]}", "--quantization", "dqrelo"]
     command += [CONFIG + ".dqrelo.max_rank", "7"]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     said = done.stderr.strip().splitlines()[-1]
     assert said.startswith("dqrelo: error: a does not fit this server: rank")
@@ -479,9 +483,11 @@ def test_all_of_them_are_served_with_what_is_computed(
 
 @pytest.mark.vllm
 def test_a_server_that_is_started_again_as_the_error_says(
-    wide, family, engine, load, answers, difference, prompts
+    wide, family, engine, load, answers, difference, prompts, monkeypatch
 ):
     """Rank, memory beside another delta and added tokens, all in one error."""
+    from vllm_dqrelo import manager
+
     base, made = wide
     delta, merged = made["added"]
     size = Need.of(family("llama").deltas[0]).size
@@ -489,9 +495,18 @@ def test_a_server_that_is_started_again_as_the_error_says(
     start = {"quantization": "dqrelo", "max_loras": 2}
     llm = engine(base, **start, additional_config={"dqrelo": own})
     load(llm, "other", family("llama").deltas[0])
-    with pytest.raises(Exception, match="does not fit this server") as caught:
-        load(llm, "wide", delta)
+    with monkeypatch.context() as patched:  # before a tensor is read
+        patched.setattr(manager, "Delta", None)
+        with pytest.raises(Exception, match="does not fit this server") as caught:
+            load(llm, "wide", delta)
     said = str(caught.value)
+    with monkeypatch.context() as patched:  # as if it were replaced meanwhile
+        nothing = {"ranks": {}, "size": 0, "added_tokens": 0}
+        nothing = dataclasses.replace(Need.of(delta), **nothing)
+        patched.setattr(manager.Need, "of", lambda folder: nothing)
+        with pytest.raises(Exception, match="does not fit this server") as caught:
+            load(llm, "wide", delta)
+    assert str(caught.value) == said
     need = Need.of(delta)
     assert f"rank {need.rank()} in one layer, and there is room for {DEFAULT}" in said
     assert "5 tokens added to the vocabulary, and there is room for 0" in said
@@ -506,3 +521,32 @@ def test_a_server_that_is_started_again_as_the_error_says(
     got = answers(llm, prompts * 2, [wide_one] * 4 + [other] * 4)
     for answer, expected in zip(got, reference(merged, prompts), strict=False):
         assert difference(answer, expected) <= TOLERANCE
+
+
+@pytest.mark.vllm
+def test_a_worker_of_several_needs_a_part_of_it(
+    save_model, tmp_path, engine, load, answers, difference, prompts, monkeypatch
+):
+    """Less than the whole delta, whose ranks are in each of them."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**SHAPE | sizes | UNTIED)
+    base = save_model(config, tmp_path / "base", 1)
+    model, delta = save_model(config, tmp_path / "model", 2), tmp_path / "delta"
+    convert(str(base), str(model), delta, 0.5)
+    export(str(base), delta, tmp_path / "merged")
+    need = Need.of(delta)
+    for file in delta.glob("tokenizer*"):
+        file.unlink()
+    options = {"max_rank": need.rank(), "delta_memory_gib": 0.8 * need.size / 2**30}
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    llm = engine(
+        base,
+        quantization="dqrelo",
+        tensor_parallel_size=2,
+        fully_sharded_loras=True,
+        additional_config={"dqrelo": options},
+    )
+    expected = reference(tmp_path / "merged", prompts)
+    got = answers(llm, prompts, [load(llm, "a", delta)] * len(prompts))
+    for answer, wanted in zip(got, expected, strict=True):
+        assert difference(answer, wanted) <= TOLERANCE

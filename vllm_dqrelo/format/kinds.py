@@ -129,6 +129,12 @@ def _reason(path: Path, wanted: str) -> str:
     if path.is_file():
         return f"it is a file. Give the folder that it is in, {path.parent}"
     if not path.is_dir():
+        may_be_on_hub = wanted == "delta" and not path.is_absolute()
+        if may_be_on_hub and len(path.parts) == 2:
+            fetch = f"hf download {path} --local-dir FOLDER"
+            return (
+                f"it does not exist. If it is on the Hub, fetch it first with {fetch}"
+            )
         return "it does not exist"
     if problem := _broken(path):
         return problem
