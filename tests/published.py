@@ -148,7 +148,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "layer_norm_eps": 1e-05,
         "model_type": "phi",
         "num_key_value_heads": 4,
-        "partial_rotary_factor": 0.5,
+        "partial_rotary_factor": 0.25,
         "qk_layernorm": False,
         "resid_pdrop": 0.1,
         "rope_scaling": None,

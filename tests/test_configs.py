@@ -191,7 +191,7 @@ COMPUTES = [
     ("phi-3", {"rope_scaling.short_factor": [2.0] * 8}, "short_factor is [2.0, 2.0,"),
     ("phi-3", {"original_max_position_embeddings": 32}, "position_embeddings is 32"),
     ("phi-3", {"max_position_embeddings": 4096}, "position_embeddings is 4096"),
-    ("phi", {"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25"),
+    ("phi", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ("phi", {"layer_norm_eps": 0.1}, "layer_norm_eps is 0.1, the base has 1e-05"),
     ("phi", {"qk_layernorm": True}, "qk_layernorm is True, the base has False"),
     ("gpt-neox", {"rotary_pct": 0.5}, "rope_parameters.partial_rotary_factor is 0.5"),
@@ -349,7 +349,8 @@ def test_yarn_of_a_length_that_is_not_given(caplog):
 
 def test_unknown_keys_are_warned_of(caplog):
     config = PUBLISHED["smolvlm"]
-    other = changed(config, {"text_config.neftune_noise_alpha": 5, "my_stamp": [1, 2]})
+    changes = {"my_stamp": [1, 2], "mine": False, "text_config.use_resampler": ABSENT}
+    other = changed(config, changes | {"text_config.neftune_noise_alpha": 5})
     assert compare(config, other) == []
     first, second = (record.message for record in said(caplog))
     assert "my_stamp is [1, 2], the base has absent" in first
