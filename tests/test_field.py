@@ -2,6 +2,7 @@
 """What people bring is converted to what it computes, or refused with the cause."""
 
 import re
+from pathlib import Path
 
 import field
 import peft
@@ -65,3 +66,10 @@ def test_field(name, tmp_path, capsys):
     known = min(expected.shape[-1], plain.shape[-1])
     change = (expected[..., :known] - plain[..., :known]).abs().max()
     assert (got - expected).abs().max() < LOST * change
+
+
+def test_the_documents_name_every_case():
+    text = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text()
+    assert set(re.findall(r"`field:(\w+)`", text)) == set(field.CASES)
+    files = set(re.findall(r"`(test_\w+\.py)`", text))
+    assert files and all((Path(__file__).parent / name).is_file() for name in files)
