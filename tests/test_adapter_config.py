@@ -8,7 +8,18 @@ import shutil
 
 import peft
 import pytest
-from adapters import CONFIG, convert, edit, error_of, make_adapter
+import torch
+from adapters import (
+    CONFIG,
+    TOKENS,
+    close,
+    convert,
+    edit,
+    error_of,
+    exported_logits,
+    load_model,
+    make_adapter,
+)
 from peft.utils.peft_types import PeftType
 
 from dqrelo_tools.adapter_config import (
@@ -59,7 +70,9 @@ def test_every_option_of_peft_is_decided():
     assert READ.keys() | HARMLESS >= {f.name for f in dataclasses.fields(AdapterConfig)}
 
 
-@pytest.mark.parametrize("name", sorted(FIELDS.keys() - {"peft_type"}))
+@pytest.mark.parametrize(
+    "name", sorted(FIELDS.keys() - {"peft_type", "target_modules"})
+)
 def test_the_default_of_every_option_is_taken(name):
     assert key_problems({name: default(FIELDS[name])}) == []
 
@@ -76,7 +89,7 @@ def test_a_config_as_peft_writes_it_has_the_same_values(adapter):
 
 
 def test_defaults_are_pefts(tmp_path):
-    (tmp_path / CONFIG).write_text('{"peft_type": "LORA"}')
+    (tmp_path / CONFIG).write_text('{"peft_type": "LORA", "target_modules": []}')
     config, want = AdapterConfig.read(tmp_path), peft.LoraConfig()
     assert (config.r, config.lora_alpha) == (want.r, want.lora_alpha)
 
@@ -134,6 +147,7 @@ WRONG = [
     ("alpha_pattern", {"[": 8}),
     ("alpha_pattern", {"q_proj": float("nan")}),
     ("target_modules", 7),
+    ("target_modules", None),
     ("target_modules", "("),
     ("target_modules", ["q_proj", 1]),
     ("exclude_modules", {"q_proj": 1}),
@@ -201,8 +215,6 @@ def test_a_start_that_did_not(base, adapter, tmp_path, kind):
 
 def test_which_starts_change_the_base():
     """PEFT itself is asked, with one layer."""
-    import torch
-
     for kind in ("orthogonal", "mica", "gaussian", "olora", "pissa", "pissa_niter_2"):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(8, 8))
@@ -213,6 +225,32 @@ def test_which_starts_change_the_base():
         assert same == (key_problems({"init_lora_weights": kind}) == []), kind
 
 
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_pefts_conversion_is_the_way_out(base, tmp_path, kind):
+    """Two factors for each, of which one takes the other's start away again."""
+    model = load_model(base)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=kind
+    )
+    model = peft.get_peft_model(model, config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        want = model.eval()(TOKENS).logits
+    model.save_pretrained(
+        tmp_path / "plain",
+        path_initial_model_for_weight_conversion=str(tmp_path / "start"),
+    )
+    assert convert(base, tmp_path / "plain", tmp_path / "delta") == 0
+    got = exported_logits(base, tmp_path / "delta", tmp_path / "merged")
+    assert close(got, want)
+
+
+BARE = {"peft_type": "LORA", "target_modules": []}
 VALUES = [None, True, False, 0, 1, -1, 2.5, 1e400, float("nan"), 10**400, "", "q_proj"]
 VALUES += ["(", "\ud800", [], [1], ["a"], [None], {}, {"a": 1}, {"(": []}, {"a": {}}]
 
@@ -223,7 +261,7 @@ def test_no_config_is_a_traceback(adapter):
     choose = random.Random(3)
     for _ in range(2000):
         raw = {key: choose.choice(VALUES) for key in choose.sample(keys, 3)}
-        (adapter / CONFIG).write_text(json.dumps({"peft_type": "LORA"} | raw))
+        (adapter / CONFIG).write_text(json.dumps(BARE | raw))
         try:
             config = AdapterConfig.read(adapter)
         except DqreloError as error:

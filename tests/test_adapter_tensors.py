@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from adapters import CONFIG, TENSORS, edit, error_of, make_adapter
+from adapters import CONFIG, TENSORS, convert, edit, error_of, make_adapter
 from safetensors.torch import save_file
 
 from dqrelo_tools import cli
@@ -134,6 +134,16 @@ DAMAGED = {
         "embed_tokens.weight has 323",
         "without the other",
     ),
+    "an original without factors": (
+        put(**{f"{P}lm_head.base_layer.weight": ones(320, 96)}),
+        "lm_head.base_layer.weight",
+        "PEFT has no place for it",
+    ),
+    "other values below factors": (
+        put(**{f"{P}{Q}.weight": ones(96, 96)}),
+        f"{Q}.weight",
+        "PEFT has no place for it",
+    ),
     "no tensor": (lambda known: {}, "it has no tensors", ""),
 }
 
@@ -149,11 +159,24 @@ CONTRADICTED = {
     "use_dora": ({"use_dora": True}, "use_dora is true, the file has no magnitude"),
     "lora_bias": ({"lora_bias": True}, "the file has no bias of its lora_B"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "has lm_head, the file does"),
+    "a module saved, and in factors": (
+        {"modules_to_save": ["q_proj"]},
+        "has q_proj, the file does not",
+    ),
+    "tokens": (
+        {"trainable_token_indices": [3]},
+        "are set, the file has no rows of an embedding",
+    ),
+    "tokens of a head": (
+        {"trainable_token_indices": {"lm_head": [3]}},
+        "are set, the file has no rows of lm_head",
+    ),
     "rank_pattern": ({"rank_pattern": {"q_proj": 5}}, "expected [5, 96]"),
     "r": ({"r": 5}, "expected [5, 96]"),
     "target_modules": ({"target_modules": ["k_proj"]}, "does not select its module"),
     "layers": ({"layers_to_transform": [1]}, "does not select its module"),
     "exclude_modules": ({"exclude_modules": r".*\.q_proj"}, "does not select"),
+    "all-linear": ({"target_modules": "all-linear", "exclude_modules": ["q_proj"]}, Q),
     "lora_alpha": ({"lora_alpha": 1e308}, "is beyond float32"),
 }
 
@@ -196,12 +219,12 @@ TIED = {
     "two values of one matrix": (
         put(embedding=ones(323, 96), head=2 * ones(323, 96)),
         {},
-        "both are for model.embed_tokens.weight, and differ",
+        "differ, and the base has one matrix for both",
     ),
     "tied by the config, and one of them": (
         put(**{f"{P}lm_head.modules_to_save.weight": ones(320, 96)}),
         {"ensure_weight_tying": True},
-        "ensure_weight_tying of adapter_config.json: the file has one",
+        "the same values for both matrices",
     ),
     "rows beside factors": (
         put(
@@ -221,6 +244,17 @@ TIED = {
 def test_tied_matrices_that_cannot_be_told(refused, what):
     change, config, message = TIED[what]
     assert message in refused("llama-tied", change, **config)
+
+
+def test_what_no_model_generates_with_is_left_out(made, tmp_path, capsys):
+    base, plain = made("llama")
+    adapter = shutil.copytree(plain, tmp_path / "adapter")
+    names = ("v_head.summary.weight", f"{P}model.layers.0.rotary_emb.inv_freq")
+    edit(adapter, put(**{name: ones(1, 96) for name in names}))
+    capsys.readouterr()
+    assert convert(base, adapter, tmp_path / "delta") == 0
+    error = capsys.readouterr().err
+    assert all(f"warning: {name} is left out" in error for name in names)
 
 
 def test_all_reasons_are_listed(refused):
@@ -258,3 +292,12 @@ def test_a_budget_is_for_what_is_compressed(made, tmp_path, capsys):
     command = ["convert", "--base", base, "--model", adapter, "--budget", "1MB"]
     assert cli.main([*map(str, command), "--output", str(tmp_path / "delta")]) == 1
     assert "leave --budget out" in capsys.readouterr().err
+
+
+def test_a_delta_is_compared_with_a_whole_model(made, tmp_path, capsys):
+    base, adapter = made("llama")
+    assert convert(base, adapter, tmp_path / "delta") == 0
+    command = ["verify", "--base", base, "--delta", tmp_path / "delta"]
+    assert cli.main([*map(str, command)]) == 0
+    assert cli.main([*map(str, command), "--model", str(adapter)]) == 1
+    assert "leave --model out, or merge the adapter" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 """A LoRA adapter in PEFT's format, opened as a fine-tune of its base."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 
 import torch
@@ -10,8 +10,10 @@ import torch
 from dqrelo_tools.adapter_change import Change
 from dqrelo_tools.adapter_config import CONFIG, MERGE, AdapterConfig, is_within, selects
 from dqrelo_tools.adapter_names import Name, Role, parse
+from dqrelo_tools.heads import warn_of_second_head
+from dqrelo_tools.left_out import BUFFER, VALUE_HEADS
 from dqrelo_tools.missing import BESIDE
-from dqrelo_tools.names import names_of
+from dqrelo_tools.names import names_of, without_wrapper
 from vllm_dqrelo.format.checkpoint import (
     EMBEDDINGS,
     HEAD,
@@ -71,6 +73,7 @@ class Adapter:
             refuse(f"{folder} cannot be converted:", list(step()))
         self.dense = [n for n in self if n in self._changes and self._changes[n].dense]
         self._tell(names)
+        warn_of_second_head(base)
 
     def __iter__(self) -> Iterator[str]:
         for name, change in sorted(self._changes.items()):
@@ -128,15 +131,22 @@ class Adapter:
                     "the two into a folder of its own"
                 )
             elif path.name == VALUE_HEAD:
-                logger.info("%s is left out: no model generates with it", path)
+                logger.warning("%s is left out: no model generates with it", path)
             elif path.name not in used and path.name not in NEW_ROWS:
                 logger.warning("%s is left out: it is no part of the adapter", path)
 
     def _sort(self) -> Iterator[str]:
         """Give each tensor to the parameter that it is for."""
-        parsed = {stored: parse(stored, self.config) for stored in self._tensors}
-        own = {name.parameter for name in parsed.values() if name}
-        renamed = names_of(self.base, own)
+        parsed = {
+            stored: parse(stored, self.config)
+            for stored in self._tensors
+            if not self._leaves_out(stored)
+        }
+        names = [name for name in parsed.values() if name]
+        renamed = names_of(self.base, {name.parameter for name in names})
+        has = {(name.module, name.role) for name in names}
+        if self.base.tied and any(role == Role.ROWS for _, role in has):
+            has.add((HEAD.rpartition(".")[0], Role.ROWS))
         for stored, name in parsed.items():
             if name is None:
                 yield f"{stored} is not a factor of a plain LoRA; {MERGE}"
@@ -145,16 +155,33 @@ class Adapter:
             change = self._change(parameter, name.module)
             if change is None:
                 yield f"{stored}: the base has no {name.parameter}{why(name)}"
+            elif is_ignored(name, has) and not self._is_of_base(stored, parameter):
+                yield f"{stored}: PEFT has no place for it beside the other tensors"
             else:
                 yield from change.add(name.role, stored)
-        for what, names in (
+        for what, read in (
             ("without wrappers", [s for s, n in parsed.items() if n and n.wrapped]),
             ("as the base has them", sorted(renamed)),
         ):
-            if names:
-                logger.info("names %s: %d, for instance %s", what, len(names), names[0])
+            if read:
+                logger.info("names %s: %d, for instance %s", what, len(read), read[0])
         if not self._tensors.files:
             yield "it has no tensors"
+
+    def _is_of_base(self, stored: str, parameter: str) -> bool:
+        """Whether a tensor has the base's values."""
+        if parameter == HEAD and self.base.tied:
+            parameter = self._embedding or ""
+        before, tensor = self.base.get(parameter), self._tensors.get(stored)
+        return torch.equal(tensor.float(), before.float())
+
+    def _leaves_out(self, stored: str) -> bool:
+        """Whether a tensor is not a parameter of a model that generates."""
+        name = without_wrapper(stored)
+        value_head = name.partition(".")[0] in VALUE_HEADS - {"score"}
+        if out := value_head or bool(BUFFER.search(name)):
+            logger.warning("%s is left out: no model generates with it", stored)
+        return out
 
     def _change(self, parameter: str, module: str) -> Change | None:
         """The change of a parameter, made if need be; None if the base lacks it."""
@@ -187,12 +214,23 @@ class Adapter:
                         f"{str(not has).lower()}, the file has {'a' if has else 'no'} "
                         "bias of its lora_B"
                     )
-        modules = {change.module for change in self._changes.values()}
+        whole, rows = (
+            {c.module for c in self._changes.values() if role in c.tensors}
+            for role in (Role.WHOLE, Role.ROWS)
+        )
+        if self.base.tied and rows:
+            rows.add(HEAD.rpartition(".")[0])
         of_base = {n.rpartition(".")[0] for n in (*self.base, HEAD)}
         for name in self.config.modules_to_save or []:
             parts = [m for m in of_base if is_within(m, name)]
-            if parts and not any(is_within(m, name) for m in modules):
+            if parts and not any(is_within(m, name) for m in whole):
                 yield f"modules_to_save of {CONFIG} has {name}, the file does not"
+        for name in self.config.modules_with_tokens:
+            if not any(module.endswith(name) for module in rows):
+                yield (
+                    f"trainable_token_indices of {CONFIG} are set, the file has no "
+                    f"rows of {name or 'an embedding'}"
+                )
 
     def _tie(self) -> Iterator[str]:
         """Settle which of two tied matrices follow each other from now on."""
@@ -219,25 +257,31 @@ class Adapter:
         """Let the LM head be a parameter of its own, where its values will be.
 
         Semantics: what PEFT computes. Its base has one matrix for both; modules_to_save
-        and factors change one of them. trainable_token_indices and
-        ensure_weight_tying change both.
+        and factors change one of them, rows of tokens in the embedding change both.
+        With ensure_weight_tying PEFT saves both, equal.
         """
         first = self._change(embedding, embedding.rpartition(".")[0])
         head = self._change(HEAD, HEAD.rpartition(".")[0])
         if first is None or head is None:
             return
         for one, other in ((first, head), (head, first)):
-            if Role.ORIGINAL in one.tensors:
-                yield from other.add(Role.ORIGINAL, one.tensors[Role.ORIGINAL])
-        ensured = bool(self.config.ensure_weight_tying)
-        lone = bool(first.own) != bool(head.own)
-        if ensured and lone and (head.own or Role.MAGNITUDE in first.own):
-            yield f"ensure_weight_tying of {CONFIG}: the file has one of two matrices"
+            shared = one.tensors.get(Role.ORIGINAL)
+            if shared and other.add(Role.ORIGINAL, shared):
+                yield (
+                    f"{shared} and {other.tensors[Role.ORIGINAL]} differ, and the base "
+                    "has one matrix for both"
+                )
+                return
+        ensured, same = self.config.ensure_weight_tying, first.same(head)
         if Role.ROWS in first.own and head.own - {Role.ROWS}:
             yield f"{HEAD} is tied to rows of trainable_token_indices, and is changed"
-        follows = not head.own and (ensured or Role.ROWS in first.own)
-        if follows or first.same(head):
+        elif same or Role.ROWS in first.own and not head.own:
             del self._changes[HEAD]
+        elif ensured:
+            yield (
+                f"ensure_weight_tying is true in {CONFIG}, and the file does not have "
+                "the same values for both matrices"
+            )
         else:
             self.base.untie()
             logger.info("the LM head is no longer the embedding: the adapter unties it")
@@ -284,6 +328,18 @@ class Adapter:
                 self.dense[0],
                 others,
             )
+
+
+def is_ignored(name: Name, has: Set[tuple[str, Role]]) -> bool:
+    """Whether PEFT's model has no parameter of that name.
+
+    Args:
+        has: modules, and what the file has for them.
+    """
+    if name.replaced_by:
+        return (name.module, name.replaced_by) not in has
+    replaced = any((name.module, role) in has for role in (Role.UP, Role.ROWS))
+    return name.role == Role.ORIGINAL and replaced
 
 
 def why(name: Name) -> str:

@@ -53,6 +53,8 @@ HARMLESS = {
     "runtime_config",
     "task_type",
 }
+# Of a model's linear layers, PEFT's "all-linear" leaves out the last.
+NOT_LINEAR = ("embed_tokens", "lm_head")
 # Keys that may only be null, false or empty, as every unknown one.
 REASONS = {
     "alora_invocation_tokens": "the factors act after these tokens only",
@@ -151,7 +153,10 @@ READ: dict[str, tuple[Callable[[Any], bool], str]] = {
         is_patterns_to(is_rank),
         "an object from regular expressions to integers above 0",
     ),
-    "target_modules": (is_selection, "a regular expression or a list of names"),
+    "target_modules": (
+        lambda v: v is not None and is_selection(v),
+        "a regular expression or a list of names",
+    ),
     "trainable_token_indices": (
         lambda v: (
             v is None
@@ -183,7 +188,7 @@ class AdapterConfig:
     loftq_config: dict[str, Any] | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
-    target_modules: str | list[str] | None = None
+    target_modules: str | list[str] = ""
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
@@ -206,6 +211,8 @@ class AdapterConfig:
         kind = raw.pop("peft_type", None)
         if kind != "LORA":
             raise DqreloError(f"{folder} is not a LoRA adapter: {other_kind(kind)}")
+        # PEFT would choose modules by the model's type; what it saves has them.
+        raw.setdefault("target_modules", None)
         problems = [f"{CONFIG}: {found}" for found in key_problems(raw)]
         refuse(f"{folder} cannot be converted:", problems)
         kept = {key: raw[key] for key in READ.keys() & raw.keys()}
@@ -235,8 +242,8 @@ class AdapterConfig:
         """Whether PEFT gives a module factors; it leaves out those of another."""
         if self.exclude_modules and selects(self.exclude_modules, module):
             return False
-        if self.target_modules in (None, "all-linear"):
-            return True
+        if self.target_modules == "all-linear":
+            return not module.endswith(NOT_LINEAR)
         if not selects(self.target_modules, module):
             return False
         layers = self.layers_to_transform
@@ -255,6 +262,14 @@ class AdapterConfig:
         """Whether a module is trained as a whole, in a copy of its own."""
         return any(is_within(module, name) for name in self.modules_to_save or [])
 
+    @property
+    def modules_with_tokens(self) -> list[str]:
+        """The modules that trainable_token_indices is for; "" for the embedding."""
+        chosen = self.trainable_token_indices
+        if isinstance(chosen, dict):
+            return [name for name, tokens in chosen.items() if tokens]
+        return [""] if chosen else []
+
     def tokens(self, module: str) -> list[int]:
         """The rows of a module that are trained; in order of their values."""
         chosen = self.trainable_token_indices
@@ -269,11 +284,11 @@ def is_within(module: str, name: str) -> bool:
     return any(".".join(parts[:n]).endswith(name) for n in range(1, len(parts) + 1))
 
 
-def selects(selection: str | list[str] | None, module: str) -> bool:
+def selects(selection: str | list[str], module: str) -> bool:
     """Whether PEFT's selection, one pattern or a list of names, has ``module``."""
     if isinstance(selection, str):
         return bool(re.fullmatch(selection, module))
-    return any(f".{module}".endswith(f".{name}") for name in selection or [])
+    return any(f".{module}".endswith(f".{name}") for name in selection)
 
 
 def key_problems(raw: dict[str, Any]) -> list[str]:

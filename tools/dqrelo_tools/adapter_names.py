@@ -31,11 +31,13 @@ class Name:
         parameter: of the model.
         role: of the tensor.
         wrapped: whether more than PEFT's own prefix was read through.
+        replaced_by: of an original, what its module must have as well.
     """
 
     parameter: str
     role: Role
     wrapped: bool
+    replaced_by: Role | None = None
 
     @property
     def module(self) -> str:
@@ -54,8 +56,11 @@ FACTORS = (
     (rf"lora_magnitude_vector{ADAPTER}(?:\.weight)?", Role.MAGNITUDE, "weight"),
     (rf"token_adapter\.trainable_tokens_delta{ADAPTER}", Role.ROWS, "weight"),
 )
-ORIGINALS = re.compile(
-    r"\.(?:token_adapter\.base_layer|base_layer|original_module)(?=\.)"
+# What PEFT calls a parameter that it replaces, and what it has in its place.
+ORIGINALS = (
+    (".token_adapter.base_layer.", Role.ROWS),
+    (".base_layer.", Role.UP),
+    (".original_module.", Role.WHOLE),
 )
 COPIES = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
 
@@ -74,7 +79,9 @@ def parse(stored: str, config: AdapterConfig) -> Name | None:
         return None
     if COPIES.search(name):
         return Name(COPIES.sub("", name), Role.WHOLE, wrapped)
-    original = Name(ORIGINALS.sub("", name), Role.ORIGINAL, wrapped)
-    if original.parameter == name and config.saves(original.module):
-        return replace(original, role=Role.WHOLE)
-    return original
+    for mark, replaced_by in ORIGINALS:
+        if mark in name:
+            parameter = name.replace(mark, ".", 1)
+            return Name(parameter, Role.ORIGINAL, wrapped, replaced_by)
+    plain = Name(name, Role.ORIGINAL, wrapped)
+    return replace(plain, role=Role.WHOLE) if config.saves(plain.module) else plain

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from dqrelo_tools.adapter import is_adapter
 from dqrelo_tools.fidelity import measure
 from dqrelo_tools.pair import fine_tune
 from dqrelo_tools.prompts import read_prompts
@@ -65,6 +66,11 @@ def verify(
         raise DqreloError("--prompts needs --model, the fine-tune to compare with")
     if prompts:
         texts = read_prompts(prompts)
+    if model and is_adapter(resolve(model)):
+        raise DqreloError(
+            f"{model} is a LoRA adapter, and a delta is compared with a whole model: "
+            "leave --model out, or merge the adapter into its base and give that"
+        )
     before = Checkpoint(resolve(base))
     opened = open_for_base(delta, before)
     report = Report()
