@@ -10,7 +10,6 @@ import torch
 from dqrelo_tools.adapter_change import Change
 from dqrelo_tools.adapter_config import CONFIG, MERGE, AdapterConfig, is_within, selects
 from dqrelo_tools.adapter_names import Name, Role, parse
-from dqrelo_tools.heads import warn_of_second_head
 from dqrelo_tools.left_out import BUFFER, VALUE_HEADS
 from dqrelo_tools.missing import BESIDE
 from dqrelo_tools.names import names_of, without_wrapper
@@ -19,6 +18,7 @@ from vllm_dqrelo.format.checkpoint import (
     HEAD,
     Checkpoint,
     SafetensorsFiles,
+    ends_with,
     locate,
 )
 from vllm_dqrelo.format.errors import refuse
@@ -64,7 +64,7 @@ class Adapter:
         self.config = AdapterConfig.read(folder)
         self._tensors = SafetensorsFiles(locate(folder, STEM))
         self.files = {**self._tensors.files, CONFIG: folder / CONFIG}
-        embeddings = [name for name in base if name.endswith(EMBEDDINGS)]
+        embeddings = [name for name in base if ends_with(name, EMBEDDINGS)]
         self._embedding = embeddings[0] if len(embeddings) == 1 else None
         self._changes: dict[str, Change] = {}
         self.tokens = base.model_config.vocab_size
@@ -73,7 +73,6 @@ class Adapter:
             refuse(f"{folder} cannot be converted:", list(step()))
         self.dense = [n for n in self if n in self._changes and self._changes[n].dense]
         self._tell(names)
-        warn_of_second_head(base)
 
     def __iter__(self) -> Iterator[str]:
         for name, change in sorted(self._changes.items()):
@@ -305,7 +304,7 @@ class Adapter:
                 "%s was trained on %s, and is converted for %s",
                 self.folder,
                 own,
-                *names,
+                " or ".join(names),
             )
         if self.config.loftq_config:
             logger.warning(
