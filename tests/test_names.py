@@ -499,3 +499,22 @@ def test_scalars_and_empty_parameters(pair, tmp_path):
         edit(tmp_path / name, lambda tensors, more=empty: tensors | more)
     assert convert(tmp_path) == 0
     assert "model.scale" in Delta(tmp_path / "delta").exact
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2-vl"])
+def test_prompts(kind, pair, tmp_path, capsys):
+    """``verify --prompts`` runs what transformers loads, and says what it does not."""
+    from conftest import tokenizer
+
+    pair(kind)
+    tokenizer().save_pretrained(tmp_path / "model")
+    assert convert(tmp_path) == 0
+    (tmp_path / "prompts").write_text("w1 w5 w9 w33\n")
+    options = ["--base", tmp_path / "base", "--model", tmp_path / "model"]
+    options += ["--delta", tmp_path / "delta", "--prompts", tmp_path / "prompts"]
+    command = ["verify", *map(str, options)]
+    assert main(command) == 0
+    edit(tmp_path / "model", renaming(("", "_orig_mod.")))
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "transformers does not find these parameters" in error

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dqrelo_tools import cli, fidelity
 from dqrelo_tools.export import export
 from vllm_dqrelo.format.checkpoint import Checkpoint
+from vllm_dqrelo.format.delta import Delta
 
 GROUP = 32
 # Whole groups and words.
@@ -246,6 +247,20 @@ def models(save_model, tmp_path):
 
 def run(*arguments):
     return cli.main([str(argument) for argument in arguments])
+
+
+def test_a_copy_without_what_is_not_a_parameter(models, tmp_path):
+    """A quantiser leaves out buffers and layers for further tokens, and a wrapper."""
+    base, quantised, (delta, _) = models("w4a16")
+    path = base / "model.safetensors"
+    tensors = {f"_orig_mod.{name}": tensor for name, tensor in load_file(path).items()}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    tensors["mtp.norm.weight"] = torch.ones(8)
+    save_file(tensors, path, metadata={"format": "pt"})
+    options = ["--base", base, "--base-quantized", quantised, "--ratio", "0.25"]
+    options += ["--model", tmp_path / "model-0", "--output", tmp_path / "again"]
+    assert run("convert", *options) == 0
+    assert Delta(tmp_path / "again").config.digest == Delta(delta).config.digest
 
 
 def test_a_delta_is_of_the_base_that_it_is_served_with(models, tmp_path, capsys):

@@ -18,6 +18,7 @@ from dqrelo_tools.compress import BITS, METHODS, Method, Size, compress
 from dqrelo_tools.configs import config_differences
 from dqrelo_tools.journal import Journal, journal_of
 from dqrelo_tools.missing import BESIDE
+from dqrelo_tools.names import match_names
 from dqrelo_tools.pair import (
     Parameters,
     always_stored,
@@ -92,6 +93,7 @@ def convert(
         plain, before = before, Checkpoint(resolve(base_quantized))
         if not before.quantization:
             raise DqreloError(f"{base_quantized} is not quantised: give it as --base")
+        match_names(before, plain, ("quantised copy", "base"))
         refuse(
             f"{base_quantized} is no copy of {base}:",
             config_differences(plain.model_config, before.model_config)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dqrelo_tools.prompts import Prompt
 from vllm_dqrelo.format.checkpoint import HEAD, Checkpoint
 from vllm_dqrelo.format.delta import Delta
-from vllm_dqrelo.format.errors import refuse
+from vllm_dqrelo.format.errors import DqreloError, refuse
 from vllm_dqrelo.format.tensors import ADDED
 
 WINDOW = 128  # tokens whose logits are in memory at a time
@@ -153,15 +153,18 @@ def load(folder: Path, delta: Delta | None = None) -> Any:
 
     transformers knows which of its parameters a checkpoint calls by which names.
     """
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        AutoConfig,
-        AutoModelForCausalLM,
-    )
+    import transformers
 
     checkpoint = Checkpoint(folder)
+    architecture = checkpoint.model_config.architecture
+    kind = getattr(transformers, str(architecture), None)
+    if kind is None:
+        raise DqreloError(
+            f"{folder / 'config.json'}: architectures is {architecture}, expected a "
+            "class of transformers, which runs the prompts"
+        )
     if not checkpoint.quantization and delta is None:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = kind.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True
         )
         refuse(
@@ -170,7 +173,7 @@ def load(folder: Path, delta: Delta | None = None) -> Any:
             sorted(loaded["missing_keys"]),
         )
         return model.eval()
-    config = AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
     if checkpoint.quantization:
         del config.quantization_config
     stored = [*delta.matrices, *delta.exact] if delta else []
@@ -185,7 +188,6 @@ def load(folder: Path, delta: Delta | None = None) -> Any:
         config.get_text_config().vocab_size += delta.added_tokens
         for name in changed:
             tensors[name] = delta.merged(name, tensors[name])
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, loaded = kind.from_pretrained(
         None,
         config=config,

@@ -6,6 +6,7 @@ Only what the loaders of transformers and of vLLM leave out as well.
 
 import logging
 import re
+from collections.abc import Sequence
 
 from vllm_dqrelo.format.checkpoint import Checkpoint
 
@@ -21,9 +22,13 @@ LAYER = re.compile(r"^(?:model\.|language_model\.)*layers\.(\d+)\.")
 VALUE_HEADS = {"v_head", "value_head", "score"}
 
 
-def leave_out(base: Checkpoint, model: Checkpoint) -> None:
-    """Drop what is not a parameter from both, with a warning for each kind."""
-    for checkpoint, side in ((base, "base"), (model, "fine-tune")):
+def leave_out(base: Checkpoint, model: Checkpoint, sides: Sequence[str]) -> None:
+    """Drop what is not a parameter from both, with a warning for each kind.
+
+    Args:
+        sides: what the two are called.
+    """
+    for checkpoint, side in zip((base, model), sides, strict=True):
         for what, is_one in KINDS.items():
             drop(
                 checkpoint, side, what, {n for n in checkpoint if is_one(checkpoint, n)}
@@ -31,7 +36,7 @@ def leave_out(base: Checkpoint, model: Checkpoint) -> None:
     only = set(model) - set(base)
     heads = {name for name in only if name.partition(".")[0] in VALUE_HEADS}
     if set(base) <= set(model) and not is_classifier(model):
-        drop(model, "fine-tune", "of a value head", heads)
+        drop(model, sides[1], "of a value head", heads)
 
 
 def drop(checkpoint: Checkpoint, side: str, what: str, names: set[str]) -> None:
@@ -57,11 +62,12 @@ def is_buffer(checkpoint: Checkpoint, name: str) -> bool:
 
 def is_multi_token(checkpoint: Checkpoint, name: str) -> bool:
     """Whether only speculative decoding uses it: "mtp", or beyond the last layer."""
-    config = checkpoint.config.get("text_config", checkpoint.config)
+    text = checkpoint.config.get("text_config")
+    config = text if isinstance(text, dict) else checkpoint.config
     if layer := LAYER.match(name):
         last = config.get("num_hidden_layers")
         extra = config.get("num_nextn_predict_layers")
-        return bool(extra and last) and int(layer[1]) >= last
+        return bool(extra) and isinstance(last, int) and int(layer[1]) >= last
     return bool(MULTI_TOKEN.match(name))
 
 

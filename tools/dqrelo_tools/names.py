@@ -7,7 +7,7 @@ A delta has the base's names: vLLM's loader of the base maps those.
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from dqrelo_tools.experts import experts_of
 from dqrelo_tools.generations import places
@@ -28,20 +28,22 @@ BEFORE = re.compile(r"^((module|base_model\.model|pretrained_model)\.)+")
 Names = Mapping[str, tuple[str, Part]]  # the base's -> the fine-tune's
 
 
-def match_names(base: Checkpoint, model: Checkpoint) -> None:
+def match_names(
+    base: Checkpoint, model: Checkpoint, sides: Sequence[str] = ("base", "fine-tune")
+) -> None:
     """Rename the parameters of ``model`` to those of ``base``; both are changed.
 
     What is not a parameter is left out of both. Parameters that cannot be matched
     keep their names.
+
+    Args:
+        sides: what the two are called.
     """
-    leave_out(base, model)
+    leave_out(base, model, sides)
     for found, what in (
-        (without_wrappers, "the fine-tune's names without wrappers"),
-        (with_one_prefix, "the fine-tune's names with another prefix"),
-        (
-            of_one_generation,
-            "the fine-tune's names, of another generation of the model",
-        ),
+        (without_wrappers, "names without wrappers"),
+        (with_one_prefix, "names with another prefix"),
+        (of_one_generation, "names, of another generation of the model"),
     ):
         ours, theirs = set(model) - set(base), set(base) - set(model)
         if not ours or not theirs:
@@ -49,8 +51,15 @@ def match_names(base: Checkpoint, model: Checkpoint) -> None:
         if names := found(base, model, ours, theirs):
             model.rename(names)
             new, (old, _) = next(iter(names.items()))
-            logger.info("%s: %d, for instance %s is %s", what, len(names), old, new)
-    leave_out(base, model)
+            logger.info(
+                "the %s's %s: %d, for instance %s is %s",
+                sides[1],
+                what,
+                len(names),
+                old,
+                new,
+            )
+    leave_out(base, model, sides)
 
 
 def names_of(base: Checkpoint, names: set[str]) -> dict[str, str]:
