@@ -461,7 +461,7 @@ def test_refused(kind, pair, tmp_path, capsys):
 
 
 def test_square_experts(tmp_path, capsys):
-    """Nothing says whether they are transposed; one of two matrices would."""
+    """One of two matrices says whether both are transposed; alone, it is refused."""
     config = {**GROUPED, **UNTIED, **EXPERTS, "moe_intermediate_size": 48}
     kind = transformers.Qwen3MoeForCausalLM
     base = kind(kind.config_class(**config))
@@ -471,6 +471,14 @@ def test_square_experts(tmp_path, capsys):
     model.save_pretrained(tmp_path / "plain")
     edit(tmp_path / "model", lambda tensors: fused(tensors, model, transposed=True))
     check(tmp_path, model)
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    down = {name: tensor for name, tensor in plain.items() if "down_proj" in name}
+    edit(
+        tmp_path / "model",
+        lambda t: {k: v for k, v in t.items() if "down_proj" not in k} | down,
+    )
+    assert convert(tmp_path) == 1
+    assert "its matrices are square" in capsys.readouterr().err
 
 
 def test_base_with_experts_side_by_side(pair, tmp_path, capsys):
