@@ -282,6 +282,21 @@ def test_factors_of_a_16_bit_adapter(base, tmp_path, save_model):
         ).abs().max() < 2**-8 * want.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_rounded_copy_of_the_base_is_not_a_change(base, tmp_path):
+    """PEFT saves the embedding beside its factors, in the dtype of training."""
+    options = {"target_modules": ["embed_tokens", "lm_head"]}
+    adapter = make_adapter(base("llama"), tmp_path / "adapter", **options)
+    edit(
+        adapter,
+        lambda t: {n: v.bfloat16() if "base_layer" in n else v for n, v in t.items()},
+    )
+    assert convert(base("llama"), adapter, tmp_path / "delta") == 0
+    delta = Delta(tmp_path / "delta")
+    assert delta.config.method == "lora"
+    assert {delta.matrix(name).rank for name in delta.matrices} == {4}
+
+
 def test_an_adapter_brings_its_tokenizer(base, tmp_path, own):
     adapter = make_adapter(base("llama"), tmp_path / "adapter", target_modules=Q)
     words = own.merged / "tokenizer.json"
@@ -323,7 +338,8 @@ def test_what_is_told(base, tmp_path, capsys):
     error = capsys.readouterr().err
     for text in (
         "note: the LM head is no longer the embedding",
-        "note: the change of model.embed_tokens.weight and 2 others is not of low rank",
+        "note: not of low rank (DoRA, or trained as a whole)",
+        "at --ratio: model.embed_tokens.weight, model.layers.0.self_attn.q_proj.weight",
         "value_head.safetensors is left out: no model generates with it",
         "warning: " + str(adapter / "optimizer.safetensors") + " is left out",
         "warning: target_modules has lm_head, the file has no factors of it",

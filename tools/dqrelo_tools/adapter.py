@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dqrelo_tools.adapter_change import Change
+from dqrelo_tools.adapter_change import Change, is_copy
 from dqrelo_tools.adapter_config import CONFIG, MERGE, AdapterConfig, is_within, selects
 from dqrelo_tools.adapter_names import Name, Role, parse
 from dqrelo_tools.left_out import BUFFER, VALUE_HEADS
@@ -171,8 +171,7 @@ class Adapter:
         """Whether a tensor has the base's values."""
         if parameter == HEAD and self.base.tied:
             parameter = self._embedding or ""
-        before, tensor = self.base.get(parameter), self._tensors.get(stored)
-        return torch.equal(tensor.float(), before.float())
+        return is_copy(self._tensors.get(stored), self.base.get(parameter))
 
     def _leaves_out(self, stored: str) -> bool:
         """Whether a tensor is not a parameter of a model that generates."""
@@ -320,12 +319,11 @@ class Adapter:
                     "target_modules has %s, the file has no factors of it", name
                 )
         if self.dense:
-            others = f" and {len(self.dense) - 1} others" if self.dense[1:] else ""
             logger.info(
-                "the change of %s%s is not of low rank (DoRA, or trained as a whole): "
-                "compressed by --method at --ratio",
-                self.dense[0],
-                others,
+                "not of low rank (DoRA, or trained as a whole), and compressed by "
+                "--method at --ratio: %s%s",
+                ", ".join(self.dense[:3]),
+                ", ..." if self.dense[3:] else "",
             )
 
 

@@ -43,7 +43,7 @@ class Change:
         tensors: the adapter's, by what they do.
         rows: how many it has. The first are the base's, and those that it lacks are
             kept as they are.
-        plain: whether ``W`` is the base's. ``settle`` finds out.
+        plain: whether ``W`` is a copy of the base's. ``settle`` finds out.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Change:
         if before is not None and self.whole is not None:
             stored = self.files.get(self.whole)
             rows = slice(min(self.shape[0], self.rows)) if self.shape else ...
-            self.plain = torch.equal(stored[rows].float(), before[rows].float())
+            self.plain = is_copy(stored[rows], before[rows])
 
     @property
     def touches(self) -> bool:
@@ -286,3 +286,8 @@ class Change:
         if one is None or other is None:
             return one is other
         return torch.equal(self.files.get(one).float(), self.files.get(other).float())
+
+
+def is_copy(tensor: torch.Tensor, before: torch.Tensor) -> bool:
+    """Whether a tensor is what the base has, maybe rounded to another dtype."""
+    return torch.equal(tensor, before.to(tensor.dtype))
