@@ -201,6 +201,7 @@ PREFIXES = {
     "fsdp": within("_fsdp_wrapped_module"),
     "checkpointing": within("_checkpoint_wrapped_module"),
     "compiled layers": within("_orig_mod"),
+    "parallel layers": within("module"),
     "deepspeed": renaming(("", "module._forward_module.")),
     "missing": renaming(("model.", "")),
     "twice": renaming(("model.", "model.model.")),

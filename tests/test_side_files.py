@@ -163,3 +163,14 @@ def test_named_templates_travel(models, tmp_path):
     path.write_text(json.dumps(config))
     output = tmp_path / "e"
     assert run("convert", "--base", base, "--model", model, "--output", output) == 1
+
+
+def test_a_template_without_its_tokenizer(models, tmp_path, capsys):
+    base, model = models
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    options = ["--base", base, "--model", model, "--output", tmp_path / "d"]
+    assert run("convert", *options) == 1
+    error = capsys.readouterr().err
+    assert "has chat_template.jinja, but not the tokenizer" in error
+    assert not (tmp_path / "d").exists()

@@ -17,13 +17,13 @@ from vllm_dqrelo.format.part import WHOLE, Part
 
 logger = logging.getLogger(__name__)
 
-# torch.compile, FSDP, activation checkpointing and DeepSpeed put these into names;
-# data parallelism, PEFT and TRL put those before them.
+# torch.compile, FSDP, activation checkpointing, DeepSpeed and data parallelism put
+# these into names; PEFT and TRL put those before them.
 INSIDE = re.compile(
     r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module"
-    r"|_forward_module)\."
+    r"|_forward_module|module)\."
 )
-BEFORE = re.compile(r"^((module|base_model\.model|pretrained_model)\.)+")
+BEFORE = re.compile(r"^((base_model\.model|pretrained_model)\.)+")
 
 Names = Mapping[str, tuple[str, Part]]  # the base's -> the fine-tune's
 

@@ -14,7 +14,11 @@ from vllm_dqrelo.format.generation_config import (
 )
 from vllm_dqrelo.format.json_file import parsed_json
 from vllm_dqrelo.format.regular_file import read_bytes
-from vllm_dqrelo.format.side_files import GENERATION_CONFIG, TOKENIZER_FILES
+from vllm_dqrelo.format.side_files import (
+    GENERATION_CONFIG,
+    TOKENIZER_FILES,
+    VOCABULARIES,
+)
 from vllm_dqrelo.format.tokenizer import MOST_BYTES, folder_of, try_tokenizer
 
 
@@ -38,6 +42,12 @@ def side_files(base: Path, model: Path, vocabulary: int | None) -> dict[str, byt
     own = files_of(model, TOKENIZER_FILES)
     files = {}
     if own and not same_files(own, files_of(base, TOKENIZER_FILES)):
+        if own.keys().isdisjoint(VOCABULARIES):
+            raise DqreloError(
+                f"{model} has {', '.join(own)}, but not the tokenizer that belongs to "
+                f"them: expected one of {', '.join(VOCABULARIES)}. Copy the files of "
+                "the base's tokenizer beside them, or remove them to use the base's"
+            )
         files = {name: read_bytes(path, MOST_BYTES) for name, path in own.items()}
         check_tokenizer(files, base, model, vocabulary)
     config = generation_config(model)

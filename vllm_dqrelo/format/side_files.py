@@ -12,4 +12,5 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one is needed
 GENERATION_CONFIG = "generation_config.json"
