@@ -4,6 +4,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -302,6 +303,31 @@ def test_dqrelo_serve_makes_room(wide, started, monkeypatch, spelling):
     computed = {"max_rank": Need.of(delta).rank(), "added_tokens": 5}
     expected = own | {"dqrelo": computed | own["dqrelo"]}
     assert started[0].additional_config == expected
+
+
+START = """
+import sys
+from dqrelo_tools import cli
+from vllm.entrypoints.cli.serve import ServeSubcommand
+ServeSubcommand.cmd = print
+cli.main(sys.argv[1:])
+"""
+
+
+def test_dqrelo_serve_says_what_it_makes_room_for(wide):
+    base, made = wide
+    delta = made["0.5"][0]
+    command = [sys.executable, "-c", START, "serve", base, "--delta", f"a={delta}"]
+    done = subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"VLLM_LOGGING_LEVEL": "INFO"},
+    )
+    said = "dqrelo: the deltas take more than the default: --additional-config"
+    (line,) = [one for one in done.stdout.splitlines() if said in one]
+    assert suggested(line) == {"max_rank": Need.of(delta).rank()}
 
 
 def test_dqrelo_serve_ends_before_the_base_is_loaded(wide, started, capsys):

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
+import vllm.logger
 from vllm.config import VllmConfig
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
@@ -202,5 +203,8 @@ def run_serve(arguments: list[str]) -> None:
     command = cmd_init()[0]
     command.subparser_init(subparsers)
     parsed = parser.parse_args(["serve", *arguments])
+    # The log of vLLM 0.32 is silent until then, as in its own main.
+    if configure := getattr(vllm.logger, "configure_logging_from_args", None):
+        configure(parsed)
     command.validate(parsed)
     command.cmd(parsed)
