@@ -203,6 +203,7 @@ OF_TOKENS = {
     "not in the config": (ones(2, 96), None, "is [2, 96], expected [0, 96]"),
     "too few": (ones(2, 96), [3], "is [2, 96], expected [1, 96]"),
     "twice": (ones(2, 96), [3, 3], "names rows of model.embed_tokens twice"),
+    "of the head": (ones(1, 96), [3], "the file has no rows of an embedding"),
     "beyond": (ones(2, 96), [3, 320], "has no row 320, but 320"),
     "too wide": (ones(2, 97), [3, 4], "is [2, 97], expected [2, 96]"),
 }
@@ -211,7 +212,10 @@ OF_TOKENS = {
 @pytest.mark.parametrize("what", OF_TOKENS)
 def test_rows_that_do_not_fit(refused, what):
     rows, indices, message = OF_TOKENS[what]
-    error = refused("llama", put(**{TOKENS: rows}), trainable_token_indices=indices)
+    name = TOKENS
+    if what == "of the head":
+        name = TOKENS.replace("model.embed_tokens", "lm_head")
+    error = refused("llama", put(**{name: rows}), trainable_token_indices=indices)
     assert message in error
 
 

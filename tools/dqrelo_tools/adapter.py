@@ -216,15 +216,15 @@ class Adapter:
             {c.module for c in self._changes.values() if role in c.tensors}
             for role in (Role.WHOLE, Role.ROWS)
         )
-        if self.base.tied and rows:
-            rows.add(HEAD.rpartition(".")[0])
+        head = HEAD.rpartition(".")[0]
+        rows |= {head} if self.base.tied and rows - {head} else set()
         of_base = {n.rpartition(".")[0] for n in (*self.base, HEAD)}
         for name in self.config.modules_to_save or []:
             parts = [m for m in of_base if is_within(m, name)]
             if parts and not any(is_within(m, name) for m in whole):
                 yield f"modules_to_save of {CONFIG} has {name}, the file does not"
         for name in self.config.modules_with_tokens:
-            if not any(module.endswith(name) for module in rows):
+            if not any(m.endswith(name) for m in (rows if name else rows - {head})):
                 yield (
                     f"trainable_token_indices of {CONFIG} are set, the file has no "
                     f"rows of {name or 'an embedding'}"
