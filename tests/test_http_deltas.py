@@ -285,9 +285,11 @@ def test_the_404_names_the_models_that_there_are(url, client, own):
         with pytest.raises(urllib.error.HTTPError) as error:
             post(url, "/v1/chat/completions", model=name, messages=own.chat)
         assert error.value.code == 400
-    for path in ("\0", "x" * 100_000, "/dev/zero", "/proc/self/fd/0"):
+    loads = [("x", p) for p in ("\0", "x" * 100_000, "/dev/zero", "/proc/self/fd/0")]
+    loads += [("x" * 100_000, "own"), ("\ud800", "own"), ("x", "\ud800")]
+    for name, path in loads:
         with pytest.raises(urllib.error.HTTPError) as error:
-            post(url, "/v1/load_lora_adapter", lora_name="x", lora_path=path)
+            post(url, "/v1/load_lora_adapter", lora_name=name, lora_path=path)
         assert error.value.code == 400
     assert chat(client, own).choices[0].finish_reason == "stop"
 

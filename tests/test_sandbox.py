@@ -67,6 +67,14 @@ def test_a_job_that_hangs_holds_up_no_other(box, monkeypatch):
     assert box.run("render", SOUND, CHAT, {}) == "hello"
 
 
+def test_a_process_that_the_system_ended_is_replaced(box):
+    assert box.run("render", SOUND, CHAT, {}) == "hello"
+    (process,) = box._idle.queue
+    process.kill()
+    process.wait()
+    assert box.run("render", SOUND, CHAT, {}) == "hello"
+
+
 def test_a_tokenizer_is_loaded_and_used(box, tmp_path, save_model):
     save_model("llama-tied", tmp_path, seed=1)
     assert box.run("load", str(tmp_path), [])["highest"] == 319

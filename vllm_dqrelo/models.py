@@ -165,6 +165,8 @@ class DeltaModels(OpenAIServingModels):
     ) -> LoRARequest | ErrorResponse:
         """Load a delta into the engine; the caller holds the lock of the name."""
         try:
+            if len(name) > MOST_NAME:
+                raise DqreloError(f"a name has at most {MOST_NAME} characters")
             info = await asyncio.to_thread(DeltaInfo.read, folder)
             request = delta_request(name, folder, load_inplace)
             for other in self.lora_requests.values():

@@ -70,20 +70,38 @@ class Sandbox:
         return result
 
     def _borrow(self) -> subprocess.Popen[bytes]:
-        try:
-            return self._idle.get(timeout=PATIENCE if self._started else 0.001)
-        except queue.Empty:
-            with self._lock:
-                new = self._started < MOST_PROCESSES
-                self._started += new
-            return start() if new else self._idle.get()
+        """An idle process, or a new one where all are busy for a while."""
+        while True:
+            try:
+                idle = self._idle.get(timeout=PATIENCE if self._started else 0.001)
+                if idle.poll() is None:
+                    return idle
+                self._count(-1)  # the system ended it, for want of memory
+            except queue.Empty:
+                if self._count(1):
+                    return self._start()
 
     def _give_back(self, process: subprocess.Popen[bytes], alive: bool) -> None:
         if not alive:
             process.kill()
             process.wait()
-            process = start()
+            process = self._start()
         self._idle.put(process)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        """A process for one that was counted."""
+        try:
+            return start()
+        except OSError:
+            self._count(-1)
+            raise
+
+    def _count(self, change: int) -> bool:
+        """Count a process more or less; whether it may be."""
+        with self._lock:
+            allowed = self._started + change <= MOST_PROCESSES
+            self._started += change * allowed
+        return allowed
 
 
 def start() -> subprocess.Popen[bytes]:
