@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chat template in a sandbox says what transformers' own rendering says."""
+"""A delta's tokenizer: its template says in a sandbox what transformers says."""
 
 import copy
 
 import jinja2
 import pytest
 
-from vllm_dqrelo.chat_template import in_sandbox
+from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.tokenizer import own_tokenizer
 
 CHAT = [
     {"role": "system", "content": "w7 {{ w1 }} ü 你 \u2028"},
@@ -32,7 +33,7 @@ def pair(save_model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     tokenizer.add_special_tokens({"bos_token": "w1", "extra_special_tokens": ["w5"]})
     tokenizer.chat_template = {"default": TEMPLATE, "short": "{{ messages | length }}"}
-    return tokenizer, in_sandbox(tokenizer, "name")
+    return tokenizer, own_tokenizer(tokenizer, "name")
 
 
 @pytest.mark.parametrize(
@@ -71,3 +72,30 @@ def test_what_a_template_says_of_a_conversation_is_said(pair):
         )
     with pytest.raises(jinja2.TemplateError, match="fails: 'a' is undefined"):
         apart.apply_chat_template(CHAT, chat_template="{{ a.b }}")
+
+
+class PanicException(BaseException):
+    """As native code that panics raises it."""
+
+
+@pytest.mark.parametrize("error", [KeyError("w1"), PanicException("w1")])
+def test_a_text_that_it_fails_on_is_refused(pair, monkeypatch, error):
+    tokenizer, apart = pair
+
+    def fail(*args, **kwargs):
+        raise error
+
+    for name in ("_encode_plus", "_decode"):
+        monkeypatch.setattr(type(tokenizer), name, fail)
+    for use in (lambda: apart("w1"), lambda: apart.encode("w1")):
+        with pytest.raises(DqreloError, match="the tokenizer fails: .*w1"):
+            use()
+    with pytest.raises(DqreloError, match="the tokenizer fails: .*w1"):
+        apart.decode([1])
+    monkeypatch.setattr(type(tokenizer), "_decode", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        apart.decode([1])
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt

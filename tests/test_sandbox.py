@@ -27,7 +27,7 @@ def box():
     [
         (LOOP, "Limit", "more time than is allowed"),
         ("{{ 'a' * 10 ** 11 }}", "Limit", "bytes of memory"),
-        ("{{ 'a' * 10 ** 7 }}", "Limit", "gives more than"),
+        ("{{ 'a' * 10 ** 7 }}", "Limit", "gives more than 1,000,000"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError", "depth"),
         ("{{ raise_exception('x' * 10 ** 6) }}", "TemplateError", "^x{4000}$"),
         ("{% if %}", "TemplateSyntaxError", "Expected an expression"),

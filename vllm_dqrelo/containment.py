@@ -16,6 +16,14 @@ from vllm.logger import init_logger
 logger = init_logger(f"vllm.{__name__}")
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether what ran failed: an Exception, or a panic of native code, which is none.
+
+    Others are for the process: somebody interrupts it, or ends it.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def contain_failures(state: Any, name: str) -> None:
     """Let the request fail whose tokens a tokenizer cannot turn into text.
 
@@ -30,7 +38,9 @@ def contain_failures(state: Any, name: str) -> None:
         def run(*args: Any) -> Any:
             try:
                 return method(*args)
-            except BaseException as error:  # a panic of native code is no Exception
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
                 reason = f"the tokenizer of {name} fails on its answer: {error}"
                 logger.warning("dqrelo: %s", reason)
                 failure = GracefulHTTPError(reason, HTTPStatus.BAD_REQUEST)

@@ -19,12 +19,12 @@ from vllm.renderers.hf import HfRenderer
 from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import TokenizerLike, get_tokenizer
 
-from vllm_dqrelo.chat_template import in_sandbox
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.generation_config import read_generation_config
 from vllm_dqrelo.format.side_files import GENERATION_CONFIG, TOKENIZER_FILES
 from vllm_dqrelo.format.tokenizer import folder_of, try_tokenizer
 from vllm_dqrelo.message import check_message
+from vllm_dqrelo.tokenizer import own_tokenizer
 
 T = TypeVar("T")
 
@@ -131,7 +131,7 @@ class Frontend:
         # What vLLM keeps by name is kept by content, and it finds nothing of that name.
         self._model.tokenizer = name
         if type(renderer) is HfRenderer:
-            tokenizer = in_sandbox(tokenizer, name)
+            tokenizer = own_tokenizer(tokenizer, name)
         # The renderer makes a copy of it that several threads may use.
         own = type(renderer)(self._config, tokenizer)
         self.attributes |= {"renderer": own, "tokenizer": own.tokenizer}

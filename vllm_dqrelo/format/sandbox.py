@@ -18,7 +18,7 @@ from typing import Any
 
 CPU_SECONDS = {"load": 20, "render": 2}  # of one job
 MEMORY = 2 * 2**30  # bytes of one process
-MOST_REPLY = 64 * 2**20  # bytes
+MOST_REPLY = 16 * 2**20  # bytes, of a prompt of a million tokens
 MOST_PROCESSES = 4
 PATIENCE = 0.2  # seconds after which another process is started
 SCRIPT = Path(__file__).with_name("sandboxed.py")
@@ -108,7 +108,7 @@ def start() -> subprocess.Popen[bytes]:
     """A process that waits for jobs; it ends when this one does."""
     return subprocess.Popen(
         # -P: the files beside the script are no modules of the process.
-        [sys.executable, "-P", SCRIPT, str(MEMORY)],
+        [sys.executable, "-P", SCRIPT, str(MEMORY), str(MOST_REPLY)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -124,12 +124,9 @@ def exchange(process: subprocess.Popen[bytes], request: bytes) -> tuple[str, Any
         process.stdin.flush()
     except BrokenPipeError:
         pass
-    reply = process.stdout.readline(MOST_REPLY)
-    if reply.endswith(b"\n"):
+    if (reply := process.stdout.readline()).endswith(b"\n"):
         kind, result = json.loads(reply)
         return kind, result
-    if len(reply) == MOST_REPLY:
-        raise SandboxError("Limit", f"it gives more than {MOST_REPLY:,} bytes")
     if (code := process.wait()) == -signal.SIGXCPU:
         raise SandboxError("Limit", "it takes more time than is allowed")
     raise SandboxError("Limit", f"it ended its process (exit code {code})")

@@ -100,13 +100,16 @@ def main() -> None:
     with suppress(ModuleNotFoundError):  # the jobs will say so
         for name in NEEDED:  # in time that is not theirs
             importlib.import_module(name)
-    limit_memory(int(sys.argv[1]))
+    memory, most = map(int, sys.argv[1:])
+    limit_memory(memory)
     jobs = {job.__name__: job for job in (load, render)}
     for line in sys.stdin:
         job, seconds, arguments = json.loads(line)
         limit_time(seconds)
         try:
             reply = json.dumps(["", jobs[job](*arguments)])
+            if len(reply) > most:
+                reply = json.dumps(["Limit", f"it gives more than {most:,} bytes"])
         except BaseException as error:  # a panic of native code is no Exception
             message = str(error)[:MOST_MESSAGE]
             reply = json.dumps([type(error).__name__, message])

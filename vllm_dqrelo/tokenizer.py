@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A delta's chat template: rendered in a sandbox, for each request.
+"""A delta's tokenizer: what fails in it is the request's error, and no more.
 
-vLLM renders in a thread of the server, which nothing can end, and which keeps every
-other thread from running while it computes a number of a billion digits.
+vLLM renders a chat template in a thread of the server, which nothing can end, and which
+keeps every other thread from running while it computes a number of a billion digits. A
+delta's is rendered in a sandbox, for each request.
 """
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from vllm_dqrelo.containment import is_failure
+from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.sandbox import SANDBOX, SandboxError
 
 # Options of apply_chat_template that are no variables of a template.
@@ -19,11 +23,20 @@ TOKENIZING = {"tokenize", "padding", "truncation", "max_length", "return_tensors
 TOKENIZING |= {"return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
 
 
-def in_sandbox(tokenizer: Any, name: str) -> Any:
-    """A copy of a tokenizer called ``name`` that renders its template in a sandbox."""
-    made = copy.copy(tokenizer)
+def own_tokenizer(tokenizer: Any, name: str) -> Any:
+    """A copy of a tokenizer called ``name``, for a server that must go on.
 
-    class Sandboxed(type(made)):  # type: ignore[misc]
+    Its chat template is rendered in a sandbox; a jinja2.TemplateError says why it
+    cannot be. A text or tokens that it fails on are a DqreloError.
+    """
+    made = copy.copy(tokenizer)
+    base = type(made)
+
+    class OwnTokenizer(base):  # type: ignore[misc, valid-type]
+        __call__ = refusing(base.__call__)
+        encode, decode = refusing(base.encode), refusing(base.decode)
+        convert_ids_to_tokens = refusing(base.convert_ids_to_tokens)
+
         @functools.wraps(PreTrainedTokenizerBase.apply_chat_template)
         def apply_chat_template(
             self, conversation: Any, tools: Any = None, **options: Any
@@ -39,9 +52,9 @@ def in_sandbox(tokenizer: Any, name: str) -> Any:
             )
 
         def __reduce__(self) -> Any:
-            return in_sandbox, (tokenizer, name)  # also of a copy
+            return own_tokenizer, (tokenizer, name)  # also of a copy
 
-    made.__class__ = Sandboxed
+    made.__class__ = OwnTokenizer
     made.name_or_path = name
     return made
 
@@ -55,3 +68,18 @@ def render(template: str, conversation: Any, variables: dict[str, Any]) -> str:
         said = error.kind == "TemplateError"
         reason = str(error) if said else f"the chat template fails: {error}"
         raise jinja2.TemplateError(reason) from error
+
+
+def refusing(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method`` of a tokenizer, whose failures are errors of the request."""
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except BaseException as error:
+            if not is_failure(error) or isinstance(error, DqreloError):
+                raise
+            raise DqreloError(f"the tokenizer fails: {error}") from error
+
+    return run
