@@ -357,6 +357,11 @@ def test_metrics(url, client, own):
 
     chat(client, own)
     post(url, "/v1/dqrelo/deltas/own/unload")
+    # What the engine reports of a step, it reports of all before it.
+    of_base = {"model": "base", "finished_reason": "length"}
+    done = sample("requests_total", **of_base)
+    chat(client, own, "base", max_tokens=2)
+    assert eventually(lambda: sample("requests_total", **of_base) > done)
     before, registered = counts(), sample("num_deltas_registered")
     for _ in range(3):
         chat(client, own, max_tokens=2)
