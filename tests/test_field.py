@@ -8,6 +8,7 @@ import field
 import peft
 import pytest
 import torch
+import trainers as _  # noqa: F401  the rest of field.CASES
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
