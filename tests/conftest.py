@@ -37,7 +37,7 @@ from dqrelo_kernels import cpu
 from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
 
-pytest_plugins = ["servers", "engines", "renamed"]
+pytest_plugins = ["servers", "engines", "renamed", "wide"]
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama-tied": LlamaConfig(**GROUPED, **TIED),
