@@ -111,7 +111,7 @@ class Reader:
 
     def read(self, folder: Path) -> Any:
         """What the worker makes of a folder."""
-        return self.manager.read(LoRARequest("x", 1, str(folder)))
+        return self.manager.read(LoRARequest("x", 1, str(folder)), {})
 
     def use(self, packed: Any) -> None:
         """Put a delta on the device and forget it again."""

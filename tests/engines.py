@@ -2,6 +2,8 @@
 """``engine(model)``: vLLM in this process, what it is asked and what it answers."""
 
 import gc
+import inspect
+import sys
 import weakref
 
 import pytest
@@ -31,6 +33,23 @@ def engine_fixture():
 
 
 CORES: weakref.WeakSet = weakref.WeakSet()
+
+
+@pytest.fixture(autouse=True)
+def own_classes():
+    """Undo what vLLM's backend for transformers does to its classes, in place.
+
+    They could not be built without an engine (vllm/compilation/decorators.py:338).
+    """
+    yield
+    if not (compiled := sys.modules.get("vllm.compilation.wrapper")):
+        return
+    wrapper = compiled.TorchCompileWithNoGuardsWrapper
+    for cls in wrapper.__subclasses__():
+        if cls.__module__.startswith("transformers."):
+            cls.__init__ = inspect.getclosurevars(cls.__init__).nonlocals["old_init"]
+            del cls.__call__, cls.save_aot_compiled_function
+            cls.__bases__ = tuple(base for base in cls.__bases__ if base != wrapper)
 
 
 def engine(model, **options):

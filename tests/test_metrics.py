@@ -117,7 +117,7 @@ def spies(llm, manager):
         steps.append(len(runner.input_batch.lora_id_to_lora_request))
         return prepare(*args)
 
-    manager.loader._read = lambda request: reads.append(request) or read(request)
+    manager.loader._read = lambda *given: reads.append(given) or read(*given)
     runner._prepare_inputs = _prepare_inputs
     return reads, steps
 

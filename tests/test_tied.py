@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_names import build, edit, logits, renaming, tuned
+from renamed import build, edit, logits, renaming, tuned
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dqrelo_tools.cli import main
