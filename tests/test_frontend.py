@@ -252,6 +252,22 @@ def test_a_delta_that_was_unloaded_is_refused(family, own, start):
     assert outcome(llm.generate(TEXT, lora_request=again, use_tqdm=False))
 
 
+def test_the_tokenizers_of_a_delta_that_was_unloaded_are_freed(family, own, start):
+    """Also those that vLLM has in a pool of several threads, and in its caches."""
+    from transformers import PreTrainedTokenizerBase
+
+    def held():
+        gc.collect()
+        return sum(isinstance(o, PreTrainedTokenizerBase) for o in gc.get_objects())
+
+    llm = start(family("llama").base, deltas=True)
+    before = held()
+    request = load(llm, "own", own.delta)
+    assert asked(llm, own.chat, None, request) and held() > before
+    llm.llm_engine.remove_lora(request.lora_int_id)
+    assert held() == before
+
+
 def test_the_same_files_are_held_once(family, own, start, tmp_path):
     llm = start(family("llama").base, deltas=True)
     shutil.copytree(own.delta, tmp_path / "copy")

@@ -49,6 +49,16 @@ def text_parts(engine: Any) -> tuple[Any, Any, Any]:
     return renderer, inputs, outputs
 
 
+def forget_methods() -> None:
+    """Free the tokenizers that vLLM's cache of signatures holds through their methods.
+
+    It asks which options a tokenizer's method takes (utils/func_utils.py:47).
+    """
+    from vllm.utils import func_utils
+
+    find(func_utils, "_supports_kw").cache_clear()
+
+
 def choose_offline(choose: Callable[[Any, Any], Any]) -> None:
     """Let ``choose(llm, lora_request)`` name who runs the prompts of a call of LLM."""
     from vllm import LLM

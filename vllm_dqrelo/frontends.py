@@ -129,6 +129,7 @@ class Frontends:
     def _forget(self, adapter_id: int) -> None:
         self._of.pop(adapter_id, None)
         self._removed.add(adapter_id)
+        compat_frontend.forget_methods()
 
     def _with_adapters(self, engine: Any) -> None:
         """Load the frontend before a delta and forget it with the delta."""

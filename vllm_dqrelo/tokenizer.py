@@ -6,7 +6,6 @@ keeps every other thread from running while it computes a number of a billion di
 delta's is rendered in a sandbox, for each request.
 """
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -29,8 +28,7 @@ def own_tokenizer(tokenizer: Any, name: str) -> Any:
     Its chat template is rendered in a sandbox; a jinja2.TemplateError says why it
     cannot be. A text or tokens that it fails on are a DqreloError.
     """
-    made = copy.copy(tokenizer)
-    base = type(made)
+    base = type(tokenizer)
 
     class OwnTokenizer(base):  # type: ignore[misc, valid-type]
         __call__ = refusing(base.__call__)
@@ -54,7 +52,9 @@ def own_tokenizer(tokenizer: Any, name: str) -> Any:
         def __reduce__(self) -> Any:
             return own_tokenizer, (tokenizer, name)  # also of a copy
 
-    made.__class__ = OwnTokenizer
+    # Not by copy.copy, for which vLLM makes the vocabulary once more.
+    made = OwnTokenizer.__new__(OwnTokenizer)
+    made.__dict__.update(vars(tokenizer))
     made.name_or_path = name
     return made
 
