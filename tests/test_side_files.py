@@ -83,6 +83,10 @@ FILES = {
         "chat_template.jinja",
         "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2,
     ),
+    "has 500,000 characters": (
+        "chat_template.jinja",
+        "{{ 'w' }}" * 50_000 + "w" * 50_000,
+    ),
     "bytes of memory": ("chat_template.jinja", "{{ 'a' * 10 ** 11 }}"),
 }
 

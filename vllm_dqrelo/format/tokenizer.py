@@ -14,6 +14,9 @@ from vllm_dqrelo.format.sandbox import SANDBOX, SandboxError
 from vllm_dqrelo.format.side_files import TOKENIZER_FILES
 
 MOST_BYTES = 256 * 2**20  # of one of its files
+# Characters of a chat template, of which published ones have thousands: vLLM parses it
+# in the loop that answers all requests.
+MOST_TEMPLATE = 2**18
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 # Templates may refuse a conversation; what else keeps one from being rendered keeps
 # every conversation from it.
@@ -87,6 +90,11 @@ def try_templates(templates: Any, tokens: dict[str, Any], where: Path) -> None:
             raise DqreloError(
                 f"{where} cannot be used: chat_template is {reprlib.repr(template)}; "
                 "expected a text"
+            )
+        if len(template) > MOST_TEMPLATE:
+            raise DqreloError(
+                f"{where} cannot be used: chat_template ({name}) has "
+                f"{len(template):,} characters; expected at most {MOST_TEMPLATE:,}"
             )
         for conversation in (SHORT, LONG):
             options = {"add_generation_prompt": True, **tokens}
