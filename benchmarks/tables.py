@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from statistics import correlation
 from typing import Any
 
-from reliability import fuzz_table, soak_table
+from reliability import fuzz_server_table, fuzz_table, soak_table
 from rows import RESULTS, Row, read, table
 from serving_tables import capacity_table, compare_table, serving_table
 
@@ -405,6 +405,7 @@ def tables() -> dict[str, str]:
         "router": router_table(read("router.csv")),
         "versions": versions_table(read("versions.csv")),
         "fuzz": fuzz_table(read("fuzz.csv")),
+        "fuzz_server": fuzz_server_table(read("fuzz_server.csv")),
         "soak": soak_table(json.loads((RESULTS / "soak.json").read_text())),
         "demo": demo_table(json.loads((RESULTS / "demo.json").read_text())),
         "plan": plan_table(json.loads((RESULTS / "plan.json").read_text())),
