@@ -142,6 +142,22 @@ def test_a_delta_that_cannot_be_read_is_counted(family, engine, load, tmp_path):
     assert value("delta_loads_total", outcome="ok") == 0
 
 
+def test_a_name_that_goes_is_reported_while_another_keeps_the_delta(
+    family, engine, load
+):
+    """By an engine that has nothing else to do: it takes one step for the report."""
+    made = family("llama")
+    llm = engine(made.base, quantization="dqrelo")
+    one, _ = (load(llm, name, made.deltas[0]) for name in ("one", "two"))
+    llm.generate([{"prompt_token_ids": [1]}], use_tqdm=False)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    while scheduler.has_requests():
+        llm.llm_engine.step()
+    llm.llm_engine.remove_lora(one.lora_int_id)
+    assert scheduler.has_requests()
+    assert scheduler.deltas.take_report().registered == 1
+
+
 def test_the_number_of_labels_is_bounded(metrics, monkeypatch):
     from vllm_dqrelo import metrics as module
 

@@ -123,6 +123,7 @@ class Deltas:
         """Forget a name; its delta goes when the last request for it has ended."""
         known = self.registered.pop(lora_id, None)
         if known:
+            self.changed = True  # also where another name keeps the delta
             self._forget_unused(known.bound.lora_name)
         return known is not None
 
