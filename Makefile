@@ -11,7 +11,7 @@ BIN := .venv/bin
 .PHONY: demo test bench bench-check lint clean
 
 demo: .venv/ready
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python -m benchmarks.demo
 
 test: .venv/ready
 	$(BIN)/pytest -n 2 --dist loadfile -m "not timing"
@@ -20,14 +20,14 @@ test: .venv/ready
 # Measured anew into .cache/bench; the documents have benchmarks/results.
 bench: .venv/ready
 	rm -rf .cache/bench
-	$(BIN)/python benchmarks/benchmark_quality.py --short --output-dir .cache/bench
-	$(BIN)/python benchmarks/benchmark_cpu.py --short --output .cache/bench/cpu.csv
-	$(BIN)/python benchmarks/benchmark_serving.py --output-dir .cache/bench --models 2 \
+	$(BIN)/python -m benchmarks.quality.quality --short --output-dir .cache/bench
+	$(BIN)/python -m benchmarks.ops.cpu --short --output .cache/bench/cpu.csv
+	$(BIN)/python -m benchmarks.serving.serving --output-dir .cache/bench --models 2 \
 	  --popularity uniform --arrivals closed --lengths 32:24 --num-prompts 16
-	$(BIN)/python benchmarks/figures.py
+	$(BIN)/python -m benchmarks.documents.figures
 
 bench-check: .venv/ready
-	$(BIN)/python benchmarks/bench_check.py
+	$(BIN)/python -m benchmarks.check
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -17,20 +17,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from server import DQRELO, ENVIRONMENT, server
+from benchmarks.serving.server import ENVIRONMENT, server
 
 os.environ.update(ENVIRONMENT)
 
-from bases import BASES, fetch_base
-from finetune import exact_match
-from machine import machine
 from openai import OpenAI
-from tasks import MAX_ANSWER_TOKENS, TASKS
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-CACHE = HERE.parent / ".cache" / "demo"
-LOG = CACHE / "server.log"
+from benchmarks.machine import machine
+from benchmarks.models.bases import BASES, fetch_base
+from benchmarks.models.finetune import exact_match
+from benchmarks.models.tasks import MAX_ANSWER_TOKENS, TASKS
+from benchmarks.paths import CACHE, DQRELO
+
+DEMO = CACHE / "demo"
+LOG = DEMO / "server.log"
 BASE = BASES["smollm2"].title
 RATIO = "0.125"
 QUESTIONS = 20  # per task
@@ -100,17 +101,24 @@ def main() -> None:
     """Run every stage, print and keep the results, and judge them."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server ends too
     with stage("fetch the base"):
-        base = fetch_base(CACHE / "base")
+        base = fetch_base(DEMO / "base")
     models, deltas, uncompressed = {}, {}, {}
     for name, task in TASKS.items():
         with stage(f"fine-tune {name}"):
-            command = [HERE / "finetune.py", "--base", base, "--task", name]
-            models[name] = make(CACHE / "finetunes" / name, *command)
+            command = [
+                "-m",
+                "benchmarks.models.finetune",
+                "--base",
+                base,
+                "--task",
+                name,
+            ]
+            models[name] = make(DEMO / "finetunes" / name, *command)
         with stage(f"ask {name}, uncompressed"):
             uncompressed[name] = exact_match(models[name], task, QUESTIONS)
         with stage(f"convert {name}"):
             command = [*DQRELO, "convert", "--base", base, "--model", models[name]]
-            deltas[name] = make(CACHE / "deltas" / name, *command, "--ratio", RATIO)
+            deltas[name] = make(DEMO / "deltas" / name, *command, "--ratio", RATIO)
     arguments = [*DQRELO, "serve", base, "--served-model-name=base"]
     arguments += [f"--delta={name}={delta}" for name, delta in deltas.items()]
     arguments += ["--dtype=bfloat16", "--max-model-len=512", "--enforce-eager"]
@@ -142,7 +150,7 @@ def main() -> None:
         "seconds": _seconds,
         "machine": machine(),
     }
-    (CACHE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (DEMO / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name, expected in uncompressed.items():
         known, kept = scores["base"][name], scores[name][name]
         if known > MAX_BASE_SCORE:

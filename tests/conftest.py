@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shapes import GROUPED, SHAPE, TIED, UNTIED
+from support.shapes import GROUPED, SHAPE, TIED, UNTIED
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -33,11 +33,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from dqrelo_kernels import cpu
+from dqrelo_kernels.cpu import build as cpu
 from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
 
-pytest_plugins = ["servers", "engines", "renamed", "wide"]
+pytest_plugins = [f"support.{n}" for n in ("servers", "engines", "renamed", "wide")]
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama-tied": LlamaConfig(**GROUPED, **TIED),

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from adapters import (
+from safetensors.torch import save_file
+from support.adapters import (
     LINEARS,
     TOKENS,
     close,
@@ -18,7 +19,6 @@ from adapters import (
     peft,
     peft_logits,
 )
-from safetensors.torch import save_file
 
 from dqrelo_tools.adapter import Adapter
 from vllm_dqrelo.format.checkpoint import Checkpoint

@@ -9,7 +9,8 @@ import shutil
 import peft
 import pytest
 import torch
-from adapters import (
+from peft.utils.peft_types import PeftType
+from support.adapters import (
     CONFIG,
     TOKENS,
     close,
@@ -20,7 +21,6 @@ from adapters import (
     load_model,
     make_adapter,
 )
-from peft.utils.peft_types import PeftType
 
 from dqrelo_tools.adapter_config import (
     BASE_CHANGING_INITS,

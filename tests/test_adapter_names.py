@@ -7,7 +7,8 @@ import peft
 import pytest
 import torch
 import transformers
-from adapters import (
+from safetensors.torch import load_file, save_file
+from support.adapters import (
     CONFIG,
     TENSORS,
     close,
@@ -17,8 +18,7 @@ from adapters import (
     make_adapter,
     peft_logits,
 )
-from safetensors.torch import load_file, save_file
-from shapes import GROUPED, SHAPE
+from support.shapes import GROUPED, SHAPE
 
 from dqrelo_tools import cli
 from vllm_dqrelo.format.delta import Delta

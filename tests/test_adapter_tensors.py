@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from adapters import CONFIG, TENSORS, convert, edit, error_of, make_adapter
 from safetensors.torch import save_file
+from support.adapters import CONFIG, TENSORS, convert, edit, error_of, make_adapter
 
 from dqrelo_tools import cli
 

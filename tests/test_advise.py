@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from killed import killed
 from safetensors.torch import load_file, save_file
+from support.killed import killed
 
 from dqrelo_tools import cli, convert
 from dqrelo_tools.advise import Advice, figure, survey

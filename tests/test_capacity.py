@@ -21,9 +21,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def capacity():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-        yield importlib.import_module("benchmark_capacity")
+    return importlib.import_module("benchmarks.serving.capacity")
 
 
 @pytest.fixture
@@ -45,7 +43,7 @@ def running(capacity, monkeypatch):
         assert len(models) == load.num_prompts and asked.keys() <= {*found[address]}
         return {"duration": 2.0, "output_lens": [16] * len(models), "asked": asked}
 
-    for module in (capacity, importlib.import_module("rivals")):
+    for module in (capacity, importlib.import_module("benchmarks.serving.rivals")):
         monkeypatch.setattr(module, "drive", drive)
         monkeypatch.setattr(module, "base", lambda: Path("base"))
     monkeypatch.setattr(capacity, "delta", lambda i: Path(f"delta-{i}"))
@@ -140,12 +138,14 @@ def test_the_table_and_the_figure_say_what_fits(capacity):
         {"system": s, "models": n, "budget_gib": "8.0", "held_gib": gib}
         for s, n, gib in [("one each", "1", "2.24"), ("ours", "2", "8.001")]
     ]
-    table = importlib.import_module("serving_tables").capacity_table(rows)
+    tables = importlib.import_module("benchmarks.documents.serving_tables")
+    table = tables.capacity_table(rows)
     assert table.splitlines()[2:] == [
         "| one each | 1 | 2.24 | yes |",
         "| ours | 2 | 8.00 | no |",
     ]
-    (axes,) = importlib.import_module("figures").capacity_figure(rows).axes
+    figures = importlib.import_module("benchmarks.documents.figures")
+    (axes,) = figures.capacity_figure(rows).axes
     first, second, budget = (line.get_xydata().tolist() for line in axes.lines)
     assert first == [[1, 2.24]] and second == [[2, 8.001]]
     assert [y for _, y in budget] == [8, 8]

@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 
-from vllm_dqrelo import catalogue
-from vllm_dqrelo.catalogue import Catalogue, DeltaInfo
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.frontend import catalogue
+from vllm_dqrelo.frontend.catalogue import Catalogue, DeltaInfo
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import jinja2
 import pytest
 
 from vllm_dqrelo.format.errors import DqreloError
-from vllm_dqrelo.tokenizer import own_tokenizer
+from vllm_dqrelo.frontend.tokenizer import own_tokenizer
 
 CHAT = [
     {"role": "system", "content": "w7 {{ w1 }} ü 你 \u2028"},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from configs import (
+from support.configs import (
     ABSENT,
     NOT_BUILT,
     build,
@@ -22,7 +22,7 @@ from configs import (
     save,
     saved_again,
 )
-from published import LLAMA3_ROPE, LONG_ROPE, PUBLISHED
+from support.published import LLAMA3_ROPE, LONG_ROPE, PUBLISHED
 
 from dqrelo_tools.configs import READ_ANYWAY
 from vllm_dqrelo.format.model_config import INERT

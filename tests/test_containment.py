@@ -11,7 +11,7 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from vllm_dqrelo.containment import contain_failures
+from vllm_dqrelo.frontend.containment import contain_failures
 
 pytestmark = pytest.mark.vllm
 

@@ -16,21 +16,19 @@ BY_NAME = {str(path.relative_to(ROOT)): path for path in DOCUMENTS}
 
 @pytest.fixture(scope="module")
 def documents():
-    """The module of that name in benchmarks/."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield importlib.import_module("documents")
+    """benchmarks/documents/documents.py."""
+    return importlib.import_module("benchmarks.documents.documents")
 
 
 @pytest.fixture(scope="module")
 def tables(documents):
     """What stands in the documents' blocks."""
-    return importlib.import_module("tables").tables()
+    return importlib.import_module("benchmarks.documents.tables").tables()
 
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_numbers_are_those_of_the_results(documents, tables, name):
-    """``python benchmarks/figures.py`` would change nothing."""
+    """``python -m benchmarks.documents.figures`` would change nothing."""
     text = BY_NAME[name].read_text()
     assert documents.rewritten(text, tables) == text
 

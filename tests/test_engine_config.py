@@ -55,7 +55,7 @@ def test_what_is_not_right_with_deltas_is_refused(
 ):
     import torch
 
-    from vllm_dqrelo.manager import DeltaManager
+    from vllm_dqrelo.worker.manager import DeltaManager
 
     owner = getattr(config, part) if part else config
     if isinstance(getattr(type(owner), name, None), property):
@@ -159,7 +159,7 @@ def test_layers_that_deltas_cannot_be_put_on_are_refused():
 def test_experts_that_deltas_cannot_be_put_on_are_refused(change, message):
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
-    from vllm_dqrelo.experts import refuse
+    from vllm_dqrelo.worker.experts import refuse
 
     given = {"has_bias": False, "apply_router_weight_on_input": False} | change
     given["activation"] = MoEActivation.from_str(change.get("activation", "silu"))
@@ -188,7 +188,7 @@ def test_experts_that_get_rows_of_other_workers_are_refused(
 ):
     import torch
 
-    from vllm_dqrelo.manager import DeltaManager
+    from vllm_dqrelo.worker.manager import DeltaManager
 
     monkeypatch.setattr(config.parallel_config, name, value)
     DeltaManager(config, torch.device("cpu"))  # without experts it is right
@@ -207,7 +207,7 @@ def test_a_scheduler_of_another_kind_is_refused():
 def test_a_gpu_is_refused_until_it_was_tested(monkeypatch, config):
     import torch
 
-    from vllm_dqrelo.manager import DeltaManager
+    from vllm_dqrelo.worker.manager import DeltaManager
 
     with pytest.raises(ValueError, match="runs on the CPU only so far, not on cuda"):
         DeltaManager(config, torch.device("cuda"))

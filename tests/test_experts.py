@@ -4,8 +4,8 @@
 import pytest
 import torch
 
-from dqrelo_kernels import cpu
 from dqrelo_kernels import ops as _  # noqa: F401
+from dqrelo_kernels.cpu import build as cpu
 from dqrelo_kernels.layout import unpack_experts
 
 # Rows of each expert: none, few, whole tiles, more than are in work at a time.

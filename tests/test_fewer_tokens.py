@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from shapes import GROUPED, SHAPE, TIED
+from support.shapes import GROUPED, SHAPE, TIED
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, PhiConfig
 
 from dqrelo_tools import cli

@@ -4,12 +4,12 @@
 import re
 from pathlib import Path
 
-import field
 import peft
 import pytest
 import torch
 import trainers as _  # noqa: F401  the rest of field.CASES
 from safetensors.torch import load_file
+from support import field
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

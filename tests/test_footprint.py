@@ -19,8 +19,8 @@ from vllm_dqrelo.format.errors import DqreloError
 @pytest.mark.parametrize("kind", ["llama-tied", "llama", "qwen2"])
 def test_a_delta_takes_what_the_server_packs(family, kind):
     pytest.importorskip("vllm")
-    from vllm_dqrelo.packed import pack
-    from vllm_dqrelo.sites import Place, Site
+    from vllm_dqrelo.worker.packed import pack
+    from vllm_dqrelo.worker.sites import Place, Site
 
     for folder in family(kind).deltas:
         delta = Delta(folder)

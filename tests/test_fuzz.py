@@ -4,19 +4,18 @@
 import csv
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+MODULES = "benchmarks.reliability"
 
 
 def rows(script, cases, output):
     """Of the results of another seed than that of the long run."""
-    command = [sys.executable, str(BENCHMARKS / script), "--cases", str(cases)]
+    command = [sys.executable, "-m", f"{MODULES}.{script}", "--cases", str(cases)]
     command += ["--seed", "1", "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr[-8000:]
@@ -26,7 +25,7 @@ def rows(script, cases, output):
 
 def test_malformed_folders_are_refused(tmp_path):
     """20 cases of each kind."""
-    *kinds, total = rows("fuzz.py", 380, tmp_path / "results.csv")
+    *kinds, total = rows("fuzz", 380, tmp_path / "results.csv")
     assert [row["cases"] for row in kinds] == ["20"] * 19
     assert (total["cases"], total["faults"]) == ("380", "0")
     for row in (*kinds, total):
@@ -36,7 +35,7 @@ def test_malformed_folders_are_refused(tmp_path):
 
 def test_malformed_side_files_stop_no_server(tmp_path):
     """10 cases of each kind; most of them are refused, and some answered."""
-    *kinds, total = rows("fuzz_server.py", 120, tmp_path / "results.csv")
+    *kinds, total = rows("fuzz_server", 120, tmp_path / "results.csv")
     assert [row["cases"] for row in kinds] == ["10"] * 12
     assert (total["cases"], total["faults"]) == ("120", "0")
     assert int(total["refused"]) > int(total["answered"]) > 10

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from killed import killed
 from safetensors.torch import save_file
+from support.killed import killed
 
 from dqrelo_tools import cli
 from dqrelo_tools.compress import EXACT_SVD, truncated_svd

@@ -22,8 +22,8 @@ def merges(monkeypatch):
     from vllm.model_executor.layers import utils
 
     import dqrelo_kernels.ops
-    import vllm_dqrelo.layers
-    import vllm_dqrelo.manager
+    import vllm_dqrelo.worker.layers
+    import vllm_dqrelo.worker.manager
 
     def keep(layer, remove_weight):
         layer.cpu_linear = torch.nn.functional.linear
@@ -36,8 +36,8 @@ def merges(monkeypatch):
     gemm = utils.cpu_unquantized_gemm
     monkeypatch.setattr(dqrelo_kernels.ops, "_merge", counted)
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep)
-    monkeypatch.setattr(vllm_dqrelo.layers, "default_unquantized_gemm", gemm)
-    monkeypatch.setattr(vllm_dqrelo.manager, "merge_rows", lambda *_: 4)
+    monkeypatch.setattr(vllm_dqrelo.worker.layers, "default_unquantized_gemm", gemm)
+    monkeypatch.setattr(vllm_dqrelo.worker.manager, "merge_rows", lambda *_: 4)
     return made
 
 
@@ -68,8 +68,8 @@ def test_prompts_through_merged_matrices(
 def like_a_gpu(monkeypatch):
     """Deltas lie in memory as on a GPU, and Triton's interpreter computes with them."""
     import dqrelo_kernels.ops
-    from dqrelo_kernels import cpu
-    from vllm_dqrelo import packed
+    from dqrelo_kernels.cpu import build as cpu
+    from vllm_dqrelo.worker import packed
 
     monkeypatch.setenv("DQRELO_NATIVE", "0")
     cpu.reset()

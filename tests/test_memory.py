@@ -129,7 +129,7 @@ class SlowDisk:
     """Opening a delta takes ``DELAY``, once ``slow`` was set."""
 
     def __init__(self, monkeypatch):
-        from vllm_dqrelo import manager
+        from vllm_dqrelo.worker import manager
 
         self.slow, delta = False, manager.Delta
 
@@ -218,7 +218,7 @@ def test_decoding_goes_on_while_a_delta_is_read(
 THREADS = """
 import os, time, torch
 from vllm_dqrelo.format.errors import DqreloError
-from vllm_dqrelo.host import Loader
+from vllm_dqrelo.worker.host import Loader
 
 def read(request, others):
     torch.zeros(2**22).add_(1)
@@ -340,7 +340,7 @@ def test_what_one_step_needs_must_fit_the_arena(
     family, engine, load, manager_of, monkeypatch
 ):
     """Whatever the number of slots: the --max-loras largest, together."""
-    from vllm_dqrelo import scheduler
+    from vllm_dqrelo.engine import scheduler
 
     made, logged = family("llama"), []
     monkeypatch.setattr(scheduler.logger, "info", lambda *args: logged.append(args))

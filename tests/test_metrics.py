@@ -18,7 +18,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 @pytest.fixture
 def metrics():
     """Metrics of an engine that does not run."""
-    from vllm_dqrelo.metrics import DeltaMetrics
+    from vllm_dqrelo.frontend.metrics import DeltaMetrics
 
     return DeltaMetrics(None, [0])
 
@@ -27,7 +27,7 @@ def report(metrics, **values):
     """Let an engine report."""
     from vllm.v1.metrics.stats import SchedulerStats
 
-    from vllm_dqrelo.report import Report
+    from vllm_dqrelo.messages.report import Report
 
     stats = SchedulerStats()
     Report(**values).attach(stats)
@@ -124,7 +124,7 @@ def spies(llm, manager):
 
 def test_a_report_that_nobody_reads_is_dropped(family, engine, monkeypatch):
     """With --disable-log-stats, which is the default of ``LLM``."""
-    from vllm_dqrelo import scheduler
+    from vllm_dqrelo.engine import scheduler
 
     monkeypatch.setattr(scheduler, "UNREAD", 5)
     llm = engine(family("llama").base, quantization="dqrelo")
@@ -159,7 +159,7 @@ def test_a_name_that_goes_is_reported_while_another_keeps_the_delta(
 
 
 def test_the_number_of_labels_is_bounded(metrics, monkeypatch):
-    from vllm_dqrelo import metrics as module
+    from vllm_dqrelo.frontend import metrics as module
 
     monkeypatch.setattr(module, "MODELS", 3)
     for name in ("a", "b", "c", "d", "a"):
@@ -172,7 +172,7 @@ def test_the_number_of_labels_is_bounded(metrics, monkeypatch):
 def test_a_kv_connector_gets_its_own_statistics():
     from vllm.v1.metrics.stats import SchedulerStats
 
-    from vllm_dqrelo.report import Report
+    from vllm_dqrelo.messages.report import Report
 
     own = {"bytes": 3}
     stats = SchedulerStats(kv_connector_stats=own)
@@ -184,7 +184,7 @@ def test_a_kv_connector_gets_its_own_statistics():
 
 
 def test_the_log_says_what_to_do(metrics, monkeypatch):
-    from vllm_dqrelo import metrics as module
+    from vllm_dqrelo.frontend import metrics as module
 
     said = []
     for level in ("info", "warning"):

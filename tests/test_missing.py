@@ -6,7 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
-from renamed import (
+from safetensors.torch import load_file
+from support.renamed import (
     EXPERTS,
     Tensors,
     adding,
@@ -18,8 +19,7 @@ from renamed import (
     in_layers,
     tuned,
 )
-from safetensors.torch import load_file
-from shapes import GROUPED, UNTIED
+from support.shapes import GROUPED, UNTIED
 
 # What cannot be taken, and what explains it.
 REFUSED: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {

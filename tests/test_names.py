@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from renamed import (
+from support.renamed import (
     MASK,
     adding,
     check,

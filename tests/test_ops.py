@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import torch
-from arena import (
+from support.arena import (
     DELTAS,
     EPS,
     POPULARITY,
@@ -15,8 +15,8 @@ from arena import (
     random_deltas,
 )
 
-from dqrelo_kernels import cpu
 from dqrelo_kernels import ops as _  # noqa: F401
+from dqrelo_kernels.cpu import build as cpu
 from dqrelo_kernels.rows import RowGroups
 from dqrelo_kernels.table import (
     ABSENT,

@@ -46,7 +46,7 @@ def test_entry_points():
     assert plugin.value == "vllm_dqrelo:register" and callable(plugin.load())
     group = "vllm.endpoint_plugins"
     (endpoints,) = metadata.entry_points(group=group, name="dqrelo_endpoints")
-    assert endpoints.value == "vllm_dqrelo.endpoints:DeltaEndpoints"
+    assert endpoints.value == "vllm_dqrelo.frontend.endpoints:DeltaEndpoints"
     (command,) = metadata.entry_points(group="console_scripts", name="dqrelo")
     assert command.value == "dqrelo_tools.cli:main"
 
@@ -75,7 +75,7 @@ def test_the_wheel_holds_the_three_packages(tmp_path):
 
 
 def test_every_source_has_its_licence_line():
-    for pattern in ("**/*.py", "**/*.cpp"):
+    for pattern in ("**/*.py", "**/*.cpp", "**/*.h"):
         for folder in ("vllm_dqrelo", "kernels", "tools", "tests", "benchmarks", ".ci"):
             for path in (ROOT / folder).glob(pattern):
                 head = path.read_text()[:60]

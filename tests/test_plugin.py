@@ -17,7 +17,7 @@ def test_the_manager_has_all_that_vllm_calls():
     import vllm.v1.worker
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-    from vllm_dqrelo.manager import DeltaManager
+    from vllm_dqrelo.worker.manager import DeltaManager
 
     used = set()
     for folder in vllm.v1.worker.__path__:
@@ -35,7 +35,7 @@ def test_the_manager_has_all_that_vllm_calls():
 
 
 def test_the_contract_test_can_fail(monkeypatch):
-    from vllm_dqrelo.manager import DeltaManager
+    from vllm_dqrelo.worker.manager import DeltaManager
 
     monkeypatch.delattr(DeltaManager, "pin_adapter")
     with pytest.raises(AssertionError, match="pin_adapter"):
@@ -50,7 +50,7 @@ def test_what_is_logged_is_in_vllm_s_log():
     import vllm_dqrelo
 
     loggers = []
-    for module in pkgutil.iter_modules(vllm_dqrelo.__path__, "vllm_dqrelo."):
+    for module in pkgutil.walk_packages(vllm_dqrelo.__path__, "vllm_dqrelo."):
         if logger := getattr(importlib.import_module(module.name), "logger", None):
             loggers.append(logger.name)
     assert len(loggers) > 5
@@ -78,7 +78,7 @@ def test_vllm_outside_the_tested_range(monkeypatch, caplog, version):
 
     from vllm_dqrelo import plugin
     from vllm_dqrelo.format.errors import DqreloError
-    from vllm_dqrelo.serve import check_plugin
+    from vllm_dqrelo.frontend.serve import check_plugin
 
     monkeypatch.setattr(vllm, "__version__", version)
     monkeypatch.setattr(quantization, "QUANTIZATION_METHODS", [])
@@ -92,7 +92,9 @@ def test_vllm_outside_the_tested_range(monkeypatch, caplog, version):
 
 
 def test_every_route_of_a_delta_s_own_is_there_or_named(monkeypatch):
-    from vllm_dqrelo import compat_frontend, models, plugin
+    from vllm_dqrelo import plugin
+    from vllm_dqrelo.frontend import compat as compat_frontend
+    from vllm_dqrelo.frontend import models
 
     plugin.patch_frontend()  # finds all of them
     gone = {"serve.tokenize.serving.ServingTokenization": ["create_nothing"]}
@@ -102,7 +104,7 @@ def test_every_route_of_a_delta_s_own_is_there_or_named(monkeypatch):
 
 
 def test_endpoints_are_added_to_the_plugins_that_would_be_loaded(monkeypatch):
-    from vllm_dqrelo.serve import plugins_with_endpoints
+    from vllm_dqrelo.frontend.serve import plugins_with_endpoints
 
     monkeypatch.setenv("VLLM_PLUGINS", "dqrelo,other")
     assert plugins_with_endpoints() == ["dqrelo", "other", "dqrelo_endpoints"]
@@ -121,7 +123,7 @@ def test_plugin_not_installed_or_not_allowed(monkeypatch):
     from importlib import metadata
 
     from vllm_dqrelo.format.errors import DqreloError
-    from vllm_dqrelo.serve import check_plugin
+    from vllm_dqrelo.frontend.serve import check_plugin
 
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     with pytest.raises(DqreloError, match="VLLM_PLUGINS=other"):
@@ -134,7 +136,7 @@ def test_plugin_not_installed_or_not_allowed(monkeypatch):
 
 def test_without_vllm_serve_says_what_to_install(monkeypatch):
     from vllm_dqrelo.format.errors import DqreloError
-    from vllm_dqrelo.serve import check_plugin
+    from vllm_dqrelo.frontend.serve import check_plugin
 
     monkeypatch.delitem(sys.modules, "vllm_dqrelo.compat", raising=False)
     monkeypatch.delattr(__import__("vllm_dqrelo"), "compat", raising=False)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from configs import ABSENT, TOKENS, build, changed, run, save, saved_again
-from published import PUBLISHED
 from safetensors.torch import load_file, save_file
+from support.configs import ABSENT, TOKENS, build, changed, run, save, saved_again
+from support.published import PUBLISHED
 from transformers import (
     AutoModelForCausalLM,
 )

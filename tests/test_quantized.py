@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from shapes import SHAPE, UNTIED
+from support.shapes import SHAPE, UNTIED
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dqrelo_tools import cli, fidelity

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
-from wide import DEFAULT, arguments, made_room, suggested
+from support.wide import DEFAULT, arguments, made_room, suggested
 
 from dqrelo_tools import cli
 from vllm_dqrelo.format.errors import DqreloError
@@ -27,7 +27,7 @@ vllm = pytest.importorskip("vllm")
 @pytest.mark.parametrize("kind", ["llama-tied", "llama", "qwen2", "qwen3", "mixtral"])
 def test_what_a_server_has_is_known_before_it_starts(family, engine, manager_of, kind):
     from vllm_dqrelo.format.checkpoint import Checkpoint
-    from vllm_dqrelo.start import default_room
+    from vllm_dqrelo.frontend.start import default_room
 
     base = family(kind).base
     llm = engine(base, quantization="dqrelo", additional_config={}, max_loras=3)
@@ -175,7 +175,7 @@ def test_a_home_folder(family, tmp_path, monkeypatch):
     made = family("llama")
     shutil.copytree(made.deltas[0], tmp_path / "d")
     monkeypatch.setenv("HOME", str(tmp_path))
-    from vllm_dqrelo.start import make_room
+    from vllm_dqrelo.frontend.start import make_room
 
     parsed = arguments(made.base, [("a", "~/d")])
     make_room(parsed)
@@ -279,7 +279,7 @@ def test_vllm_serve_too(wide, tmp_path):
 @pytest.fixture
 def logged(monkeypatch):
     """The lines of the log."""
-    from vllm_dqrelo import start
+    from vllm_dqrelo.frontend import start
 
     lines = []
     for level in ("info", "warning"):
@@ -319,7 +319,7 @@ def test_room_for_a_catalogue(wide, catalogue, logged):
 
 def test_a_catalogue_never_stops_a_server(wide, catalogue, logged, monkeypatch):
     """What does not fit the user's options, or the machine, is named in the log."""
-    from vllm_dqrelo import start
+    from vllm_dqrelo.frontend import start
 
     base, _ = wide
     own = {"max_rank": 10, "delta_memory_gib": 1e-4}
@@ -346,8 +346,8 @@ def test_a_catalogue_never_stops_a_server(wide, catalogue, logged, monkeypatch):
 
 
 def test_deltas_that_no_memory_is_for(wide, monkeypatch):
-    from vllm_dqrelo import start
     from vllm_dqrelo.format.checkpoint import Checkpoint
+    from vllm_dqrelo.frontend import start
 
     base, made = wide
     deltas = [(str(i), made["1"][0]) for i in range(4)]
@@ -365,7 +365,7 @@ def test_deltas_that_no_memory_is_for(wide, monkeypatch):
 
 
 def test_a_large_catalogue_takes_bounded_time(wide, catalogue, logged, monkeypatch):
-    from vllm_dqrelo import start
+    from vllm_dqrelo.frontend import start
 
     monkeypatch.setattr(start, "CATALOGUE_SECONDS", 0.5)
     times = iter([0.0, *(0.2 * i for i in range(100))])

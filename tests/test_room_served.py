@@ -5,9 +5,9 @@ import dataclasses
 
 import pytest
 import torch
-from shapes import SHAPE, UNTIED
+from support.shapes import SHAPE, UNTIED
+from support.wide import DEFAULT, TOLERANCE, made_room, suggested
 from transformers import AutoModelForCausalLM, LlamaConfig
-from wide import DEFAULT, TOLERANCE, made_room, suggested
 
 from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
@@ -63,7 +63,7 @@ def test_a_server_that_is_started_again_as_the_error_says(
     wide, family, engine, load, answers, difference, prompts, monkeypatch
 ):
     """Rank, memory beside another delta and added tokens, all in one error."""
-    from vllm_dqrelo import manager
+    from vllm_dqrelo.worker import manager
 
     base, made = wide
     delta, merged = made["added"]

@@ -106,7 +106,7 @@ def test_too_many_rows():
 
 
 def test_only_in_a_step_without_deltas_a_layer_is_vllms_own():
-    from vllm_dqrelo.step import Step
+    from vllm_dqrelo.worker.step import Step
 
     class Delta(torch.nn.Linear):
         pass

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from arena import (
+from support.arena import (
     DELTAS,
     EPS,
     POPULARITY,
@@ -13,7 +13,7 @@ from arena import (
     groups_of,
     random_deltas,
 )
-from deltas import workers_of
+from support.deltas import workers_of
 
 from dqrelo_kernels import ops as _  # noqa: F401
 from dqrelo_kernels.table import ABSENT, Field

@@ -4,7 +4,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,7 @@ from dqrelo_tools.convert import convert
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-SOAK = Path(__file__).parent.parent / "benchmarks" / "soak.py"
+SOAK = "benchmarks.reliability.soak"
 
 
 def test_a_short_soak(family, save_model, tmp_path):
@@ -24,7 +23,7 @@ def test_a_short_soak(family, save_model, tmp_path):
         model = save_model("llama", tmp_path / f"model-{i}", seed=30 + i)
         folders.append(tmp_path / f"delta-{i}")
         convert(str(made.base), str(model), folders[-1], 0.125, method="dqrelo-paper")
-    command = [sys.executable, SOAK, "--base", made.base, "--deltas", *folders]
+    command = [sys.executable, "-m", SOAK, "--base", made.base, "--deltas", *folders]
     command += ["--minutes", "2", "--resident", "2"]
     command += ["--output", tmp_path / "results.json"]
     done = subprocess.run(

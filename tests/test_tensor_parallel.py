@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from shapes import SHAPE, UNTIED
+from support.shapes import SHAPE, UNTIED
 from transformers import Qwen2MoeConfig
 
 from dqrelo_kernels.table import ABSENT, Field, read
@@ -38,7 +38,7 @@ def worker(monkeypatch):
     from vllm.model_executor import parameter
     from vllm.model_executor.layers import linear, vocab_parallel_embedding
 
-    from vllm_dqrelo.sites import Sites
+    from vllm_dqrelo.worker.sites import Sites
 
     def make(rank, size, names=(), tokens=120, times=1, fully_sharded=False):
         for module in (parameter, linear, vocab_parallel_embedding):
@@ -134,7 +134,7 @@ def zeros(n, k, rank):
 @pytest.mark.parametrize("fully_sharded", [False, True])
 def test_bytes_of_a_delta_in_each_of_two_workers(worker, tmp_path, fully_sharded):
     """Signs halve, and of the two factors the one that is split, or both."""
-    from vllm_dqrelo.packed import pack
+    from vllm_dqrelo.worker.packed import pack
 
     rows, columns, rank = 40, 24, 64
 
@@ -161,7 +161,7 @@ def test_room_for_a_delta_of_the_default_ratio(worker, tmp_path, fully_sharded):
     """Of every matrix: it fits, and little of the room is left."""
     from dqrelo_tools.compress import METHODS
     from vllm_dqrelo.options import DEFAULT_RATIO, Options
-    from vllm_dqrelo.packed import pack
+    from vllm_dqrelo.worker.packed import pack
 
     size = {"times": 40, "tokens": 5000}
     names = ["column", "row", "head", "merged", "qkv", "one_head"]
@@ -194,9 +194,9 @@ def test_a_part_comes_back_from_host_memory_as_it_was(
     worker, tmp_path, rank, fully_sharded
 ):
     """Two deltas take turns on the device of a worker that has half of each."""
-    from vllm_dqrelo.host import HostTier
-    from vllm_dqrelo.packed import pack
-    from vllm_dqrelo.residency import Residency
+    from vllm_dqrelo.worker.host import HostTier
+    from vllm_dqrelo.worker.packed import pack
+    from vllm_dqrelo.worker.residency import Residency
 
     cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
     sites = worker(rank, 2, fully_sharded=fully_sharded)
@@ -229,7 +229,7 @@ def test_a_part_comes_back_from_host_memory_as_it_was(
 
 def test_a_bias_is_added_once(worker, tmp_path):
     """The outputs of row-parallel layers are summed, those of others are not."""
-    from vllm_dqrelo.packed import pack
+    from vllm_dqrelo.worker.packed import pack
 
     biases = {"row.bias": torch.arange(24.0), "column.bias": torch.arange(40.0)}
     delta = write(tmp_path / "delta", biases)
@@ -254,7 +254,7 @@ class Executor:
         self.read = ""
 
     def collective_rpc(self, call, args=()):
-        from vllm_dqrelo.manager import Memory, memory
+        from vllm_dqrelo.worker.manager import Memory, memory
 
         if call is memory:
             return [Memory(1, size, 2**20, 1, 8, 1) for size in (4096, 2048)]
@@ -267,7 +267,7 @@ class Executor:
         return True
 
     def finish_load(self, worker, keep):
-        from vllm_dqrelo.host import Loaded
+        from vllm_dqrelo.worker.host import Loaded
 
         if worker and self.read == "bad":
             return Loaded("", 0, error="a bad disk"), []
@@ -281,7 +281,7 @@ class Executor:
 def test_what_fails_in_one_worker_fails_in_all():
     from vllm.lora.request import LoRARequest
 
-    from vllm_dqrelo.deltas import Deltas
+    from vllm_dqrelo.engine.deltas import Deltas
 
     executor = Executor()
     deltas = Deltas(executor, max_loras=1)

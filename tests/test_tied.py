@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from renamed import build, edit, logits, renaming, tuned
+from support.renamed import build, edit, logits, renaming, tuned
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dqrelo_tools.cli import main

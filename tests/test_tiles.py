@@ -4,13 +4,12 @@
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from dqrelo_kernels import tiles
-from dqrelo_kernels.tiles import TALL, Tiles
+from dqrelo_kernels.gpu import tiles
+from dqrelo_kernels.gpu.tiles import TALL, Tiles
 
 TUNED = {
     "short": {"block_m": 16, "block_n": 32, "num_stages": 4, "maxnreg": None},
@@ -36,9 +35,8 @@ def gpu(monkeypatch, tmp_path):
 
 @pytest.fixture
 def tune_tiles(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    yield importlib.import_module("tune_tiles")
-    sys.modules.pop("tune_tiles")
+    yield importlib.import_module("benchmarks.ops.tune_tiles")
+    sys.modules.pop("benchmarks.ops.tune_tiles")
 
 
 def test_tiles_are_those_of_the_gpu(gpu, tune_tiles, monkeypatch):

@@ -131,7 +131,7 @@ def test_a_delta_that_has_not_fewer_tokens_than_it_says(
 
 def test_every_parameter_of_token_ids_is_known():
     """What vLLM's SamplingParams has, but for what only vLLM itself sets."""
-    from vllm_dqrelo.token_ids import PARAMETERS
+    from vllm_dqrelo.frontend.token_ids import PARAMETERS
 
     fields = set(vllm.SamplingParams.__struct_fields__)
     mine = {*PARAMETERS, "prompt_logprob_token_ids", "_bad_words_token_ids"}
@@ -146,7 +146,7 @@ def test_arrays_of_scored_tokens():
     import numpy as np
     from vllm.v1.engine import EngineCoreRequest
 
-    from vllm_dqrelo.token_ids import keep_to_own_tokens
+    from vllm_dqrelo.frontend.token_ids import keep_to_own_tokens
 
     params = vllm.SamplingParams(logprobs=-1)
     params.prompt_logprob_token_ids = np.array([[1, -1], [3, 307]], dtype=np.int32)

@@ -7,13 +7,12 @@ Without a CUDA device they run in Triton's interpreter; bf16 needs a device.
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import interpreter  # noqa: F401  before the kernels
 import numpy as np
 import pytest
 import torch
-from deltas import (
+from support.deltas import (
     BIASES,
     DEVICE,
     EMPTY,
@@ -28,11 +27,11 @@ from deltas import (
 
 import dqrelo_kernels.ops  # noqa: F401  registers torch.ops.dqrelo
 from dqrelo_kernels import reference
-from dqrelo_kernels.low_rank import low_rank
-from dqrelo_kernels.merge import merge
+from dqrelo_kernels.gpu.low_rank import low_rank
+from dqrelo_kernels.gpu.merge import merge
+from dqrelo_kernels.gpu.rowwise import embedding, norm
+from dqrelo_kernels.gpu.sign_matmul import sign_matmul
 from dqrelo_kernels.rows import ExpertGroups, RowGroups
-from dqrelo_kernels.rowwise import embedding, norm
-from dqrelo_kernels.sign_matmul import sign_matmul
 from dqrelo_kernels.table import (
     ABSENT,
     ALIGNMENT,
@@ -355,9 +354,16 @@ def test_norm(centred, shape, dtype):
 @pytest.mark.slow
 def test_kernels_compile_without_a_device(tmp_path):
     """The interpreter forgives what the compiler does not."""
-    report = Path(__file__).parents[1] / "benchmarks/sass_report.py"
     variables = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, report, "--target", "90", "--rows", "16"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.ops.sass_report",
+        "--target",
+        "90",
+        "--rows",
+        "16",
+    ]
     lines = subprocess.check_output(command, env=os.environ | variables, text=True)
     assert len(lines.splitlines()) == 5
 

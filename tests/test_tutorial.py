@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from field import LLAMA_3_1, publish
-from shapes import GROUPED, UNTIED
+from support.field import LLAMA_3_1, publish
+from support.shapes import GROUPED, UNTIED
 from transformers import LlamaConfig
 
 pytest.importorskip("vllm")

@@ -19,6 +19,6 @@ def register() -> None:
 
 def load_delta(llm: "LLM", name: str, path: str) -> "LoRARequest":
     """Load a delta into an offline engine; see ``offline.load_delta``."""
-    from vllm_dqrelo.offline import load_delta
+    from vllm_dqrelo.frontend.offline import load_delta
 
     return load_delta(llm, name, path)

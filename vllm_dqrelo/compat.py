@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every private name of vLLM that this plugin leans on, and the tested range.
 
-Those of the front end are in compat_frontend.py. Each function looks for the name it
+Those of the front end are in frontend/compat.py. Each function looks for the name it
 needs and says so when it is not there. Line numbers are of vLLM 0.32.0.
 """
 

@@ -14,8 +14,8 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from dqrelo_kernels.table import ALIGNMENT
-from vllm_dqrelo.arena import aligned
-from vllm_dqrelo.sites import Sites
+from vllm_dqrelo.worker.arena import aligned
+from vllm_dqrelo.worker.sites import Sites
 
 logger = init_logger(f"vllm.{__name__}")
 

@@ -15,7 +15,8 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_dqrelo import __version__, compat, compat_frontend
+from vllm_dqrelo import __version__, compat
+from vllm_dqrelo.frontend import compat as compat_frontend
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -49,7 +50,7 @@ def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) 
         return
     from vllm_dqrelo.options import DEFAULT_MAX_DELTAS, Options
     from vllm_dqrelo.quantization import refuse_dtype
-    from vllm_dqrelo.vocabulary import enlarge
+    from vllm_dqrelo.worker.vocabulary import enlarge
 
     quantized = model_config.model_arch_config.quantization_config
     if quantized and current_platform.is_cpu():
@@ -81,10 +82,10 @@ def patch_frontend() -> None:
 
     Also for engines without deltas in this process, which go on as before.
     """
-    from vllm_dqrelo.frontends import Frontends
-    from vllm_dqrelo.metrics import DeltaMetrics
-    from vllm_dqrelo.models import DeltaModels, check_twin, serving_twin
-    from vllm_dqrelo.offline import offline_twin
+    from vllm_dqrelo.frontend.metrics import DeltaMetrics
+    from vllm_dqrelo.frontend.models import DeltaModels, check_twin, serving_twin
+    from vllm_dqrelo.frontend.offline import offline_twin
+    from vllm_dqrelo.frontend.profiles import Frontends
 
     def complete(engine: Any) -> None:
         if is_dqrelo(engine.vllm_config):
@@ -106,7 +107,7 @@ def patch_serve() -> None:
 
     def prepare(arguments: Any) -> None:
         from vllm_dqrelo.format.errors import DqreloError
-        from vllm_dqrelo.start import make_room
+        from vllm_dqrelo.frontend.start import make_room
 
         try:
             make_room(arguments)
@@ -120,7 +121,7 @@ def patch_engine() -> None:
     """Let an engine hold requests back until their deltas are in memory."""
 
     def start(core: Any) -> None:
-        from vllm_dqrelo.scheduler import start
+        from vllm_dqrelo.engine.scheduler import start
 
         start(core)
 
@@ -129,8 +130,8 @@ def patch_engine() -> None:
 
 def patch_worker() -> None:
     """Put the delta manager in the place of LoRA's. Safe to call again."""
-    from vllm_dqrelo.manager import DeltaManager, prompt_rows
-    from vllm_dqrelo.status import delta_status
+    from vllm_dqrelo.worker.calls import delta_status
+    from vllm_dqrelo.worker.manager import DeltaManager, prompt_rows
 
     def choose(vllm_config: compat.VllmConfig) -> type[DeltaManager] | None:
         return DeltaManager if is_dqrelo(vllm_config) else None

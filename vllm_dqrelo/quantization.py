@@ -122,10 +122,11 @@ def under_deltas(
         UnquantizedEmbeddingMethod,
     )
 
-    from vllm_dqrelo import compat, experts
+    from vllm_dqrelo import compat
     from vllm_dqrelo.options import Options
     from vllm_dqrelo.plugin import patch_worker
-    from vllm_dqrelo.vocabulary import EnlargedEmbedding
+    from vllm_dqrelo.worker import experts
+    from vllm_dqrelo.worker.vocabulary import EnlargedEmbedding
 
     patch_worker()
     if isinstance(layer, RoutedExperts):

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from dqrelo_kernels import cpu, reference
+from dqrelo_kernels import reference
+from dqrelo_kernels.cpu import build as cpu
 from dqrelo_kernels.rows import BASE
 
 _library = torch.library.Library("dqrelo", "DEF")
@@ -58,8 +59,8 @@ def delta_linear_(
         return
     backend = _backend(y)
     if backend == "triton":
-        from dqrelo_kernels.low_rank import low_rank  # imports Triton
-        from dqrelo_kernels.sign_matmul import sign_matmul
+        from dqrelo_kernels.gpu.low_rank import low_rank  # imports Triton
+        from dqrelo_kernels.gpu.sign_matmul import sign_matmul
 
         low_rank(scratch, x, arena, table, rows, starts)
         sign_matmul(y, scratch, x, arena, table, slices, rows, starts)
@@ -97,7 +98,7 @@ def delta_shrink_(
         return
     backend = _backend(x)
     if backend == "triton":
-        from dqrelo_kernels.low_rank import low_rank  # imports Triton
+        from dqrelo_kernels.gpu.low_rank import low_rank  # imports Triton
 
         low_rank(scratch, x, arena, table, rows, starts)
     elif backend == "native":
@@ -130,7 +131,7 @@ def delta_expand_(
         return
     backend = _backend(y)
     if backend == "triton":
-        from dqrelo_kernels.sign_matmul import sign_matmul  # imports Triton
+        from dqrelo_kernels.gpu.sign_matmul import sign_matmul  # imports Triton
 
         sign_matmul(y, scratch, x, arena, table, slices, rows, starts)
     elif backend == "native":
@@ -191,7 +192,7 @@ def linear(
 
 def _merge(weight: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if _backend(weight) == "triton":
-        from dqrelo_kernels.merge import merge  # imports Triton
+        from dqrelo_kernels.gpu.merge import merge  # imports Triton
 
         return merge(weight, *arguments)
     return reference.merge(weight, *arguments)
@@ -248,7 +249,7 @@ def delta_embedding_(
         return
     backend = _backend(y)
     if backend == "triton":
-        from dqrelo_kernels.rowwise import embedding  # imports Triton
+        from dqrelo_kernels.gpu.rowwise import embedding  # imports Triton
 
         embedding(y, ids, arena, table, vocab, rows, slots)
     elif backend == "native":
@@ -286,7 +287,7 @@ def delta_norm_(
         return
     backend = _backend(y)
     if backend == "triton":
-        from dqrelo_kernels.rowwise import norm  # imports Triton
+        from dqrelo_kernels.gpu.rowwise import norm  # imports Triton
 
         norm(y, x, arena, table, rows, slots, eps, centred)
     elif backend == "native":

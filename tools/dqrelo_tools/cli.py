@@ -336,7 +336,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Hand over to vLLM."""
-    from vllm_dqrelo.serve import serve
+    from vllm_dqrelo.frontend.serve import serve
 
     return serve(
         arguments.base,
@@ -350,7 +350,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
 def deltas(arguments: argparse.Namespace) -> int:
     """Print what a server says of its deltas."""
-    from dqrelo_tools.deltas import Server, to_text
+    from dqrelo_tools.remote import Server, to_text
 
     if (arguments.action == "list") == bool(arguments.name):
         raise DqreloError(

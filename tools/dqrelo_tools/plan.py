@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dqrelo_tools.popularity import Popularity
-from vllm_dqrelo.arena import aligned
 from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.worker.arena import aligned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ A matrix ``P.weight`` [N, K] is stored as several tensors, by its format:
                          groups of columns, and P.g_idx, the group of each column
     awq                  P.qweight int32 [K, N / n], the same
 
-vLLM computes with the same numbers; loaded.py compares them when a server starts.
+vLLM computes with the same numbers; order.py compares them when a server starts.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Did deltas become slower? Their time beside the base's and LoRA's, against history.
+
+    python -m benchmarks.check [--record]
+
+The steps of ``ops/cpu.py``, by the default method. Deltas, the base's own matrix
+products and vLLM's LoRA at equal bytes are timed by turns in one process, and only the
+ratios of the shortest times are compared, with the last ones that this kind of CPU has
+in results/history.csv. A ratio may be ``BAND`` times what it was, a choice: record
+twice on a quiet machine to see what it is worth there. ``--record`` adds a line; a kind
+of CPU without one passes.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.machine import machine
+from benchmarks.ops.cpu import Base, Deltas, Loras, best_ms
+from benchmarks.paths import RESULTS
+from benchmarks.table import Table
+
+HISTORY = RESULTS / "history.csv"
+STEPS = [[8], [2] * 4, [1] * 8, [32]]  # rows of each delta
+TURNS, SECONDS = 5, 0.5  # of each, and for how long
+BAND = 1.25
+RATIOS = ("delta_to_base", "delta_to_lora")
+
+
+def shortest(runs: list[Callable[[], None]]) -> list[float]:
+    """Milliseconds of each, the shortest of all turns."""
+    turns = [[best_ms(run, SECONDS) for run in runs] for _ in range(TURNS)]
+    return [min(times) for times in zip(*turns, strict=True)]
+
+
+def slower(new: dict[str, str], old: dict[str, str]) -> list[str]:
+    """What is beyond the band, in words."""
+    return [
+        f"{new['rows']} rows: {name} is {new[name]}, was {old[name]} at {old['commit']}"
+        for name in RATIOS
+        if float(new[name]) > BAND * float(old[name])
+    ]
+
+
+def last(history: list[dict[str, str]], row: dict[str, str]) -> dict[str, str] | None:
+    """The newest line of the same step on the same kind of machine."""
+    same = ("cpu", "cores", "threads", "rows")
+    found = [old for old in history if all(old[key] == row[key] for key in same)]
+    return found[-1] if found else None
+
+
+def main() -> None:
+    """Measure, print, compare; exits with 1 if something became slower."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--record", action="store_true", help="add to the history")
+    record = parser.parse_args().record
+    history = Table(HISTORY, ("commit", "rows"))
+    before = list(history.rows)
+    about = {"threads": torch.get_num_threads(), **machine()}
+    deltas, base, loras = Deltas(8, "dqrelo"), Base(), Loras(8)
+    problems = []
+    for step in STEPS:
+        runs = [deltas.step(step), base.step(step), loras.step(step)]
+        ours, theirs, lora = shortest(runs)
+        row = {
+            "rows": "+".join(map(str, step)),
+            "delta_to_base": f"{ours / theirs:.3f}",
+            "delta_to_lora": f"{ours / lora:.3f}",
+            **{key: str(value) for key, value in about.items()},
+        }
+        old = last(before, row)
+        shown = {name: (row[name], old[name] if old else "new") for name in RATIOS}
+        print(f"{row['rows']:<18}", *(f"{n} {a} ({b})" for n, (a, b) in shown.items()))
+        problems += slower(row, old) if old else []
+        if record:
+            history.add(row)
+    if problems:
+        sys.exit("slower, by more than noise:\n" + "\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every figure in docs/figures and every table and number of README and docs.
+
+    python -m benchmarks.documents.figures
+
+All of them come from the files in results/: what a benchmark measured anew is in the
+documents after this.
+"""
+
+import re
+from collections import defaultdict
+
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+
+from benchmarks.documents.documents import DOCUMENTS, ROOT, rewritten
+from benchmarks.documents.rows import Row, read
+from benchmarks.documents.tables import (
+    by_method,
+    detailed,
+    fine_tunes,
+    kl,
+    mean,
+    tables,
+)
+
+FIGURES = ROOT / "docs" / "figures"
+
+
+def serving_figure(rows: list[Row]) -> Figure:
+    """Throughput and time to first token against models, one line a popularity law."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = zip(
+        figure.subplots(1, 2),
+        ("closed", "poisson"),
+        ("output_tokens_per_s", "ttft_p99_ms"),
+        ("output tokens per second", "time to first token, p99, ms"),
+        strict=True,
+    )
+    for axes, arrivals, key, label in panels:
+        lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        for row in rows:
+            if row["arrivals"] == arrivals:
+                point = int(row["models"]), float(row[key])
+                lines[row["popularity"]].append(point)
+        (alone,) = lines.pop("identical", [None])
+        for (law, points), marker in zip(lines.items(), "osD^v<>pX*hP", strict=False):
+            shown = sorted([*([alone] if alone else []), *points])
+            axes.plot(*zip(*shown, strict=True), marker=marker, label=law)
+        axes.set(
+            xlabel="models", ylabel=label, ylim=(0, None), title=f"arrivals: {arrivals}"
+        )
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def quality_figure(rows: list[Row], fine_tunes: set[str]) -> Figure:
+    """KL against bits a weight; a line for each method with several sizes."""
+    methods = by_method(rows, fine_tunes)
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for name, found in methods.items():
+        family = re.sub(r" \d+/\d+$", "", name)
+        lines[family].append((mean(found, "bits_per_weight"), kl(found)))
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    markers = iter("osD^v<>pX*hP+x1234|_" * 2)
+    shown = {"dqrelo", "dqrelo-paper", "SVD", "BitDelta", "BitDelta, scale per row"}
+    shown |= {"mixed-precision SVD", "2-bit Lloyd per row", "low-rank int4 alone"}
+    for family, points in sorted(lines.items(), key=lambda pair: -len(pair[1])):
+        if family in shown:
+            points.sort()
+            axes.plot(*zip(*points, strict=True), marker=next(markers), label=family)
+    axes.set(xlabel="bits per weight", ylabel="KL(fine-tune ‖ compressed) per token")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.set_title(f"Quality against bytes: {', '.join(sorted(fine_tunes))}")
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def length_figure(rows: list[Row], scales: list[Row]) -> Figure:
+    """KL against the length of training, one line a method."""
+    steps = {row["fine_tune"]: int(row["steps"]) for row in scales}
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for (name, found), marker in zip(
+        by_method(rows, set(steps)).items(), "osD^v<>pX*hP", strict=False
+    ):
+        at: dict[int, list[Row]] = defaultdict(list)
+        for row in found:
+            at[steps[row["fine_tune"]]].append(row)
+        lengths = sorted(at)
+        axes.plot(lengths, [kl(at[n]) for n in lengths], marker=marker, label=name)
+    axes.set(xlabel="steps of training", ylabel="KL(fine-tune ‖ compressed) per token")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.set_title("Longer training, larger changes: geometric mean over three tasks")
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def memory_figure(rows: list[Row]) -> Figure:
+    """Memory and tokens per second against the number of models, a line each way."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    memory, speed = figure.subplots(1, 2)
+    systems = dict.fromkeys(row["system"] for row in rows)
+    for system, marker in zip(systems, "osD", strict=True):
+        mine = [row for row in rows if row["system"] == system]
+        models = [int(row["models"]) for row in mine]
+        held = [float(r["memory_mb"]) / 1000 for r in mine]
+        memory.plot(models, held, marker=marker, label=system)
+        tokens = [1000 * int(r["models"]) / float(r["step_ms"]) for r in mine]
+        speed.plot(models, tokens, marker=marker, label=system)
+    for axes, label in ((memory, "weights, GB"), (speed, "tokens per second")):
+        axes.set(xlabel="fine-tunes served", ylabel=label, ylim=(0, None))
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    memory.legend()
+    figure.suptitle(
+        "SmolLM2-135M, bfloat16, two CPU cores, one sequence for each model"
+    )
+    return figure
+
+
+def capacity_figure(rows: list[Row]) -> Figure:
+    """What servers hold against the number of models, and the memory that there is."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for row in rows:
+        lines[row["system"]].append((int(row["models"]), float(row["held_gib"])))
+    for (system, points), marker in zip(lines.items(), "os", strict=True):
+        axes.plot(*zip(*points, strict=True), marker=marker, label=system)
+    budget = float(rows[0]["budget_gib"])
+    axes.axhline(budget, color="black", linestyle=":", label=f"{budget:g} GiB")
+    axes.set(xlabel="fine-tunes served", ylabel="memory, GiB", ylim=(0, None))
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    axes.set_title("SmolLM2-135M, bfloat16: what all processes of the servers hold")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def figures() -> dict[str, Figure]:
+    """All of them, by name."""
+    rows, scales = read("quality.csv"), fine_tunes()
+    return {
+        "quality": quality_figure(rows, detailed(rows)),
+        "length": length_figure(rows, scales),
+        "serving": serving_figure(read("serving.csv")),
+        "memory": memory_figure(read("memory.csv")),
+        "capacity": capacity_figure(read("capacity.csv")),
+    }
+
+
+def main() -> None:
+    """Make all of them again."""
+    found = tables()
+    for path in DOCUMENTS:
+        path.write_text(rewritten(path.read_text(), found))
+    rcParams["svg.hashsalt"] = "dqrelo"  # the same bytes every time
+    FIGURES.mkdir(exist_ok=True)
+    for name, figure in figures().items():
+        figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

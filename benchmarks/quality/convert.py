@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a conversion takes: seconds, and the most memory that was resident.
+
+    python -m benchmarks.quality.convert [--output results.csv]
+
+Of SmolLM2-135M and a fine-tune of it, and of a random pair with the seven matrices of
+one layer of Llama-3.1-8B; a model of 32 such layers takes 32 times as long.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.machine import machine
+from benchmarks.models.bases import fetch_base
+from benchmarks.models.finetune import finetune
+from benchmarks.models.tasks import TASKS
+from benchmarks.paths import CACHE
+
+LAYER = {
+    "q_proj": (4096, 4096),
+    "k_proj": (1024, 4096),
+    "v_proj": (1024, 4096),
+    "o_proj": (4096, 4096),
+    "gate_proj": (14336, 4096),
+    "up_proj": (14336, 4096),
+    "down_proj": (4096, 14336),
+}
+
+
+def smollm() -> tuple[Path, Path]:
+    """A base and a full fine-tune of it."""
+    base = fetch_base(CACHE / "demo" / "base")
+    return base, finetune(base, TASKS["orders"], CACHE / "demo/finetunes/orders")
+
+
+def layer(folder: Path) -> tuple[Path, Path]:
+    """One layer of an 8B model, random, and a change of noise and of rank 64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    folders = (folder / "base", folder / "model")
+    for path in folders:
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps({}))
+    for name, (n, k) in LAYER.items():
+        base = 0.02 * random(n, k)
+        change = 1e-3 * random(n, k) + 2e-4 * random(n, 64) @ random(64, k)
+        for path, tensor in zip(folders, (base, base + change), strict=True):
+            key = f"model.layers.0.{name}.weight"
+            save_file({key: tensor.bfloat16()}, path / f"{name}.safetensors")
+    index = {f"model.layers.0.{name}.weight": f"{name}.safetensors" for name in LAYER}
+    for path in folders:
+        file = path / "model.safetensors.index.json"
+        file.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folders
+
+
+def measure(base: Path, model: Path, method: str) -> dict[str, float]:
+    """Convert in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "dqrelo_tools.cli", "convert"]
+        command += ["--base", str(base), "--model", str(model), "--method", method]
+        command += ["--output", f"{folder}/delta"]
+        start = os.times().elapsed
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = os.times().elapsed - start
+        if status:
+            raise SystemExit("the conversion failed; the reason is above")
+    return {"seconds": round(seconds, 1), "peak_mib": round(usage.ru_maxrss / 1024)}
+
+
+def main() -> None:
+    """Print the table, and write it with the machine and the versions."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, help="a CSV file to write as well")
+    output = parser.parse_args().output
+    about, rows = machine(), []
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = {
+            "SmolLM2-135M": smollm(),
+            "one layer of an 8B model": layer(Path(folder)),
+        }
+        for name, (base, model) in pairs.items():
+            for method in ("dqrelo", "dqrelo-paper"):
+                found = measure(base, model, method)
+                rows.append({"model": name, "method": method, **found, **about})
+                print(f"{name:<26}{method:<14}", *found.values(), sep="\t")
+    if output:
+        with output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine's deltas: what clients call them, what they are, whether they are loaded.
+
+A client names a delta by the id and the path of a LoRARequest. Behind either there
+may be another content tomorrow, so that nothing in the engine is keyed by them: a
+request is *bound* to a digest when it enters, and keeps it. In a bound LoRARequest
+the name is the digest, the id a number that belongs to this digest alone and the
+path the folder with the digest behind it. So are vLLM's key of cached prefixes, its
+count of distinct adapters in a step and every mapping of the worker by content, and
+two names of one content share everything.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from itertools import chain, count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+
+from vllm_dqrelo.format.config import DeltaConfig
+from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.messages.report import Report
+from vllm_dqrelo.worker.arena import aligned
+from vllm_dqrelo.worker.host import Loaded, agreed
+from vllm_dqrelo.worker.manager import Memory, Usage, memory, on_manager
+
+logger = init_logger(f"vllm.{__name__}")
+
+POLL = 0.002  # seconds, of an engine that has nothing to do but wait for a load
+
+
+class Bound(LoRARequest):
+    """What a request for a delta is in the engine; see the top of this file."""
+
+    model: str = ""  # what the client calls it
+
+
+class Registered(NamedTuple):
+    """A name of a delta: the path that the client gave, and what it was bound to."""
+
+    path: str
+    bound: Bound
+
+
+class Load(NamedTuple):
+    """A delta being read: for the client that registers it, or else for requests."""
+
+    request: LoRARequest
+    future: Future[bool] | None
+
+
+class Failure(NamedTuple):
+    """A delta that cannot be served, and why."""
+
+    digest: str
+    error: str
+
+
+class Deltas:
+    """The deltas of one engine.
+
+    It runs in the engine's loop and never waits for a disk: the workers read, and
+    ``advance`` asks them how far they are. One delta is read at a time: those being
+    registered first, then those that requests wait for, in the order of the queue.
+
+    Args:
+        executor: vLLM's, of the workers.
+        max_loras: the most deltas in one step.
+    """
+
+    def __init__(self, executor: Any, max_loras: int) -> None:
+        self._rpc = executor.collective_rpc
+        self._max_loras = max_loras
+        # What each worker has at least.
+        self.memory = Memory(*map(min, zip(*self._rpc(memory), strict=True)))
+        self.registered: dict[int, Registered] = {}  # by the client's id
+        self.users: Counter[str] = Counter()  # unfinished requests
+        self.pinned: set[str] = set()
+        self.sizes: dict[str, int] = {}  # of what was admitted
+        self.ready: set[str] = set()  # in memory, of the host or the device
+        self.usage = Usage(frozenset(), 0, 0, 0)
+        self.changed = True  # whether ``usage`` may be out of date
+        self.report = Report()
+        self._numbers: dict[str, int] = {}
+        self._count = count(1)
+        self._registrations: deque[Load] = deque()
+        self._load: Load | None = None
+
+    # What a client asks for; the names are those of vLLM's EngineCore.
+
+    def add_lora(self, lora_request: LoRARequest) -> Future[bool]:
+        """Register a delta, once it was read and checked.
+
+        Returns:
+            Whether it was new; raises what keeps it from being served.
+        """
+        future: Future[bool] = Future()
+        known = self.registered.get(lora_request.lora_int_id)
+        if (
+            known
+            and known.path == lora_request.lora_path
+            and known.bound.lora_name in self.sizes
+            and not lora_request.load_inplace
+        ):
+            future.set_result(False)
+        else:
+            self._registrations.append(Load(lora_request, future))
+        return future
+
+    def wait_for(self, future: Future[bool]) -> bool:
+        """The result of ``add_lora`` for an engine without a loop of its own."""
+        while not future.done():
+            self.advance(self.users, ())
+            time.sleep(POLL)
+        return future.result()
+
+    def remove_lora(self, lora_id: int) -> bool:
+        """Forget a name; its delta goes when the last request for it has ended."""
+        known = self.registered.pop(lora_id, None)
+        if known:
+            self.changed = True  # also where another name keeps the delta
+            self._forget_unused(known.bound.lora_name)
+        return known is not None
+
+    def list_loras(self) -> set[int]:
+        """The ids that clients gave."""
+        return set(self.registered)
+
+    def pin_lora(self, lora_id: int) -> bool:
+        """Keep a delta in memory for as long as it is registered."""
+        if lora_id not in self.registered:
+            raise ValueError(f"there is no delta with the id {lora_id} to be pinned")
+        digest = self.registered[lora_id].bound.lora_name
+        self.pinned.add(digest)
+        self._rpc(on_manager, args=("pin", digest))
+        return True
+
+    def bind(self, request: LoRARequest) -> Bound:
+        """What a client's request means now; see the top of this file.
+
+        Raises:
+            FileNotFoundError, DqreloError: it is not registered, and its path is no
+                delta folder.
+        """
+        known = self.registered.get(request.lora_int_id)
+        if known and known.path == request.lora_path:
+            return known.bound
+        folder, _, digest = request.lora_path.partition("#")
+        digest = digest or DeltaConfig.read(Path(folder)).digest
+        bound = self._bound(folder, digest, request.lora_name)
+        # As in vLLM, using an adapter is a way to load it.
+        self.registered.setdefault(
+            request.lora_int_id, Registered(request.lora_path, bound)
+        )
+        return bound
+
+    def _bound(self, folder: str, digest: str, model: str) -> Bound:
+        number = self._numbers.setdefault(digest, next(self._count))
+        return Bound(digest, number, f"{folder}#{digest}", model=model)
+
+    # What the scheduler says and asks.
+
+    def use(self, bound: LoRARequest) -> None:
+        """A request for a delta has come."""
+        self.users[bound.lora_name] += 1
+
+    def release(self, bound: LoRARequest) -> None:
+        """It has ended."""
+        self.users[bound.lora_name] -= 1
+        if not self.users[bound.lora_name]:
+            del self.users[bound.lora_name]
+            self._forget_unused(bound.lora_name)
+
+    @property
+    def loading(self) -> bool:
+        """Whether there is something to read that no request waits for."""
+        return bool(
+            self._load or self._registrations or not self.ready.issuperset(self.pinned)
+        )
+
+    @property
+    def busy(self) -> bool:
+        """Whether ``advance`` has something to do."""
+        return self.loading or not self.ready.issuperset(self.users)
+
+    def advance(
+        self, started: Iterable[str], waiting: Iterable[LoRARequest]
+    ) -> Failure | None:
+        """Begin the next load, or finish the one that was read.
+
+        Args:
+            started: digests of the deltas of requests that run or have run.
+            waiting: of the other requests, in the order of the queue.
+
+        Returns:
+            The delta whose requests fail.
+        """
+        ahead = self.pinned.union(started)
+        missing = None
+        for request in waiting:
+            if request.lora_name not in self.ready:
+                missing = request
+                break
+            ahead.add(request.lora_name)
+        if self._load is None:
+            self._start(ahead, missing)
+        elif all(self._rpc(on_manager, args=("load_done",))):
+            load, self._load = self._load, None
+            return self._finish(load, ahead)
+        return None
+
+    def _start(self, ahead: set[str], missing: LoRARequest | None) -> None:
+        """Begin a load; ``ahead`` is what comes before ``missing``."""
+        if self._registrations:
+            self._load = self._registrations.popleft()
+        elif missing:
+            needed = [*ahead & self.ready, missing.lora_name]
+            size = sum(self.sizes.get(digest, 0) for digest in needed)
+            # Beyond the limit only what one step needs: requests that came earlier
+            # end, and so no delta waits for ever.
+            if size > self.memory.host and len(ahead - self.pinned) > self._max_loras:
+                return
+            self._load = Load(missing, None)
+        else:
+            unread = (
+                known.bound
+                for known in list(self.registered.values())
+                if known.bound.lora_name in self.pinned - self.ready
+            )
+            if (bound := next(unread, None)) is None:
+                return
+            self._load = Load(bound, None)
+        load = self._load
+        self._rpc(on_manager, args=("start_load", load.request, self._beside(load)))
+
+    def _finish(self, load: Load, ahead: set[str]) -> Failure | None:
+        """Take what was read, and answer those who wait for it."""
+        request, future = load
+        keep = ahead | self.users.keys() if future else ahead | {request.lora_name}
+        loads, dropped = zip(
+            *self._rpc(on_manager, args=("finish_load", keep)), strict=True
+        )
+        gone = set(chain(*dropped))
+        self.changed = True
+        self.report.dropped += len(gone)
+        self.ready.difference_update(gone)
+        loaded = agreed(loads, request.lora_path.partition("#")[0])
+        if loaded.error:
+            for digest in {one.digest for one in loads} - self.sizes.keys() - {""}:
+                self._rpc(on_manager, args=("forget", digest))
+        if loaded.error:
+            self.report.failed_loads += 1
+        else:
+            self.report.loads.append(loaded.seconds)
+        if not loaded.error:
+            self.sizes[loaded.digest] = loaded.size
+            if loaded.digest not in gone:
+                self.ready.add(loaded.digest)
+            if future:
+                self._register(request, loaded)
+                future.set_result(True)
+            self._forget_unused(loaded.digest)
+        elif future:
+            future.set_exception(
+                LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
+                if loaded.missing
+                else DqreloError(loaded.error)
+            )
+        else:
+            return self._fail(request.lora_name, loaded.error)
+        return None
+
+    def _beside(self, load: Load) -> dict[str, int]:
+        """Digest -> bytes of the largest deltas that a step may have beside one."""
+        replaced = load.request.lora_int_id if load.future else None
+        others = self._named(but=replaced) | self.users.keys()
+        sizes = [(size, digest) for digest, size in self.sizes.items()]
+        known = sorted((pair for pair in sizes if pair[1] in others), reverse=True)
+        return {digest: size for size, digest in known[: self._max_loras]}
+
+    def _register(self, request: LoRARequest, loaded: Loaded) -> None:
+        """A name means this delta from now on."""
+        folder = request.lora_path.partition("#")[0]
+        bound = self._bound(folder, loaded.digest, request.lora_name)
+        before = self.registered.get(request.lora_int_id)
+        self.registered[request.lora_int_id] = Registered(request.lora_path, bound)
+        if before:
+            self._forget_unused(before.bound.lora_name)
+        logger.info(
+            "dqrelo: delta %s registered, %.1f MB, %s; the arena has room for %d such",
+            request.lora_name,
+            loaded.size / 1e6,
+            loaded.digest,
+            self.memory.arena // max(aligned(loaded.size), 1),
+        )
+
+    def _fail(self, digest: str, error: str) -> Failure:
+        """A delta that requests wait for cannot be read."""
+        logger.error("dqrelo: %s", error)
+        if digest not in self.sizes:  # it never was: the next request looks again
+            for lora_id, known in list(self.registered.items()):
+                if known.bound.lora_name == digest:
+                    del self.registered[lora_id]
+        self.pinned.discard(digest)
+        return Failure(digest, error)
+
+    def _forget_unused(self, digest: str) -> None:
+        """Free a delta that has neither a name nor a request."""
+        if digest in self._named() or digest in self.users:
+            return
+        self.sizes.pop(digest, None)
+        self.pinned.discard(digest)
+        self.ready.discard(digest)
+        self._rpc(on_manager, args=("forget", digest))
+        self.changed = True
+
+    # What is told to those who watch.
+
+    def look(self) -> None:
+        """Ask a worker what its deltas take, if that may have changed."""
+        if self.changed:
+            before, self.usage = self.usage, self._rpc(on_manager, args=("usage",))[0]
+            self.report.evicted += self.usage.evicted - before.evicted
+            self.changed = False
+
+    def ran(self, rows: Mapping[str, int]) -> None:
+        """A step was scheduled with so many rows of each delta."""
+        self.report.steps.append((sum(rows.values()), len(rows)))
+        self.changed |= not self.usage.resident.issuperset(rows)
+
+    def take_report(self) -> Report:
+        """What is now, and what happened since the last call."""
+        report, self.report = self.report, Report()
+        report.registered = len(self.registered)
+        report.resident = len(self.usage.resident)
+        report.device_bytes, report.host_bytes = self.usage.device, self.usage.host
+        report.device_limit, report.host_limit = self.memory.arena, self.memory.host
+        return report
+
+    def _named(self, but: int | None = None) -> set[str]:
+        """The deltas that have a name, other than that of one id."""
+        # A copy at once: another thread may be binding a request.
+        registered = list(self.registered.items())
+        return {known.bound.lora_name for key, known in registered if key != but}

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``/v1/dqrelo/deltas``: list, load, unload and pin deltas.
+
+A plugin of vLLM's API server that is there only when ``VLLM_PLUGINS`` names it. Its
+routes are behind ``--api-key``, as all below ``/v1`` are.
+"""
+
+from argparse import Namespace
+from dataclasses import asdict
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+
+from vllm_dqrelo.frontend.models import DeltaModels
+
+router = APIRouter(prefix="/v1/dqrelo/deltas")
+
+
+class DeltaEndpoints:
+    """What vLLM loads from the entry point ``vllm.endpoint_plugins``."""
+
+    name = "dqrelo_endpoints"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes."""
+        app.include_router(router)
+
+    async def init_state(
+        self, engine_client: EngineClient | None, state: State, args: Namespace
+    ) -> None:
+        """Nothing to prepare: vLLM's state has the models."""
+
+
+def delta_models(request: Request) -> DeltaModels:
+    """The models of this server, which must be ours."""
+    models = request.app.state.openai_serving_models
+    if not isinstance(models, DeltaModels):
+        raise HTTPException(
+            HTTPStatus.BAD_REQUEST, "this server runs without --quantization dqrelo"
+        )
+    return models
+
+
+Models = Depends(delta_models)
+
+
+@router.get("")
+async def list_deltas(models: DeltaModels = Models) -> dict[str, Any]:
+    """Every delta that a request can name, and where it is."""
+    infos = await models.all_infos()
+    return {"object": "list", "data": await entries(models, infos)}
+
+
+@router.post("/{name:path}/load")
+async def load(name: str, models: DeltaModels = Models) -> dict[str, Any]:
+    """Load a delta of the catalogue, before the first request for it."""
+    found_or_raise(await models.find(name), name)
+    return await entry(models, name)
+
+
+@router.post("/{name:path}/unload")
+async def unload(name: str, models: DeltaModels = Models) -> dict[str, Any]:
+    """Free the memory of a delta; a request for it loads it again."""
+    answer = await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
+    found_or_raise(answer, name)
+    return {"id": name, "tier": "disk"}
+
+
+@router.post("/{name:path}/pin")
+async def pin(name: str, models: DeltaModels = Models) -> dict[str, Any]:
+    """Load a delta and keep it in memory."""
+    found = found_or_raise(await models.find(name), name)
+    try:
+        await models.engine_client.pin_lora(found.lora_int_id)
+    except Exception as error:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from error
+    return await entry(models, name)
+
+
+def found_or_raise(answer: Any, name: str) -> Any:
+    """``answer``, unless it says that there is no such delta or why it failed."""
+    if answer is None:
+        raise HTTPException(HTTPStatus.NOT_FOUND, f"there is no delta called {name}")
+    if isinstance(answer, ErrorResponse):
+        raise HTTPException(answer.error.code, answer.error.message)
+    return answer
+
+
+async def entry(models: DeltaModels, name: str) -> dict[str, Any]:
+    """What ``list_deltas`` says of one delta."""
+    (found,) = await entries(models, {name: models.infos[name]})
+    return found
+
+
+async def entries(models: DeltaModels, infos: dict[str, Any]) -> list[dict[str, Any]]:
+    """One entry for each delta: what it is, and where."""
+    # All workers have the same deltas.
+    status = (await models.engine_client.collective_rpc("delta_status"))[0]
+    in_memory = {one["digest"]: one for one in status}
+    found = []
+    for name, info in infos.items():
+        one = in_memory.get(info.digest, {})
+        found.append(
+            {
+                "id": name,
+                **asdict(info),
+                "folder": str(info.folder),
+                "tier": one.get("tier", "disk"),
+                "bytes_in_memory": one.get("size", 0),
+                "pinned": one.get("pinned", False),
+                "running": models.running(name),
+            }
+        )
+    return found

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deltas in the offline engine, ``vllm.LLM``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM
+from vllm.lora.request import LoRARequest
+
+from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.messages.request import delta_request
+
+
+def load_delta(llm: LLM, name: str, path: str) -> LoRARequest:
+    """Load a delta and make the request object that selects it.
+
+    Semantics: ``llm.generate(prompts, lora_request=load_delta(llm, "math", path))``
+    answers as the fine-tune does; ``lora_request=None`` answers as the base does,
+    and a list gives each prompt its own. A delta with a tokenizer, a chat template or a
+    generation config of its own is used with them.
+
+    Args:
+        llm: made with ``LLM(model=BASE, quantization="dqrelo")``.
+        name: of the delta, as it would be the OpenAI API's ``model``.
+        path: a delta folder.
+
+    Raises:
+        Exception: whatever keeps the delta from being served, in words; the engine
+            goes on without it. vLLM passes it on in a type of its own.
+    """
+    request = delta_request(name, Path(path))
+    llm.llm_engine.add_lora(request)
+    return request
+
+
+def offline_twin(llm: LLM, requests: Any) -> LLM:
+    """Who runs the prompts of one call: ``llm``, or its twin for a delta.
+
+    Raises:
+        DqreloError: the deltas of the call have different files of their own.
+    """
+    frontends = getattr(llm.llm_engine, "frontends", None)
+    if frontends is None:
+        return llm
+    given = requests if isinstance(requests, Sequence) else [requests]
+    found = {id(frontend): frontend for frontend in map(frontends.of, given)}
+    if len(found) > 1:
+        raise DqreloError(
+            "these deltas have different tokenizers, chat templates or generation "
+            "configs: expected one of them in a call; make a call for each"
+        )
+    (frontend,) = found.values() or [None]
+    return frontend.twin(llm) if frontend else llm

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtures of experts: each expert of the base, and the deltas of its rows behind it.
+
+A row that chose k experts counts as k rows, each of which belongs to one expert and,
+maybe, to one delta: what is a slot elsewhere is a pair of slot and expert here. They
+are sorted by expert on the device, and one launch has all deltas of all experts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
+from dqrelo_kernels.rows import ExpertGroups
+from vllm_dqrelo import compat
+from vllm_dqrelo.worker.step import Step
+
+ACTIVATIONS: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
+    MoEActivation.SILU: F.silu,
+    MoEActivation.GELU: F.gelu,
+    MoEActivation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
+}
+GATE_UP, DOWN = "gate_up", "down"
+WEIGHTS = {GATE_UP: "w13_weight", DOWN: "w2_weight"}  # [experts, N, K]
+
+
+class DeltaExperts(QuantizeMethodBase):
+    """The experts of one layer, with the deltas of their rows.
+
+    A delta belongs between an expert's two matrices, where vLLM's fused kernels let
+    nobody in, so that these come one after the other here.
+
+    Args:
+        inner: the layer's method.
+        step: which rows belong to which delta.
+    """
+
+    def __init__(self, inner: QuantizeMethodBase, step: Step) -> None:
+        self.inner = inner
+        self.step = step
+        self.deltas: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.add: dict[str, Callable[..., None]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    def create_weights(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("deltas are put on a model that has its weights")
+
+    def install(
+        self,
+        part: str,
+        arena: torch.Tensor,
+        table: torch.Tensor,
+        slices: torch.Tensor,
+        add: Callable[..., None],
+    ) -> None:
+        """Put the deltas behind one of the two matrices of all experts.
+
+        Args:
+            part: GATE_UP or DOWN.
+            arena: uint8 [bytes], see dqrelo_kernels.ops.
+            table: int64 [slots, experts * slices of one expert, Field].
+            slices: int32 [slices of one expert + 1].
+            add: the op, dqrelo::delta_linear_ or one with its arguments.
+        """
+        entries = table.view(-1, len(slices) - 1, table.shape[-1])
+        self.deltas[part] = arena, entries, slices
+        self.add[part] = add
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The weighted sum of what a row's experts make of it.
+
+        Semantics: ``y[m] = sum_e weight_me * down_e(act(gate_e(x[m])) * up_e(x[m]))``.
+
+        Args:
+            x: [M, K] float.
+            topk_weights: [M, experts of a row] float.
+            topk_ids: int, of the same shape.
+            shared_experts, shared_experts_input: vLLM calls them itself.
+        """
+        experts, order = topk_ids.flatten().sort(stable=True)
+        rows = order // topk_ids.shape[1]
+        count = len(layer.w2_weight)
+        numbers = torch.arange(count, device=x.device)
+        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+        slots = self.deltas[DOWN][1].shape[0] // count
+        by_row = self.step.tokens.by_row[rows]
+        groups = ExpertGroups.of(by_row, experts, slots, count)
+
+        gate, up = self._multiply(GATE_UP, layer, x[rows], ends, groups).chunk(2, -1)
+        hidden = ACTIVATIONS[layer.activation](gate) * up
+        out = self._multiply(DOWN, layer, hidden, ends, groups)
+        out = out[order.argsort()].view(*topk_ids.shape, -1)
+        return (out.float() * topk_weights[..., None].float()).sum(1).to(x.dtype)
+
+    def _multiply(
+        self,
+        part: str,
+        layer: Any,
+        x: torch.Tensor,
+        ends: torch.Tensor,
+        groups: ExpertGroups,
+    ) -> torch.Tensor:
+        """``multiply``, and then the deltas."""
+        y = multiply(part, layer, x, ends)
+        arena, table, slices = self.deltas[part]
+        self.add[part](
+            y,
+            x.new_empty(len(x), self.step.scratch.shape[1], dtype=torch.float32),
+            x,
+            arena,
+            table,
+            slices,
+            groups.rows,
+            groups.slots,
+            groups.starts,
+            self.step.tokens.num_active,
+        )
+        return y
+
+
+def multiply(
+    part: str, layer: Any, x: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """Rows by one matrix of the base's experts, or by gate and up of them.
+
+    Semantics: ``y[m] = W_e x[m]`` for ``ends[e - 1] <= m < ends[e]``.
+
+    Args:
+        part: GATE_UP or DOWN.
+        layer: a RoutedExperts, whose weights it reads as vLLM has packed them.
+        x: [M, K] float.
+        ends: int32 [experts].
+
+    Returns:
+        [M, N] of the dtype of ``x``.
+    """
+    weight = getattr(layer, WEIGHTS[part])
+    packing = compat.packing_of_experts(layer)
+    if packing is None:
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    # vLLM has filled each of the three matrices up to a multiple of 32.
+    width = layer.moe_config.intermediate_size_per_partition
+    y = x.new_empty(len(x), weight.shape[1])
+    x = F.pad(x, (0, weight.shape[2] - x.shape[1])).contiguous()
+    torch.ops.dqrelo.expert_linear_(y, x, weight, ends, packing == "amx")
+    if part == DOWN or y.shape[1] == 2 * width:
+        return y
+    return torch.cat([both[:, :width] for both in y.chunk(2, dim=1)], dim=1)
+
+
+def refuse(layer: Any) -> None:
+    """Refuse experts that deltas could not be put on."""
+    problem = None
+    if layer.moe_config.has_bias:
+        problem = "with biases"
+    elif layer.apply_router_weight_on_input:
+        problem = "that weight the experts' input"
+    elif layer.moe_config.activation not in ACTIVATIONS:
+        known = ", ".join(activation.value for activation in ACTIVATIONS)
+        activation = layer.moe_config.activation.value
+        problem = f"with activation {activation}, only {known}"
+    if problem:
+        raise ValueError(f"--quantization dqrelo has no mixtures of experts {problem}")

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a request meets its delta: the base's layers with the ops behind them."""
+
+from typing import Any, NamedTuple
+
+import torch
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.utils import default_unquantized_gemm
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+
+from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
+from dqrelo_kernels.rows import RowGroups
+from vllm_dqrelo import compat
+from vllm_dqrelo.worker.experts import GATE_UP, DeltaExperts
+from vllm_dqrelo.worker.fully_sharded import linear_of
+from vllm_dqrelo.worker.sites import Site
+from vllm_dqrelo.worker.step import Step
+from vllm_dqrelo.worker.vocabulary import AddedRows
+
+
+class DeltaMethod(QuantizeMethodBase):
+    """A layer's own method, and then the deltas of its rows.
+
+    It wraps whatever method the layer has, so that it does not matter how the base
+    stores its weights.
+
+    Args:
+        inner: the layer's method.
+        site: the layer as a site.
+        arena: uint8 [bytes], see dqrelo_kernels.ops.
+        table: int64 [slots, slices, Field] of this site.
+        step: which rows belong to which delta.
+        added: rows of tokens that are not the base's, in a vocabulary matrix.
+    """
+
+    def __init__(
+        self,
+        inner: QuantizeMethodBase,
+        site: Site,
+        arena: torch.Tensor,
+        table: torch.Tensor,
+        step: Step,
+        added: AddedRows | None = None,
+    ) -> None:
+        self.inner = inner
+        self.arena = arena
+        self.table = table
+        self.slices = site.slices(arena.device)
+        self.step = step
+        self.added = added
+        self.is_head = isinstance(site.module, ParallelLMHead)
+        self.add = linear_of(site)
+        plain = getattr(inner, "_gemm_impl", None) is default_unquantized_gemm
+        alone = not self.is_head and not site.fully_sharded
+        self.merges = step.merges and plain and alone
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    def create_weights(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("deltas are put on a model that has its weights")
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self.inner.process_weights_after_loading(layer)
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self.merges:
+            return self._linear(layer.weight, x, bias)
+        y = self.inner.apply(layer, x, bias)
+        groups = self.step.head_rows(x) if self.is_head else self.step.tokens
+        self.add(
+            _rows(y),
+            self.step.scratch,
+            _rows(x),
+            self.arena,
+            self.table,
+            self.slices,
+            groups.rows,
+            groups.slots,
+            groups.starts,
+            groups.num_active,
+        )
+        if self.added is not None:
+            self.added.logits_(y, x, groups.by_row[: len(x)])
+        return y
+
+    def _linear(
+        self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The base's product and the deltas in one op, which may merge the two."""
+        groups = self.step.tokens
+        y = torch.ops.dqrelo.linear(
+            _rows(x),
+            weight,
+            bias,
+            self.step.scratch,
+            self.arena,
+            self.table,
+            self.slices,
+            groups.rows,
+            groups.slots,
+            groups.starts,
+            groups.num_active,
+            groups.unmerged,
+            groups.merged,
+        )
+        return y.view(*x.shape[:-1], len(weight))
+
+    def embedding(self, layer: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        y = self.inner.embedding(layer, ids)
+        known = ids if self.added is None else ids.clamp_max(self.added.start - 1)
+        groups = self.step.tokens
+        _embed(y, known, self.arena, self.table, self.slices, groups)
+        if self.added is not None:
+            rows = ids.reshape(-1)
+            self.added.embed_(_rows(y), rows, groups.by_row[: len(rows)])
+        return y
+
+
+class DeltaEmbedding(torch.nn.Embedding):
+    """A table that is not the vocabulary's, such as learnt position embeddings.
+
+    ``install`` puts it between the module's class and torch.nn.Embedding, so that it
+    sees the numbers that the class looks up, whatever it makes of its input.
+    """
+
+    arena: torch.Tensor
+    table: torch.Tensor
+    slices: torch.Tensor
+    step: Step
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y = super().forward(ids)
+        _embed(y, ids, self.arena, self.table, self.slices, self.step.tokens)
+        return y
+
+
+class NormDeltas(NamedTuple):
+    """What a norm needs for its deltas.
+
+    Attributes:
+        arena, table, step: as for DeltaMethod.
+        eps: of the norm.
+        centred: whether it subtracts the mean.
+        batched: whether activations are [1, M, ...] and not [M, ...].
+    """
+
+    arena: torch.Tensor
+    table: torch.Tensor
+    step: Step
+    eps: float
+    centred: bool
+    batched: bool
+
+
+class DeltaNorm(torch.nn.Module):
+    """A norm of the base, redone for the rows whose delta has its own weight.
+
+    ``install`` puts it in front of the module's class.
+    """
+
+    deltas: NormDeltas
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            return self._redo(super().forward(x), x)
+        # The base returns the sum that it normalised as the new residual.
+        y, residual = super().forward(x, residual)
+        return self._redo(y, residual), residual
+
+    def _redo(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        arena, table, step, eps, centred, batched = self.deltas
+        torch.ops.dqrelo.delta_norm_(
+            y[0] if batched else y,
+            x[0] if batched else x,
+            arena,
+            table,
+            step.tokens.rows,
+            step.tokens.slots,
+            step.tokens.num_active,
+            eps,
+            centred,
+        )
+        return y
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[M, K] of [M, K] or [1, M, K]: what deltas are for has one row a token."""
+    if x.numel() != x.shape[-2] * x.shape[-1]:
+        raise RuntimeError(
+            f"a layer is called with {tuple(x.shape)}, expected one row a token: this "
+            "model cannot have deltas"
+        )
+    return x.reshape(x.shape[-2:])
+
+
+def _embed(
+    y: torch.Tensor,
+    ids: torch.Tensor,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    slices: torch.Tensor,
+    groups: RowGroups,
+) -> None:
+    """Add every row's delta to embeddings [M, K] of ids [M], or [1, M, K] of [1, M]."""
+    torch.ops.dqrelo.delta_embedding_(
+        _rows(y),
+        ids.reshape(-1),
+        arena,
+        table,
+        slices,
+        groups.rows,
+        groups.slots,
+        groups.num_active,
+    )
+
+
+def install(
+    model: torch.nn.Module,
+    site: Site,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    step: Step,
+    added: AddedRows | None,
+) -> None:
+    """Put the deltas behind one module of ``model``, which is changed in place.
+
+    In steps that are skipped its class or method is vLLM's own again, but for room for
+    added tokens.
+    """
+    module: Any = site.module
+    if site.is_norm:
+        eps = module.eps if site.is_layer_norm else module.variance_epsilon
+        batched = compat.adds_batch_dimension(model)
+        _derive(step, module, DeltaNorm, type(module))
+        module.deltas = NormDeltas(arena, table, step, eps, site.is_layer_norm, batched)
+        return
+    if not hasattr(module, "quant_method"):
+        own = () if type(module) is torch.nn.Embedding else (type(module),)
+        _derive(step, module, *own, DeltaEmbedding)
+        module.arena, module.table, module.step = arena, table, step
+        module.slices = site.slices(arena.device)
+        return
+    if isinstance(module, RoutedExperts):
+        path, _, part = site.name.rpartition(".")
+        if part == GATE_UP:  # which comes first
+            step.put(module, "quant_method", DeltaExperts(module.quant_method, step))
+            runner: Any = model.get_submodule(path.rpartition(".")[0])
+            step.put(runner, "_forward_entry", compat.opaque_experts(runner))
+            if (shared := runner.shared_experts) is not None:
+                order = compat.experts_in_turn(shared)
+                step.put(shared, "_determine_shared_experts_order", order)
+        slices, add = site.slices(arena.device), linear_of(site)
+        module.quant_method.install(part, arena, table, slices, add)
+        return
+    method = DeltaMethod(module.quant_method, site, arena, table, step, added)
+    # The base's rows do not have the added tokens, so that their method stays.
+    put = step.put if added is None else setattr
+    put(module, "quant_method", method)
+    # vLLM has faster paths around quant_method, which would leave the deltas out.
+    embedding = isinstance(module, VocabParallelEmbedding)
+    path = "use_fused_embedding" if embedding else "requires_unquantized_input"
+    put(module, path, not embedding)
+
+
+def _derive(step: Step, module: torch.nn.Module, *classes: type) -> None:
+    """Make a class of ``classes`` that of the module."""
+    step.put(module, "__class__", type(type(module).__name__, classes, {}))

@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker's deltas: read from disk, in host memory, on the device, in a step.
+
+vLLM's model runner talks to this class as it talks to its own LoRA manager
+(vllm/lora/worker_manager.py); tests/test_plugin.py compares the two. The engine
+talks to it through ``deltas.py``.
+"""
+
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from torch.distributed import ReduceOp, all_reduce
+from vllm.config import CompilationMode, VllmConfig
+from vllm.distributed import get_pp_group
+from vllm.logger import init_logger
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.request import LoRARequest
+
+from dqrelo_kernels import ops
+from dqrelo_kernels.rows import BASE
+from dqrelo_kernels.table import Field, empty_table
+from vllm_dqrelo import compat
+from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
+from vllm_dqrelo.format.config import DeltaConfig
+from vllm_dqrelo.format.delta import Delta
+from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.format.need import Need
+from vllm_dqrelo.options import (
+    Options,
+    merge_rows,
+    refuse_unsupported,
+    warn_untested,
+)
+from vllm_dqrelo.room import Room
+from vllm_dqrelo.worker.coverage import check_coverage
+from vllm_dqrelo.worker.host import HostTier, Loaded, Loader
+from vllm_dqrelo.worker.layers import install
+from vllm_dqrelo.worker.order import rearranged
+from vllm_dqrelo.worker.packed import PackedDelta, pack
+from vllm_dqrelo.worker.residency import Residency
+from vllm_dqrelo.worker.sites import Sites
+from vllm_dqrelo.worker.step import Step
+
+logger = init_logger(f"vllm.{__name__}")
+
+SLACK = 2**20  # bytes that a delta's files may have beside its tensors
+
+
+class Memory(NamedTuple):
+    """What a worker has for deltas, in bytes.
+
+    Attributes:
+        base: what the model's weights take, in all workers.
+        arena: for resident deltas.
+        host: for deltas in host memory.
+        typical: what a delta of ratio 1/8 takes.
+        slots: the most deltas that are resident, a number.
+        rank: the largest sum of ranks in one layer, a number.
+    """
+
+    base: int
+    arena: int
+    host: int
+    typical: int
+    slots: int
+    rank: int
+
+
+class Usage(NamedTuple):
+    """What a worker's deltas take now, in bytes.
+
+    Attributes:
+        resident: digests of the deltas on the device.
+        device: of the deltas there.
+        host: of the deltas in host memory.
+        evicted: how many made room for others on the device so far, a number.
+    """
+
+    resident: frozenset[str]
+    device: int
+    host: int
+    evicted: int
+
+
+class DeltaManager:
+    """The deltas of one worker, by digest.
+
+    Args:
+        vllm_config: of the engine.
+        device: of the model.
+    """
+
+    is_enabled = True
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, *_: Any) -> None:
+        refuse_unsupported(vllm_config, device)
+        warn_untested(vllm_config)
+        self.device = device
+        self.options = Options.of(vllm_config.additional_config)
+        self.model_config = vllm_config.model_config
+        self.workers = vllm_config.parallel_config.world_size
+        self.max_loras = vllm_config.lora_config.max_loras
+        self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self._dummies: set[str] = set()
+
+    def create_lora_manager(
+        self, model: torch.nn.Module, vllm_config: VllmConfig
+    ) -> torch.nn.Module:
+        """Put deltas behind every site of the loaded ``model``; returns it."""
+        ops.prepare(self.device)
+        stages = get_pp_group()
+        self.sites = Sites(
+            model,
+            self.base,
+            self.options.added_tokens,
+            stages.world_size > 1,
+            vllm_config.lora_config.fully_sharded_loras,
+            self.base.tied_embedding,
+        )
+        self.sites.rearranged = rearranged(self.sites, self.base, self.device)
+        # A delta is in all stages, so that all are as large as the largest.
+        typical = torch.tensor(self.options.typical_bytes(self.sites))
+        all_reduce(typical, ReduceOp.MAX, stages.cpu_group)
+        arena = self.options.arena_bytes(int(typical), self.max_loras)
+        self.memory = Memory(
+            base=self.base.nbytes(self.model_config.dtype.itemsize),
+            arena=arena,
+            host=self.options.host_bytes(self.workers),
+            typical=int(typical),
+            slots=self.options.slots(self.sites, arena, self.max_loras),
+            rank=self.options.ranks(self.sites),
+        )
+        self.host = HostTier(self.memory.host)
+        self.residency = Residency(
+            self.sites, arena, self.memory.slots, self.host, self.device
+        )
+        self.pinned: set[str] = set()
+        self.loader = Loader(self.read)
+        self.room = Room(
+            self.memory.rank,
+            arena,
+            self.options.added_tokens,
+            self.options.given,
+        )
+        self.step = Step(
+            self.max_tokens,
+            self.memory.slots,
+            self.memory.rank,
+            self.device,
+            merge_rows(vllm_config, self.device),
+        )
+        data, added = self.residency.arena.data, self.residency.added
+        for name, site in self.sites.by_name.items():
+            table = self.residency.table(site)
+            install(model, site, data, table, self.step, added.get(name))
+        if hasattr(model, "compute_logits"):
+            # The base's rows do not have the added tokens.
+            put = setattr if self.options.added_tokens else self.step.put
+            put(
+                model,
+                "compute_logits",
+                self.residency.vocabularies.mask(model, self.step),
+            )
+        return model
+
+    def leave_base_alone(self, runner: Any) -> None:
+        """From now on steps of the base alone run its own code, where possible."""
+        step = self.step
+        step.is_ready = True
+        compat.skip_base_steps(runner, lambda: step.skips)
+        if runner.vllm_config.compilation_config.mode == CompilationMode.NONE:
+            return
+        step.is_ready = compat.compile_for_base(runner, lambda: step.skips)
+
+    # A step.
+
+    def set_active_adapters(
+        self, requests: set[LoRARequest], mapping: LoRAMapping | None
+    ) -> None:
+        """Make the deltas of a step resident and say which rows are theirs.
+
+        ``deltas.py`` made the requests: their names are digests, and it let nothing
+        into the step that is not in memory.
+        """
+        slots = self.residency.use({request.lora_name for request in requests})
+        by_id = {request.lora_int_id: slots[request.lora_name] for request in requests}
+        if mapping is not None:
+            self.step.set(
+                _slots_of(mapping.index_mapping, by_id),
+                _slots_of(mapping.prompt_mapping, by_id),
+            )
+
+    # Calls of the engine, between steps.
+
+    def start_load(self, request: LoRARequest, others: Mapping[str, int]) -> None:
+        """Begin to read a delta beside the steps; ``others`` as for ``read``."""
+        self.loader.start(request, others)
+
+    def load_done(self) -> bool:
+        """Whether the delta was read."""
+        return self.loader.done
+
+    def finish_load(self, keep: Collection[str]) -> tuple[Loaded, list[str]]:
+        """Put the delta that was read into host memory.
+
+        Args:
+            keep: digests of deltas that must not make room for it.
+
+        Returns:
+            What became of it, and the digests of deltas that are gone from memory.
+        """
+        loaded, packed = self.loader.take()
+        if packed is None:
+            return loaded, []
+        self.host.put(packed)
+        return loaded, self.host.trim(keep, self.residency.resident)
+
+    def pin(self, digest: str) -> None:
+        """Note that the engine keeps a delta in memory."""
+        self.pinned.add(digest)
+
+    def usage(self) -> Usage:
+        """What the deltas take now."""
+        resident = self.residency.resident
+        return Usage(
+            frozenset(resident),
+            sum(delta.size for delta in resident.values()),
+            self.host.size,
+            self.residency.evicted,
+        )
+
+    def forget(self, digest: str) -> None:
+        """Free the memory of a delta."""
+        self.pinned.discard(digest)
+        self.host.drop(digest)
+        self.residency.drop([digest])
+
+    def read(self, request: LoRARequest, others: Mapping[str, int]) -> PackedDelta:
+        """Read and check a delta and lay it out; runs in the loader's thread.
+
+        Args:
+            request: its path is the delta's folder.
+            others: digest -> bytes of the ``--max-loras`` largest deltas that it must
+                have room beside.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            DqreloError: it cannot be served, or it is not the one that the path asks
+                for by its digest.
+        """
+        folder, _, digest = request.lora_path.partition("#sha256:")
+        need = Need.of(Path(folder))
+        self._expect(need.config, folder, digest)
+        beside = [size for key, size in others.items() if key != need.config.digest]
+        beside = sorted(beside, reverse=True)[: self.max_loras - 1]
+        # Each worker has its part of the delta: at least this one.
+        least, rank = need.size // self.workers, need.rank(self._layer)
+        sizes = [need.size, *beside]
+        self.room.check(folder, rank, need.added_tokens, sizes, least)
+        # What a delta takes in the arena is about as much as it has on disk; the rows
+        # of added tokens are elsewhere.
+        added = sum(rows.rows[0].nbytes for rows in self.residency.added.values())
+        most = int(1.05 * self.workers * self.memory.arena) + added + SLACK
+        delta = Delta(Path(folder), most)
+        self._expect(delta.config, folder, digest)
+        packed = pack(delta, self.sites, self.device)
+        delta.check_unchanged()  # the digest is of what was packed
+        entries = packed.entries
+        rank = max(  # that one row meets
+            int((entries[:, Field.FIRST_A] + entries[:, Field.RANK_A]).max()),
+            int((entries[:, Field.FIRST_B] + entries[:, Field.RANK_B]).max()),
+        )
+        sizes = [packed.size, *beside]
+        self.room.check(folder, rank, delta.added_tokens, sizes)
+        return packed
+
+    def _expect(self, config: DeltaConfig, folder: str, digest: str) -> None:
+        """Refuse a delta of another base, or another than was asked for."""
+        if digest and config.digest != f"sha256:{digest}":
+            raise DqreloError(
+                f"{folder} was replaced: it holds {config.digest}, "
+                f"sha256:{digest} was asked for. Load the delta again"
+            )
+        config.check_base(self._fingerprint, self.model_config.model, folder)
+
+    def _layer(self, parameter: str) -> Hashable | None:
+        """The layer whose scratch has the ranks of a matrix; None in other stages."""
+        for place in self.sites.places(parameter)[:1]:
+            return place.site.name, place.index // len(place.site.of_a_row)
+        return None
+
+    @cached_property
+    def base(self) -> Checkpoint:
+        """The base on disk."""
+        return Checkpoint(resolve(self.model_config.model, self.model_config.revision))
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self.base.fingerprint()
+
+    # Warm-up: vLLM runs dummy batches with deltas that change nothing.
+
+    @contextmanager
+    def dummy_lora_cache(self) -> Iterator[None]:
+        """Around the warm-up; nothing to prepare."""
+        yield
+
+    def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
+        """The rank of the deltas of the warm-up; they have none."""
+        return default_rank
+
+    def add_dummy_lora(self, request: LoRARequest, rank: int) -> bool:
+        """Add a delta that changes nothing."""
+        nothing = torch.zeros(0, dtype=torch.uint8)
+        entries = empty_table(1, self.sites.count, "cpu")[0]
+        self.host.put(PackedDelta(request.lora_name, nothing, entries))
+        self._dummies.add(request.lora_name)
+        return True
+
+    def remove_all_adapters(self) -> None:
+        """End a warm-up, or else forget everything: the base has new weights."""
+        if self._dummies:
+            for digest in self._dummies:
+                self.forget(digest)
+            self._dummies.clear()
+        else:
+            self.host.clear()
+            self.residency.drop(list(self.residency.resident))
+
+    # What the engine asks a worker for with plain LoRA; here it knows itself.
+
+    def add_adapter(self, request: LoRARequest) -> bool:
+        """Not used, see ``deltas.py``."""
+        _ask_the_engine()
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """Not used, see ``deltas.py``."""
+        _ask_the_engine()
+
+    def pin_adapter(self, adapter_id: int) -> bool:
+        """Not used, see ``deltas.py``."""
+        _ask_the_engine()
+
+    def list_adapters(self) -> set[int]:
+        """Not used, see ``deltas.py``."""
+        _ask_the_engine()
+
+    def supports_tower_connector_lora(self) -> bool:
+        """Only language models are served."""
+        return False
+
+
+def on_manager(worker: Any, call: str, *args: Any) -> Any:
+    """Call the delta manager of a worker; what the engine sends to its workers."""
+    return getattr(worker.model_runner.lora_manager, call)(*args)
+
+
+def memory(worker: Any) -> Memory:
+    """Check a worker that has its KV cache, and say what it has for deltas."""
+    runner = worker.model_runner
+    manager = runner.lora_manager
+    check_coverage(runner, manager.sites, manager.residency)
+    manager.leave_base_alone(runner)
+    return manager.memory
+
+
+def _slots_of(adapter_ids: tuple[int, ...], by_id: dict[int, int]) -> np.ndarray:
+    ids = np.asarray(adapter_ids, dtype=np.int64)
+    slots = np.full(len(ids), BASE, dtype=np.int32)
+    known = ids <= 0
+    for adapter_id, slot in by_id.items():
+        mine = ids == adapter_id
+        slots[mine] = slot
+        known |= mine
+    if not known.all():
+        raise RuntimeError("a step has rows of a delta that it does not name")
+    return slots
+
+
+def _ask_the_engine() -> NoReturn:
+    raise RuntimeError("deltas are added and removed through the engine")
+
+
+@contextmanager
+def prompt_rows(manager: Any, hidden_states: torch.Tensor) -> Iterator[None]:
+    """Let the LM head of ``manager``'s model find the rows of a prompt."""
+    ours = isinstance(manager, DeltaManager)
+    with manager.step.prompt_rows(hidden_states) if ours else nullcontext():
+        yield

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A delta ready for the device: one run of bytes and a table of where things are."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm
+
+from dqrelo_kernels.layout import side_by_side
+from dqrelo_kernels.table import (
+    ABSENT,
+    FACTOR_DTYPES,
+    Field,
+    empty_table,
+    place_ranks,
+)
+from vllm_dqrelo.format.checkpoint import HEAD
+from vllm_dqrelo.format.delta import Delta
+from vllm_dqrelo.format.errors import refuse
+from vllm_dqrelo.format.tensors import ADDED, take_columns
+from vllm_dqrelo.worker.arena import aligned
+from vllm_dqrelo.worker.sites import Place, Sites
+
+NORM_FIELDS = {"weight": Field.WEIGHT, "bias": Field.BIAS}
+
+
+@dataclass(frozen=True)
+class PackedDelta:
+    """A registered delta in host memory.
+
+    Attributes:
+        digest: of its content.
+        extent: uint8 [bytes], copied as a whole into the arena.
+        entries: int64 [slices of all sites, Field], offsets from the extent's start.
+        added: site -> rows [E, K] of tokens that are not the base's.
+        vocab_size: tokens of its model; None for the base's.
+        elsewhere: parameters that only another stage of a pipeline can have.
+    """
+
+    digest: str
+    extent: torch.Tensor
+    entries: torch.Tensor
+    added: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    vocab_size: int | None = None
+    elsewhere: frozenset[str] = frozenset()
+
+    @property
+    def size(self) -> int:
+        """Bytes it takes in the arena."""
+        return self.extent.numel()
+
+
+class _Extent:
+    """Collects tensors and the offsets that they will have."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._parts: list[tuple[int, torch.Tensor]] = []
+        self._size = 0
+        self._device = device
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether rows of a matrix lie so, see dqrelo_kernels.layout."""
+        return self._device.type == "cpu"
+
+    def add(self, tensor: torch.Tensor) -> int:
+        """The byte offset of ``tensor``."""
+        offset = self._size
+        self._parts.append((offset, tensor.contiguous().flatten().view(torch.uint8)))
+        self._size = aligned(offset + tensor.nbytes)
+        return offset
+
+    def add_matrices(self, *packed: torch.Tensor) -> int:
+        """The same for packed matrices of one shape."""
+        if not self.side_by_side:
+            return self.add(torch.stack(packed))
+        return self.add(torch.cat([side_by_side(matrix) for matrix in packed]))
+
+    def bytes(self) -> torch.Tensor:
+        """All of it, uint8, where it is copied to the device from."""
+        pinned = self._device.type == "cuda"
+        data = torch.zeros(self._size, dtype=torch.uint8, pin_memory=pinned)
+        for offset, part in self._parts:
+            data[offset : offset + part.numel()].copy_(part)
+        return data
+
+
+def pack(delta: Delta, sites: Sites, device: torch.device) -> PackedDelta:
+    """Lay a delta out for the sites of a model on ``device``.
+
+    Args:
+        delta: adds at most as many tokens as the sites have room for.
+
+    Raises:
+        DqreloError: it has a parameter that no site takes, or of another shape; a
+            delta is served as a whole or not at all. In a stage of a pipeline what no
+            site takes is ``elsewhere``: ``agreed`` sees that some stage has it.
+    """
+    extent, problems = _Extent(device), []
+    vocab_size = delta.config.vocab_size
+    if vocab_size is None:
+        vocab_size = sites.tokens + delta.added_tokens
+    elif 0 < sites.tokens <= vocab_size:
+        problems.append(
+            f"vocab_size is {vocab_size}, expected fewer than the base's {sites.tokens}"
+        )
+    added: dict[str, torch.Tensor] = {}
+    elsewhere = set()
+    entries = empty_table(1, sites.count, "cpu")[0]
+    for name in [*delta.matrices, *delta.exact]:
+        tied = HEAD not in delta.matrices
+        places = sites.places(name.removesuffix(ADDED), tied)
+        if not places and sites.is_stage:
+            elsewhere.add(name)
+            continue
+        if not places:
+            problems.append(f"{name}: the model has no place for it")
+            continue
+        if name.endswith(ADDED):
+            rows = delta.parameter(name)
+            for place in places:
+                expected = place.shape[1:] if place.site.is_vocabulary else None
+                if tuple(rows.shape[1:]) != expected:
+                    problems.append(
+                        f"{name} is {list(rows.shape)}: no rows of {place.site.name}"
+                    )
+                    continue
+                here = sites.added_here(place.site)
+                added[place.site.name] = rows[here.start : here.stop].clone()
+            continue
+        fields, shape = (
+            _matrix(delta, name, places[0], extent)
+            if name in delta.matrices
+            else _vector(delta, name, places[0], extent)
+        )
+        for place in places:
+            if shape != place.shape:
+                problems.append(f"{name} is {shape}, {place.site.name} {place.shape}")
+            elif not fields:
+                problems.append(f"{name} is stored exactly: only vectors can be")
+            if name in sites.rearranged:
+                problems.append(
+                    f"{name}: vLLM has it in another order than the checkpoint, which "
+                    "deltas cannot follow"
+                )
+            for field, value in fields.items():
+                entries[place.slice, field] = value
+    for site in sites.by_name.values():
+        mine = entries[site.first : site.first + len(site.sizes)]
+        place_ranks(mine.view(site.experts, -1, len(Field)))
+    _complete_norms(entries, sites, extent)
+    refuse(f"{delta.folder} does not fit the served model:", problems)
+    data = extent.bytes()
+    return PackedDelta(
+        delta.config.digest, data, entries, added, vocab_size, frozenset(elsewhere)
+    )
+
+
+def _matrix(
+    delta: Delta, name: str, place: Place, extent: _Extent
+) -> tuple[dict[Field, int], tuple[int, ...]]:
+    matrix = delta.matrix(name)
+    shape, fields = matrix.shape, {}
+    if shape != place.shape:
+        return {}, shape
+    if place.site.is_split:
+        matrix = matrix.part(place.rows, place.columns)
+    if extent.side_by_side:
+        fields[Field.SIDE_BY_SIDE] = 1
+    if matrix.planes:
+        fields[Field.SIGNS] = extent.add_matrices(*matrix.signs)
+        fields[Field.PLANES] = matrix.planes
+        scale = matrix.scale.expand(matrix.planes, matrix.shape[0])
+        fields[Field.SCALE] = extent.add(scale)
+    fields[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(matrix.lora_a.dtype)
+    of_a, of_b = place.site.ranks(matrix.rank)
+    if len(of_a):
+        fields[Field.RANK_A], fields[Field.FIRST_A] = len(of_a), int(of_a[0])
+        fields[Field.LORA_A] = extent.add_matrices(matrix.lora_a[of_a])
+        if matrix.lora_scale is not None:
+            fields[Field.LORA_SCALE] = extent.add(matrix.lora_scale[of_a])
+    if len(of_b):
+        fields[Field.RANK_B], fields[Field.FIRST_B] = len(of_b), int(of_b[0])
+        lora_b = take_columns(matrix.lora_b, matrix.rank, of_b)
+        fields[Field.LORA_B] = extent.add_matrices(lora_b)
+    return fields, shape
+
+
+def _vector(
+    delta: Delta, name: str, place: Place, extent: _Extent
+) -> tuple[dict[Field, int], tuple[int, ...]]:
+    value = delta.parameter(name).float()
+    shape = tuple(value.shape)
+    if place.site.is_norm:
+        # Gemma's norm multiplies by 1 + weight; the op multiplies by what it is given.
+        gemma = isinstance(place.site.module, GemmaRMSNorm)
+        field = NORM_FIELDS[place.leaf]
+        return {field: extent.add(value + 1 if gemma else value)}, shape
+    if place.leaf == "bias" and shape == place.shape:
+        base = place.site.base_vector("bias", place.index)
+        change = value[place.rows] - base
+        if not place.site.adds_bias:
+            change.zero_()
+        return {Field.BIAS: extent.add(change)}, shape
+    return {}, shape
+
+
+def _complete_norms(entries: torch.Tensor, sites: Sites, extent: _Extent) -> None:
+    """A norm is redone as a whole: what the fine-tune left alone is the base's."""
+    for site in sites.by_name.values():
+        entry = entries[site.first]
+        fields = list(NORM_FIELDS.values())
+        if not site.is_norm or bool((entry[fields] == ABSENT).all()):
+            continue
+        for leaf, field in NORM_FIELDS.items():
+            if entry[field] == ABSENT and site.has(leaf):
+                entry[field] = extent.add(site.base_vector(leaf))
