@@ -7,9 +7,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-import trainers as _  # noqa: F401  the rest of field.CASES
 from safetensors.torch import load_file
 from support import field
+from support import trainers as _  # noqa: F401  the rest of field.CASES
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

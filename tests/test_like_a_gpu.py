@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What serving does on a GPU only, here: merged matrices, and the Triton kernels."""
 
-import interpreter  # noqa: F401  before the kernels
 import pytest
 import torch
+from support import interpreter  # noqa: F401  before the kernels
 
 vllm = pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

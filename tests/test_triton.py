@@ -8,10 +8,10 @@ import os
 import subprocess
 import sys
 
-import interpreter  # noqa: F401  before the kernels
 import numpy as np
 import pytest
 import torch
+from support import interpreter  # noqa: F401  before the kernels
 from support.deltas import (
     BIASES,
     DEVICE,

@@ -6,7 +6,7 @@ does not load, and then its Python part misses two operators. So that the test o
 Qwen2-VL is not skipped:
 
     pip install --no-deps --target /tmp/torchvision torchvision
-    PYTHONPATH=tests:/tmp/torchvision python -m pytest -p torchvision_ops \\
+    PYTHONPATH=tests/support:/tmp/torchvision python -m pytest -p torchvision_ops \\
         tests/test_architectures.py -k qwen2-vl
 """
 
