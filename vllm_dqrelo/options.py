@@ -13,8 +13,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from dqrelo_kernels.table import ALIGNMENT
-from vllm_dqrelo.worker.arena import aligned
+from dqrelo_kernels.table import ALIGNMENT, aligned
 from vllm_dqrelo.worker.sites import Sites
 
 logger = init_logger(f"vllm.{__name__}")

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dqrelo_kernels.table import aligned
 from vllm_dqrelo.format.errors import DqreloError
-from vllm_dqrelo.worker.arena import aligned
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,11 @@ OFFSETS = (
 )
 
 
+def aligned(size: int) -> int:
+    """``size`` bytes, rounded up to a multiple of ``ALIGNMENT``."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 def empty_table(slots: int, slices: int, device: torch.device | str) -> torch.Tensor:
     """A table int64 [slots, slices, Field] in which every slot changes nothing."""
     return torch.full(

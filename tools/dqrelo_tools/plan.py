@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from dqrelo_kernels.table import aligned
 from dqrelo_tools.popularity import Popularity
 from vllm_dqrelo.format.errors import DqreloError
-from vllm_dqrelo.worker.arena import aligned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

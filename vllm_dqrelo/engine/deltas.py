@@ -22,10 +22,10 @@ from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
+from dqrelo_kernels.table import aligned
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.messages.report import Report
-from vllm_dqrelo.worker.arena import aligned
 from vllm_dqrelo.worker.host import Loaded, agreed
 from vllm_dqrelo.worker.manager import Memory, Usage, memory, on_manager
 

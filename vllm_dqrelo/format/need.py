@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from dqrelo_kernels.table import aligned
 from vllm_dqrelo.format.checkpoint import SafetensorsFiles, locate
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import MODEL
 from vllm_dqrelo.format.tensor_file import DTYPES
 from vllm_dqrelo.format.tensors import ADDED, LORA_A, PACKED, SCALE, SHAPE, SUFFIXES
-from vllm_dqrelo.worker.arena import aligned
 
 # Matrices that vLLM multiplies as one, by the ends of their names.
 FUSED = {

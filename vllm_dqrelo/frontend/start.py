@@ -18,6 +18,7 @@ import psutil
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from dqrelo_kernels.table import aligned
 from vllm_dqrelo.format.checkpoint import EMBEDDINGS, Checkpoint, resolve
 from vllm_dqrelo.format.config import CONFIG_NAME
 from vllm_dqrelo.format.errors import DqreloError
@@ -31,7 +32,6 @@ from vllm_dqrelo.options import (
     typical_rank,
 )
 from vllm_dqrelo.room import Room, gib, option
-from vllm_dqrelo.worker.arena import aligned
 
 logger = init_logger(f"vllm.{__name__}")
 

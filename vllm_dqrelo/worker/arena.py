@@ -3,12 +3,7 @@
 
 import torch
 
-from dqrelo_kernels.table import ALIGNMENT
-
-
-def aligned(size: int) -> int:
-    """``size`` rounded up to the alignment of the arena's tensors."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
+from dqrelo_kernels.table import aligned
 
 
 class Arena:

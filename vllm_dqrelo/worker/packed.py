@@ -12,6 +12,7 @@ from dqrelo_kernels.table import (
     ABSENT,
     FACTOR_DTYPES,
     Field,
+    aligned,
     empty_table,
     place_ranks,
 )
@@ -19,7 +20,6 @@ from vllm_dqrelo.format.checkpoint import HEAD
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import refuse
 from vllm_dqrelo.format.tensors import ADDED, take_columns
-from vllm_dqrelo.worker.arena import aligned
 from vllm_dqrelo.worker.sites import Place, Sites
 
 NORM_FIELDS = {"weight": Field.WEIGHT, "bias": Field.BIAS}
