@@ -106,8 +106,8 @@ def test_a_base_is_what_plan_counts_within_two_percent():
 
 
 def test_the_map_of_the_repository_is_true():
-    """What the README's map names is there, and every folder is on it."""
-    text = (ROOT / "README.md").read_text().partition("## Repository")[2]
+    """What the map in CONTRIBUTING.md names is there, and every folder is on it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition("## Repository")[2]
     rows = re.findall(r"^\| `(\S+/)` \| (.*) \|$", text, re.MULTILINE)
     assert rows
     for folder, description in rows:
