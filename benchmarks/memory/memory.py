@@ -281,7 +281,8 @@ def main() -> None:
                 fits.add(row)
         for system in SYSTEMS:
             if (system, str(MODELS[-1])) not in table:
-                again = [sys.executable, *sys.argv, f"--system={system}"]
+                again = [sys.executable, "-m", "benchmarks.memory.memory"]
+                again += [f"--system={system}", f"--output-dir={table.path.parent}"]
                 plugins = "dqrelo" if system == "deltas" else ""
                 variables = {**ALONE, "VLLM_PLUGINS": plugins}
                 subprocess.run(again, env={**os.environ, **variables}, check=True)

@@ -100,7 +100,7 @@ def measure(way: str, base: Path, deltas: list[Path]) -> dict[str, float]:
         max_loras=DELTAS,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
-        worker_cls="benchmark_workers.Watched",
+        worker_cls="benchmarks.memory.workers.Watched",
         **WAYS[way],
     )
     requests = [load_delta(llm, delta.name, str(delta)) for delta in deltas]

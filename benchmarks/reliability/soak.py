@@ -27,15 +27,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import models
 import psutil
 import torch
 from openai import APIError, APIStatusError, AsyncOpenAI
 from tqdm import tqdm
 
 from benchmarks.machine import machine
+from benchmarks.models import smollm
 from benchmarks.models.reference import TOKENS, TOLERANCE, Reference, references
-from benchmarks.models.smollm import MORE, delta, weaker
 from benchmarks.models.tasks import TASKS
 from benchmarks.paths import DQRELO
 from benchmarks.serving.server import metric, server
@@ -330,15 +329,15 @@ def store_of(folders: list[Path], parent: Path) -> tuple[Path, dict[str, list[Pa
     return store, names
 
 
-def smollm(count: int) -> tuple[Path, list[Path]]:
+def fleet(count: int) -> tuple[Path, list[Path]]:
     """SmolLM2-135M and deltas of it, no two of which answer the same."""
     folders = []
     for i in range(count):
         times, task = divmod(i, len(TASKS))
         strength = 1 - times / 5
-        folder = MORE / f"soak-{i}"
-        folders.append(weaker(delta(task), strength, folder) if times else delta(task))
-    return models.base(), folders
+        folder, whole = smollm.MORE / f"soak-{i}", smollm.delta(task)
+        folders.append(smollm.weaker(whole, strength, folder) if times else whole)
+    return smollm.base(), folders
 
 
 def main() -> int:
@@ -354,14 +353,14 @@ def main() -> int:
     arguments = parser.parse_args()
     base, folders = arguments.base, arguments.deltas
     if base is None:
-        base, folders = smollm(13)
+        base, folders = fleet(13)
     torch.manual_seed(0)
     model = json.loads((base / "config.json").read_text())
     prompts = [torch.randint(model["vocab_size"], (n,)).tolist() for n in PROMPTS]
     with tempfile.TemporaryDirectory() as scratch:
         store, names = store_of(folders, Path(scratch))
         contents = [None, *(c for group in names.values() for c in group)]
-        cache = (Path(scratch) if arguments.base else MORE) / "soak.json"
+        cache = (Path(scratch) if arguments.base else smollm.MORE) / "soak.json"
         found = references(base, contents, prompts, cache)
         expected = {"base": found[0]}
         for name, one in zip(names, found[1:], strict=False):
