@@ -34,8 +34,8 @@ from transformers import (
 from dqrelo_kernels.rows import BASE
 from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
-from vllm_dqrelo import compat
 from vllm_dqrelo.format.checkpoint import Checkpoint
+from vllm_dqrelo.worker import compat
 
 vllm = pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

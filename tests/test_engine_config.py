@@ -114,7 +114,7 @@ def test_what_kernels_of_the_base_cannot_compute_is_refused(
 ):
     import torch
 
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": amx})
     if right is None:
         quantised(settings, dtype)
         return
@@ -198,7 +198,7 @@ def test_experts_that_get_rows_of_other_workers_are_refused(
 
 
 def test_a_scheduler_of_another_kind_is_refused():
-    from vllm_dqrelo.compat import check_scheduler
+    from vllm_dqrelo.engine.compat import check_scheduler
 
     with pytest.raises(ValueError, match="--scheduler-cls"):
         check_scheduler(dict)

@@ -120,22 +120,25 @@ def patch_serve() -> None:
 def patch_engine() -> None:
     """Let an engine hold requests back until their deltas are in memory."""
 
+    from vllm_dqrelo.engine import compat as engine_compat
+
     def start(core: Any) -> None:
         from vllm_dqrelo.engine.scheduler import start
 
         start(core)
 
-    compat.before_scheduler(start)
+    engine_compat.before_scheduler(start)
 
 
 def patch_worker() -> None:
     """Put the delta manager in the place of LoRA's. Safe to call again."""
+    from vllm_dqrelo.worker import compat as worker_compat
     from vllm_dqrelo.worker.calls import delta_status
     from vllm_dqrelo.worker.manager import DeltaManager, prompt_rows
 
     def choose(vllm_config: compat.VllmConfig) -> type[DeltaManager] | None:
         return DeltaManager if is_dqrelo(vllm_config) else None
 
-    compat.choose_lora_manager(choose)
-    compat.around_prompt_logprobs(prompt_rows)
-    compat.add_worker_call(delta_status)
+    worker_compat.choose_lora_manager(choose)
+    worker_compat.around_prompt_logprobs(prompt_rows)
+    worker_compat.add_worker_call(delta_status)

@@ -87,7 +87,7 @@ def refuse_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> None:
     Args:
         config: quantization_config of the checkpoint.
     """
-    amx = torch.cpu._is_amx_tile_supported()
+    amx = torch.cpu.get_capabilities().get("amx_tile", False)
     known = {torch.bfloat16, torch.float16, torch.float32}
     for group in config.get("config_groups", {}).values():
         inputs = group.get("input_activations")
@@ -122,10 +122,9 @@ def under_deltas(
         UnquantizedEmbeddingMethod,
     )
 
-    from vllm_dqrelo import compat
     from vllm_dqrelo.options import Options
     from vllm_dqrelo.plugin import patch_worker
-    from vllm_dqrelo.worker import experts
+    from vllm_dqrelo.worker import compat, experts
     from vllm_dqrelo.worker.vocabulary import EnlargedEmbedding
 
     patch_worker()

@@ -15,7 +15,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_dqrelo import compat
+from vllm_dqrelo.engine import compat
 from vllm_dqrelo.engine.deltas import POLL, Deltas, Failure
 
 logger = init_logger(f"vllm.{__name__}")

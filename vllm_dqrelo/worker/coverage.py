@@ -13,7 +13,7 @@ from torch.distributed import all_gather_object
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.distributed import get_pp_group
 
-from vllm_dqrelo import compat
+from vllm_dqrelo.worker import compat
 from vllm_dqrelo.worker.residency import Residency
 from vllm_dqrelo.worker.sites import Sites
 
@@ -46,7 +46,7 @@ def check_coverage(model_runner: Any, sites: Sites, residency: Residency) -> Non
     """
     stage = get_pp_group()
     with _Calls() as calls:
-        hidden_states, _ = model_runner._dummy_run(1, is_profile=True)
+        hidden_states = compat.run_one_token(model_runner)
         if stage.is_last_rank and not model_runner.is_pooling_model:
             with torch.inference_mode():
                 model_runner.model.compute_logits(hidden_states)

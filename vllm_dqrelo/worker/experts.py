@@ -16,7 +16,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 
 from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
 from dqrelo_kernels.rows import ExpertGroups
-from vllm_dqrelo import compat
+from vllm_dqrelo.worker import compat
 from vllm_dqrelo.worker.step import Step
 
 ACTIVATIONS: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {

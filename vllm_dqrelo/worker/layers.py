@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.utils import default_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
@@ -14,7 +13,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
 from dqrelo_kernels.rows import RowGroups
-from vllm_dqrelo import compat
+from vllm_dqrelo.worker import compat
 from vllm_dqrelo.worker.experts import GATE_UP, DeltaExperts
 from vllm_dqrelo.worker.fully_sharded import linear_of
 from vllm_dqrelo.worker.sites import Site
@@ -54,7 +53,7 @@ class DeltaMethod(QuantizeMethodBase):
         self.added = added
         self.is_head = isinstance(site.module, ParallelLMHead)
         self.add = linear_of(site)
-        plain = getattr(inner, "_gemm_impl", None) is default_unquantized_gemm
+        plain = compat.multiplies_by_weight(inner)
         alone = not self.is_head and not site.fully_sharded
         self.merges = step.merges and plain and alone
 
@@ -257,10 +256,9 @@ def install(
         if part == GATE_UP:  # which comes first
             step.put(module, "quant_method", DeltaExperts(module.quant_method, step))
             runner: Any = model.get_submodule(path.rpartition(".")[0])
-            step.put(runner, "_forward_entry", compat.opaque_experts(runner))
+            step.put(runner, *compat.opaque_experts(runner))
             if (shared := runner.shared_experts) is not None:
-                order = compat.experts_in_turn(shared)
-                step.put(shared, "_determine_shared_experts_order", order)
+                step.put(shared, *compat.experts_in_turn(shared))
         slices, add = site.slices(arena.device), linear_of(site)
         module.quant_method.install(part, arena, table, slices, add)
         return

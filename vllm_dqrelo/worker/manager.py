@@ -24,7 +24,6 @@ from vllm.lora.request import LoRARequest
 from dqrelo_kernels import ops
 from dqrelo_kernels.rows import BASE
 from dqrelo_kernels.table import Field, empty_table
-from vllm_dqrelo import compat
 from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import Delta
@@ -37,6 +36,7 @@ from vllm_dqrelo.options import (
     warn_untested,
 )
 from vllm_dqrelo.room import Room
+from vllm_dqrelo.worker import compat
 from vllm_dqrelo.worker.coverage import check_coverage
 from vllm_dqrelo.worker.host import HostTier, Loaded, Loader
 from vllm_dqrelo.worker.layers import install

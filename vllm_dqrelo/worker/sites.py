@@ -23,8 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models import supports_multimodal
 
-from vllm_dqrelo import compat
-from vllm_dqrelo.worker import shards
+from vllm_dqrelo.worker import compat, shards
 from vllm_dqrelo.worker.experts import DOWN, GATE_UP
 
 # What the q/k/v slices of a fused attention projection are called.

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The private names of vLLM's workers; ``vllm_dqrelo/compat.py`` has the form."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_dqrelo.compat import find, replace
+
+logger = init_logger(f"vllm.{__name__}")
+
+PACKINGS = ("vec", "amx")  # of experts on the CPU
+
+
+# The model runner.
+
+
+def choose_lora_manager(
+    choose: Callable[[VllmConfig], Callable[..., Any] | None],
+) -> None:
+    """Let ``choose`` name the manager of a worker's adapters, or None for vLLM's own.
+
+    Why: vLLM's manager knows neither signs nor norms nor biases.
+    Where: ``LRUCacheWorkerLoRAManager``, v1/worker/lora_model_runner_mixin.py:51; the
+        model runner builds it as soon as the model is loaded.
+    Upstream: none.
+    Until: a plugin may name the manager.
+    """
+    import vllm.v1.worker.lora_model_runner_mixin as mixin
+
+    def chosen(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def manager(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
+            return (choose(vllm_config) or stock)(vllm_config, *args, **kwargs)
+
+        return manager
+
+    replace(mixin, "LRUCacheWorkerLoRAManager", chosen)
+
+
+def around_prompt_logprobs(
+    scope: Callable[[Any, torch.Tensor], AbstractContextManager[None]],
+) -> None:
+    """Compute prompt logprobs within ``scope(lora_manager, hidden_states)``.
+
+    Why: vLLM computes them with slices of ``hidden_states``, the rows of all tokens,
+        while its map from rows to adapters still describes the sampled rows.
+    Where: ``GPUModelRunner._get_prompt_logprobs_dict``,
+        v1/worker/gpu_model_runner.py:5306.
+    Upstream: issue 51594, pull request 51597; open.
+    Until: vLLM sets the map of the prompt's rows.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def within(compute: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(compute)
+        def scoped(self: Any, hidden_states: torch.Tensor, *args: Any) -> Any:
+            with scope(getattr(self, "lora_manager", None), hidden_states):
+                return compute(self, hidden_states, *args)
+
+        return scoped
+
+    replace(GPUModelRunner, "_get_prompt_logprobs_dict", within)
+
+
+def add_worker_call(call: Callable[..., Any]) -> None:
+    """Let ``collective_rpc`` call a function of a worker by its name.
+
+    Why: an engine, or an API server, does not import the code of its workers.
+    Where: ``WorkerBase``, v1/worker/worker_base.py.
+    Upstream: pull request 14185 added ``--worker-extension-cls``, which does the same
+        with one class; that option is left to the user.
+    Until: there may be several such classes.
+    """
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    setattr(WorkerBase, call.__name__, call)
+
+
+def run_one_token(runner: Any) -> torch.Tensor:
+    """One token through a runner's model, as vLLM's profile run does.
+
+    Where: ``_dummy_run``, v1/worker/gpu_model_runner.py:5508.
+
+    Returns:
+        Hidden states [1, K]; what a stage of a pipeline passes on is left out.
+    """
+    hidden_states: torch.Tensor = find(runner, "_dummy_run")(1, is_profile=True)[0]
+    return hidden_states
+
+
+def skip_base_steps(runner: Any, is_base: Callable[[], bool]) -> None:
+    """Leave out the question which adapters a step has, after a step without any.
+
+    A step that has adapters asks again.
+
+    Why: the question takes some 60 us, for which a step of few milliseconds waits.
+    Where: ``GPUModelRunner._update_states``, v1/worker/gpu_model_runner.py:2234, which
+        asks if the runner has a ``lora_config``.
+    Upstream: pull request 47951 skips vLLM's own layers in such steps; open.
+    Until: vLLM asks only where the adapters of a step differ from those of the last.
+
+    Args:
+        is_base: whether the last step had none.
+    """
+    update, config = find(runner, "_update_states"), find(runner, "lora_config")
+
+    def _update_states(*args: Any) -> Any:
+        deferred = update(*args)
+        asks = runner.input_batch.lora_id_to_lora_request or not is_base()
+        runner.lora_config = config if asks else None
+        return deferred
+
+    runner._update_states = _update_states
+
+
+def compile_for_base(runner: Any, is_base: Callable[[], bool]) -> bool:
+    """Compile a model once more, and call this code in steps where ``is_base``.
+
+    The model must be as it is to be in these steps.
+
+    Why: vLLM compiles a model once, and drops the guards that would notice that its
+        layers were exchanged.
+    Where: ``aot_compiled_fn``, compilation/decorators.py:542.
+    Upstream: pull request 25914 captures the graphs of a GPU twice, with and without
+        adapters; none for compiled code.
+    Until: vLLM compiles a model with and without adapters.
+
+    Args:
+        runner: of a model that is compiled.
+
+    Returns:
+        Whether that is possible: on the CPU, with vLLM's compilation ahead of time.
+    """
+    parts = [m for m in runner.model.modules() if getattr(m, "aot_compiled_fn", None)]
+    if not parts or not current_platform.is_cpu():
+        return False
+    logger.info("dqrelo: compiling the model once more, for steps without deltas")
+    codes = [part.aot_compiled_fn for part in parts]
+    for part in parts:
+        part.aot_compiled_fn, part.compiled = None, False
+    # The cache has the other code under the same name.
+    with patch.object(envs, "VLLM_DISABLE_COMPILE_CACHE", True):
+        runner.warming_up_model()
+    for part, code in zip(parts, codes, strict=True):
+        part.aot_compiled_fn = _either(is_base, find(part, "aot_compiled_fn"), code)
+    return True
+
+
+def _either(
+    first: Callable[[], bool], one: Callable[..., Any], other: Callable[..., Any]
+) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (one if first() else other)(*args, **kwargs)
+
+    return call
+
+
+# The model.
+
+
+def map_name(model: torch.nn.Module, name: str) -> tuple[str, Any] | None:
+    """vLLM's parameter and shard id for a checkpoint name.
+
+    A module that loads its own weights maps the rest of the name again, as the
+    language model inside a multimodal one does.
+
+    Where: ``WeightsMapper._map_name_with_shard``, model_executor/models/utils.py:89.
+
+    Returns:
+        ("model.layers.0.self_attn.qkv_proj.weight", "q"); the shard id is None for
+        a parameter that is not fused. None for a name that vLLM drops.
+    """
+    module: torch.nn.Module | None = model
+    path: list[str] = []
+    shard = None
+    while module is not None:
+        if mapper := getattr(module, "hf_to_vllm_mapper", None):
+            mapped = find(mapper, "_map_name_with_shard")(name)
+            if mapped is None:
+                return None
+            name, found = mapped
+            shard = shard if found is None else found
+        head, _, rest = name.partition(".")
+        module = module._modules.get(head)
+        if module is not None:
+            path.append(head)
+            name = rest
+    return ".".join([*path, name]), shard
+
+
+def adds_batch_dimension(model: torch.nn.Module) -> bool:
+    """Whether activations are [1, M, ...] and not [M, ...].
+
+    They are in vLLM's own models for transformers code
+    (model_executor/models/transformers/base.py:776).
+    """
+    package = "vllm.model_executor.models.transformers"
+    return any(cls.__module__.startswith(package) for cls in type(model).__mro__)
+
+
+def multiplies_by_weight(method: Any) -> bool:
+    """Whether a layer's method is a plain product with ``layer.weight``.
+
+    Where: ``UnquantizedLinearMethod._gemm_impl``, model_executor/layers/linear.py:175.
+    """
+    from vllm.model_executor.layers.utils import default_unquantized_gemm
+
+    return getattr(method, "_gemm_impl", None) is default_unquantized_gemm
+
+
+# Mixtures of experts.
+
+
+def method_of_experts(moe_config: Any) -> Any:
+    """vLLM's method of experts in 16 or 32 bits, with weights that we can read, too.
+
+    Why: for an engine with adapters vLLM takes kernels of a GPU that add those. The
+        layouts of experts on an Arm or a Power CPU are not known here; there it is the
+        method of any CPU.
+    Where: model_executor/layers/fused_moe/oracle/unquantized.py:234.
+    Upstream: pull request 40273, merged, chose these kernels.
+    Until: vLLM's kernels let a delta in between an expert's two matrices.
+    """
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as moe
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (
+        CPUUnquantizedExperts,
+    )
+
+    backend = moe_config.moe_backend if current_platform.is_cpu() else "triton"
+    method = moe.UnquantizedFusedMoEMethod(
+        dataclasses.replace(moe_config, is_lora_enabled=False, moe_backend=backend)
+    )
+    if current_platform.is_cpu() and method.experts_cls.isa not in PACKINGS:
+        method.experts_cls = CPUUnquantizedExperts
+    return method
+
+
+def packing_of_experts(layer: Any) -> str | None:
+    """How a layer's experts are packed.
+
+    Where: model_executor/layers/fused_moe/experts/cpu_moe.py:88.
+
+    Returns:
+        One of PACKINGS, see ``dqrelo_kernels.layout.unpack_experts``; None where they
+        are [experts, N, K] as in the checkpoint.
+    """
+    experts = layer.quant_method.moe_kernel.fused_experts
+    packing = getattr(experts, "isa", None)
+    return None if getattr(experts, "_use_zentorch", False) else packing
+
+
+def opaque_experts(runner: Any) -> tuple[str, Any]:
+    """The attribute of a layer that calls its experts, and the operator put there.
+
+    Why: torch.compile sees the operator in place of the experts. On a CPU vLLM would
+        have it trace them, and ours sort the rows of a step by what the router chose.
+    Where: ``MoERunner._forward_entry``,
+        model_executor/layers/fused_moe/runner/moe_runner.py:315.
+    Upstream: none.
+    Until: vLLM takes its own operator on the CPU, too.
+    """
+    name = "_forward_entry"
+    find(runner, name)
+    op = "moe_forward" if runner.shared_experts is None else "moe_forward_shared"
+    return name, getattr(torch.ops.vllm, op)
+
+
+def experts_in_turn(shared_experts: Any) -> tuple[str, Callable[[torch.Tensor], Any]]:
+    """The attribute that says when shared experts run, and a value: in turn.
+
+    Why: on a GPU vLLM has a stream for them, and layers share the memory that their
+        deltas are computed in.
+    Where: ``SharedExperts._determine_shared_experts_order``,
+        model_executor/layers/fused_moe/runner/shared_experts.py:101.
+    Upstream: pull request 26440, merged, added the stream.
+    Until: each stream has memory of its own to compute deltas in.
+    """
+    from vllm.model_executor.layers.fused_moe.runner.shared_experts import (
+        SharedExpertsOrder,
+    )
+
+    name = "_determine_shared_experts_order"
+    find(shared_experts, name)
+    return name, lambda hidden_states: SharedExpertsOrder.NO_OVERLAP
+
+
+def experts_behind(op: Any) -> Callable[..., Any] | None:
+    """The function of an operator that hides a layer's experts; None for another.
+
+    A dispatch mode does not see what the operator calls.
+
+    Where: model_executor/layers/fused_moe/runner/moe_runner.py.
+    """
+    from vllm.model_executor.layers.fused_moe.runner import moe_runner
+
+    if op not in (
+        torch.ops.vllm.moe_forward.default,
+        torch.ops.vllm.moe_forward_shared.default,
+    ):
+        return None
+    function: Callable[..., Any] = find(moe_runner, f"_{op._opname}")
+    return function
