@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What options of the command line take: sizes, numbers, shares, devices, pictures."""
+"""Options that several commands have, and what options take: sizes, numbers, shares."""
 
 import argparse
 from pathlib import Path
+from typing import TypeAlias
 
 from huggingface_hub.serialization._base import parse_size_to_int
 
 from vllm_dqrelo.format.errors import DqreloError
+
+# argparse has no public name for what ``add_subparsers`` returns.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def size(text: str) -> int:
@@ -41,6 +45,25 @@ def share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return value
+
+
+def add_models(command: argparse.ArgumentParser, *options: str) -> None:
+    """Add the options that name models and deltas."""
+    texts = {
+        "--base": "the base model: a folder or a Hub id",
+        "--model": "the fine-tune: a folder or a Hub id",
+        "--delta": "a delta folder",
+    }
+    for option in options:
+        kind = folder if option == "--delta" else str
+        command.add_argument(option, type=kind, required=True, help=texts[option])
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    """Add the option that says where to compute."""
+    command.add_argument(
+        "--device", default="cpu", help="where to compute: cpu (default) or cuda"
+    )
 
 
 def require_device(device: str) -> None:

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dqrelo plan``: its options, and the work."""
+"""``dqrelo plan``."""
 
 import argparse
 import json
 from functools import partial
-from typing import Any
 
-from dqrelo_tools.arguments import add_plot, count, share, size
+from dqrelo_tools.arguments import Commands, add_plot, count, share, size
 from vllm_dqrelo.format.errors import DqreloError
 
 
-def add_plan(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "plan",
@@ -80,10 +79,10 @@ def add_plan(commands: Any) -> None:
     command.add_argument("--seed", type=int, default=0)
     add_plot(command, "hit rate against models")
     command.add_argument("--json", action="store_true")
-    command.set_defaults(run=plan)
+    command.set_defaults(run=run)
 
 
-def plan(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Print what a fleet of GPUs would do."""
     from dqrelo_tools.footprint import base_bytes, bytes_of, delta_bytes
     from dqrelo_tools.plan import Fleet, Traffic, figure, plan

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dqrelo convert``."""
+
+import argparse
+from pathlib import Path
+
+from dqrelo_tools.arguments import (
+    Commands,
+    add_device,
+    add_models,
+    require_device,
+    size,
+)
+from vllm_dqrelo.format.errors import DqreloError
+
+
+def add(commands: Commands) -> None:
+    """Add the subcommand."""
+    command = commands.add_parser(
+        "convert", help="write the delta from a base to its fine-tune"
+    )
+    add_models(command, "--base", "--model")
+    command.add_argument(
+        "--base-quantized",
+        metavar="MODEL",
+        help="a quantised copy of the base: the delta is served with it, and repairs "
+        "its quantisation error as well",
+    )
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="DELTA", help="a new folder"
+    )
+    either = command.add_mutually_exclusive_group()
+    either.add_argument(
+        "--ratio",
+        type=float,
+        default=0.125,
+        help="size as a fraction of 16 bits per weight (default: 0.125)",
+    )
+    either.add_argument(
+        "--budget",
+        type=size,
+        metavar="SIZE",
+        help="of the files with the tensors, such as 1.2GB: divided among the "
+        "matrices by predicted error; reads the models twice",
+    )
+    command.add_argument(
+        "--method",
+        choices=("dqrelo", "dqrelo-paper"),
+        default="dqrelo",
+        help="dqrelo (default), or dqrelo-paper: arXiv 2604.16940 as it was published",
+    )
+    command.add_argument(
+        "--max-shard-size",
+        type=size,
+        default="1GB",
+        metavar="SIZE",
+        help="of the files with the tensors; one is in memory (default: 1GB)",
+    )
+    add_device(command)
+    command.add_argument(
+        "--push-to-hub", metavar="REPO_ID", help="upload the delta to the Hub as well"
+    )
+    command.add_argument(
+        "--private", action="store_true", help="make the repository a private one"
+    )
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write a delta and print what it cost."""
+    from dqrelo_tools.convert import convert
+    from dqrelo_tools.hub import push, require_access
+
+    require_device(arguments.device)
+    repo_id = arguments.push_to_hub
+    if repo_id:
+        require_access(repo_id)
+    elif arguments.private:
+        raise DqreloError("--private is of the repository: it needs --push-to-hub")
+    report = convert(
+        arguments.base,
+        arguments.model,
+        arguments.output,
+        arguments.ratio,
+        arguments.max_shard_size,
+        arguments.device,
+        arguments.method,
+        arguments.budget,
+        arguments.base_quantized,
+    )
+    print(report.to_text())
+    print(f"written to {arguments.output}")
+    if repo_id:
+        print(f"pushed to {push(arguments.output, repo_id, arguments.private)}")
+    return 0
