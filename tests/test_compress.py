@@ -16,8 +16,8 @@ from dqrelo_tools.compress import (
     compress,
     four_levels,
     rank_of,
-    truncated_svd,
 )
+from dqrelo_tools.svd import truncated_svd
 from vllm_dqrelo.format.tensors import INT4
 
 SHAPES = [(48, 80), (80, 48), (33, 33), (1, 40), (40, 1)]

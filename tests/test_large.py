@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from support.killed import killed
 
 from dqrelo_tools import cli
-from dqrelo_tools.compress import EXACT_SVD, truncated_svd
+from dqrelo_tools.svd import EXACT_SVD, truncated_svd
 from vllm_dqrelo.format.delta import Delta
 
 

@@ -34,11 +34,11 @@ from dqrelo_tools.compress import (
     Factors,
     Method,
     compress,
-    truncated_svd,
 )
 from dqrelo_tools.fidelity import Distance
 from dqrelo_tools.report import relative_error
 from dqrelo_tools.spectrum import Spectrum
+from dqrelo_tools.svd import truncated_svd
 
 LENGTHS = (10, 30, 90)  # steps of training
 HELD_OUT = 24  # examples whose tokens are compared, and prompts that are answered

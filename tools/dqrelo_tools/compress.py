@@ -12,13 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from dqrelo_kernels.layout import int4_bytes, pack_int4, pack_signs, words_per_row
+from dqrelo_tools.svd import truncated_svd
 from vllm_dqrelo.format.tensors import INT4, MatrixDelta
 
 BITS = 16  # of a full-precision weight
 
-EXACT_SVD = 1024  # smaller side up to which the SVD is exact
-OVERSAMPLING = 32
-POWER_ITERATIONS = 4
 # A plane is bought only beside a low-rank part of at least half a bit a weight. Squared
 # error would buy it earlier, but does not order by KL: at 2 bits a weight, Lloyd's two
 # planes leave 0.336 and a KL of 2.5e-2, int8 factors alone 0.362 and 3.4e-3
@@ -317,72 +315,3 @@ def stored(shape: torch.Size, planes: Planes, part: Factors) -> MatrixDelta:
         lora_b=b.contiguous(),
         lora_scale=part.scale,
     )
-
-
-def truncated_svd(
-    matrix: torch.Tensor, rank: int, start: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best approximation ``B A`` of rank at most ``rank``.
-
-    Semantics: ``B = U_r sqrt(S_r), A = sqrt(S_r) V_r^T`` of ``matrix = U S V^T``.
-    The right singular vectors are those of the largest eigenvalues of the smaller
-    Gram matrix in float64: exact where it is small, by subspace iteration (Halko,
-    Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4) where it is large.
-
-    Args:
-        matrix: [N, K] float32.
-        rank: at most min(N, K).
-        start: [K, rank], right singular vectors of a similar matrix: one iteration
-            from there is enough, and exactness is not needed.
-
-    Returns:
-        B [N, rank] and A [rank, K], float64 (float32 where iterated).
-    """
-    if not rank:
-        return matrix[:, :0], matrix[:0]
-    if start is not None:
-        return from_right_vectors(matrix, refined(matrix, start))
-    tall = matrix.shape[0] >= matrix.shape[1]
-    m = matrix if tall else matrix.T
-    if m.shape[1] <= EXACT_SVD:
-        m = m.double()
-        _, vectors = torch.linalg.eigh(m.T @ m)  # ascending
-        v = vectors[:, -rank:].flip(1)
-    else:
-        v = top_right_singular_vectors(m, rank)
-    left, right = from_right_vectors(m, v)
-    return (left, right) if tall else (right.T, left.T)
-
-
-def from_right_vectors(
-    matrix: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """B and A of ``truncated_svd`` from V_r [K, rank]."""
-    us = matrix @ v
-    root = us.norm(dim=0).sqrt()
-    return us / root.clamp_min(torch.finfo(root.dtype).tiny), (v * root).T
-
-
-def refined(matrix: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """Right singular vectors after one power iteration from ``start`` [K, rank]."""
-    u = torch.linalg.qr(matrix @ start).Q
-    return ritz(matrix, torch.linalg.qr(matrix.T @ u).Q)
-
-
-def top_right_singular_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    """V_r [K, rank] of a tall ``matrix`` [N, K], seeded: the same every time."""
-    generator = torch.Generator().manual_seed(0)
-    width = min(rank + OVERSAMPLING, matrix.shape[1])
-    start = torch.randn(matrix.shape[0], width, generator=generator)
-    v = torch.linalg.qr(matrix.T @ start.to(matrix.device)).Q
-    for _ in range(POWER_ITERATIONS):
-        u = torch.linalg.qr(matrix @ v).Q
-        v = torch.linalg.qr(matrix.T @ u).Q
-    return ritz(matrix, v)[:, :rank]
-
-
-def ritz(matrix: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Turn orthonormal ``v`` [K, width] into singular vectors, largest first."""
-    small = (matrix @ v).double()
-    _, turns = torch.linalg.eigh(small.T @ small)
-    return v @ turns.flip(1).to(v.dtype)

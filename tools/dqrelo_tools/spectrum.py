@@ -6,7 +6,8 @@ from functools import cached_property
 
 import torch
 
-from dqrelo_tools.compress import EXACT_SVD, Size, top_right_singular_vectors
+from dqrelo_tools.compress import Size
+from dqrelo_tools.svd import EXACT_SVD, top_right_singular_vectors
 
 TOP = 512  # singular values of a matrix with more than EXACT_SVD of them
 # What sign planes leave of the variance of a Gaussian: none, its mean magnitude with
