@@ -17,6 +17,7 @@ from dqrelo_tools.pair import always_stored, fine_tune, half_of, read_ahead
 from dqrelo_tools.plot import layer_of
 from dqrelo_tools.report import Entry, Report, relative_error
 from dqrelo_tools.spectrum import Spectrum
+from dqrelo_tools.text_table import text_table
 from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
 from vllm_dqrelo.format.errors import DqreloError
 
@@ -303,18 +304,16 @@ class Advice:
 
     def to_text(self) -> str:
         """For people."""
-        lines = [f"{'mean of':<16}{'matrices':>9}"]
-        lines[0] += "".join(f"{title:>15}" for title in COLUMNS.values())
+        groups = [["mean of", "matrices", *COLUMNS.values()]]
         for group, looks in self.survey.groups().items():
-            values = (mean(looks, column) for column in COLUMNS)
-            cells = "".join(f"{value:>15.4g}" for value in values)
-            lines.append(f"{group:<16}{len(looks):>9}{cells}")
-        lines.append(LEGEND)
-        lines += ["", f"{'ratio':<16}{'bytes':>16}{'relative error (predicted)':>30}"]
+            values = [f"{mean(looks, column):.4g}" for column in COLUMNS]
+            groups.append([group, str(len(looks)), *values])
+        ratios = [("ratio", "bytes", "relative error (predicted)")]
         for ratio, report in self.predictions.items():
             error = relative_error(report.entries)
-            lines.append(f"{ratio:<16g}{report.delta_bytes:>16,}{error:>30.4f}")
-        lines += ["", *self.reasons(), "", "Predicted:", self.report.to_text(), ""]
+            ratios.append((f"{ratio:g}", f"{report.delta_bytes:,}", f"{error:.4f}"))
+        lines = [text_table(groups), LEGEND, "", text_table(ratios), ""]
+        lines += [*self.reasons(), "", "Predicted:", self.report.to_text(), ""]
         return "\n".join([*lines, "Run:", f"  {self.command}"])
 
 

@@ -4,6 +4,7 @@
 from pathlib import Path
 from typing import Any
 
+from dqrelo_tools.text_table import text_table
 from vllm_dqrelo.format.config import CONFIG_NAME
 from vllm_dqrelo.format.delta import MODEL, Delta, weight_files
 from vllm_dqrelo.format.tensors import INT4
@@ -42,19 +43,17 @@ def describe(folder: Path) -> dict[str, Any]:
 
 def to_text(description: dict[str, Any]) -> str:
     """The description for people: one line a matrix."""
-    lines = []
-    for key, value in description.items():
-        if not isinstance(value, dict | list):
-            lines.append(
-                f"{key:<26}{value:,}" if key == "bytes" else f"{key:<26}{value}"
-            )
-    lines += [f"{'exact parameters':<26}{len(description['exact'])}"]
-    lines += [f"{'other files':<26}{', '.join(description['other_files']) or 'none'}"]
-    lines += ["", f"{'shape':>14}{'planes':>8}{'rank':>6}{'factors':>10}  matrix"]
+    facts = [
+        (key, f"{value:,}" if key == "bytes" else value)
+        for key, value in description.items()
+        if not isinstance(value, dict | list)
+    ]
+    facts += [
+        ("exact parameters", len(description["exact"])),
+        ("other files", ", ".join(description["other_files"]) or "none"),
+    ]
+    rows = [("shape", "planes", "rank", "factors", "matrix")]
     for name, matrix in description["matrices"].items():
-        n, k = matrix["shape"]
-        lines.append(
-            f"{f'{n} x {k}':>14}{matrix['planes']:>8}{matrix['rank']:>6}"
-            f"{matrix['factors']:>10}  {name}"
-        )
-    return "\n".join(lines)
+        shape = " x ".join(map(str, matrix["shape"]))
+        rows.append((shape, *(matrix[key] for key in rows[0][1:4]), name))
+    return f"{text_table(facts, '<')}\n\n{text_table(rows, '>>>><')}"

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from dqrelo_tools.prompts import Prompt
+from dqrelo_tools.text_table import text_table
 from vllm_dqrelo.format.checkpoint import HEAD, Checkpoint
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError, refuse
@@ -71,13 +72,12 @@ class Fidelity:
     def to_text(self) -> str:
         """For people."""
         counts = f"{self.prompts:,} prompts, {self.delta.tokens:,} tokens"
-        lines = [f"{counts:<32}{'KL per token':>16}{'top-1 agreement':>18}"]
+        rows = [(counts, "KL per token", "top-1 agreement")]
         for name, distance in (("base + delta", self.delta), ("base", self.base)):
-            if not distance.tokens:
-                continue
-            means = distance.to_dict()
-            lines.append(f"{name:<32}{means['kl']:>16.4g}{means['top1']:>18.1%}")
-        return "\n".join(lines)
+            if distance.tokens:
+                means = distance.to_dict()
+                rows.append((name, f"{means['kl']:.4g}", f"{means['top1']:.1%}"))
+        return text_table(rows)
 
 
 def measure(

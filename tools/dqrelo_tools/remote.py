@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
+from dqrelo_tools.text_table import text_table
 from vllm_dqrelo.format.errors import DqreloError
 
 COLUMNS = {
@@ -71,13 +72,7 @@ def to_text(entries: Sequence[dict[str, Any]]) -> str:
     """A table for people: one line a delta."""
     rows = [list(COLUMNS.values())]
     rows += [[cell(key, entry[key]) for key in COLUMNS] for entry in entries]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            f"{text:<{width}}" for text, width in zip(row, widths, strict=True)
-        ).rstrip()
-        for row in rows
-    )
+    return text_table(rows, "<")
 
 
 def cell(key: str, value: Any) -> str:

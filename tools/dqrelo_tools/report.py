@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dqrelo_tools.fidelity import Fidelity
+from dqrelo_tools.text_table import text_table
 from vllm_dqrelo.format.tensors import MatrixDelta
 
 
@@ -122,15 +123,12 @@ class Report:
 
     def to_text(self) -> str:
         """For people."""
-        columns = ("matrices", "planes", "rank")
-        lines = [f"{'module':<16}" + "".join(f"{name:>9}" for name in columns)]
-        lines[0] += f"{'relative error':>16}"
+        rows = [("module", "matrices", "planes", "rank", "relative error")]
         for module, entries in self.modules().items():
             planes = span(entry.planes for entry in entries)
             rank = span(entry.rank for entry in entries)
-            error = relative_error(entries)
-            line = f"{module:<16}{len(entries):>9}{planes:>9}{rank:>9}{error:>16.4f}"
-            lines.append(line)
+            error = f"{relative_error(entries):.4f}"
+            rows.append((module, str(len(entries)), planes, rank, error))
         kinds = [entry.kind for entry in self.entries]
         model_bytes = sum(entry.model_bytes for entry in self.entries)
         counts = (
@@ -142,7 +140,7 @@ class Report:
             f"1/{model_bytes / self.delta_bytes:.2f} of the fine-tune's "
             f"{model_bytes:,} bytes"
         )
-        lines += ["", counts, size]
+        lines = [text_table(rows), "", counts, size]
         if self.fidelity:
             lines += ["", self.fidelity.to_text()]
         return "\n".join(lines)
