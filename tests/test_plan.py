@@ -10,8 +10,9 @@ import pytest
 
 from dqrelo_tools import cli
 from dqrelo_tools.footprint import base_bytes
-from dqrelo_tools.plan import Fleet, Traffic, gpus_needed, plan, simulate
+from dqrelo_tools.plan import plan
 from dqrelo_tools.popularity import Popularity
+from dqrelo_tools.simulate import Fleet, Traffic, gpus_needed, simulate
 from vllm_dqrelo.format.errors import DqreloError
 
 GB = 10**9
@@ -21,7 +22,20 @@ def fleet(models, resident, gpus=1, in_host=None) -> Fleet:
     """A fleet whose GPUs hold ``resident`` deltas of 1 GB."""
     memory = (resident + 11) * GB  # and a base and a KV cache
     host = (models if in_host is None else in_host) * GB
-    return Fleet(6 * GB, GB, models, gpus, memory, 1.0, 5 * GB, host, GB, GB, 1, 0.9)
+    return Fleet(
+        base=6 * GB,
+        delta=GB,
+        models=models,
+        gpus=gpus,
+        gpu_memory=memory,
+        gpu_memory_utilization=1.0,
+        kv=5 * GB,
+        host=host,
+        disk=GB,
+        link=GB,
+        rate=1,
+        hit_rate=0.9,
+    )
 
 
 def traffic(law, requests=20_000, seed=0) -> Traffic:

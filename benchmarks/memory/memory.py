@@ -233,7 +233,7 @@ def cards() -> list[Row]:
     import torch
 
     from dqrelo_tools.compress import METHODS
-    from dqrelo_tools.plan import Fleet
+    from dqrelo_tools.simulate import Fleet
 
     h, kv, wide, vocab, layers = 4096, 1024, 14336, 128256, 32
     layer = [(h, h), (kv, h), (kv, h), (h, h), (wide, h), (wide, h), (h, wide)]

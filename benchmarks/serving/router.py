@@ -29,8 +29,8 @@ from benchmarks.serving.rivals import COMMON
 from benchmarks.serving.server import copies, server
 from benchmarks.table import Table
 from dqrelo_tools.footprint import delta_bytes
-from dqrelo_tools.plan import Fleet, Traffic, simulate
 from dqrelo_tools.popularity import Popularity
+from dqrelo_tools.simulate import Fleet, Traffic, simulate
 
 REPLICAS, MODELS, RESIDENT = 2, 8, 3
 LAW = Popularity.parse("zipf:1")
@@ -50,7 +50,20 @@ def predicted(size: int, room: int, affinity: bool | None) -> str:
     if affinity is None:
         return ""
     # Of the device alone: no base, and nothing is asked of host memory and links.
-    fleet = Fleet(0, size, MODELS, REPLICAS, room, 1.0, 0, MODELS * size, 1, 1, 1, 1)
+    fleet = Fleet(
+        base=0,
+        delta=size,
+        models=MODELS,
+        gpus=REPLICAS,
+        gpu_memory=room,
+        gpu_memory_utilization=1.0,
+        kv=0,
+        host=MODELS * size,
+        disk=1,
+        link=1,
+        rate=1,
+        hit_rate=1,
+    )
     assert fleet.resident == RESIDENT
     return f"{simulate(fleet, Traffic.of(LAW, MODELS, 0), affinity).device:.3f}"
 

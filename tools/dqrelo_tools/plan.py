@@ -1,34 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many GPUs a fleet of fine-tunes needs: a simulation of its caches.
-
-Each GPU is a replica: the base, a KV cache, and as many deltas as fit, the least
-recently used one making room. Host memory holds deltas in the same way, and the disk
-holds all of them. A router either keeps the requests for a delta on the replica that
-has it, or sends each request anywhere. Full copies are simulated like deltas on a
-base of no bytes.
-"""
+"""How many GPUs a fleet of fine-tunes needs: what ``dqrelo plan`` answers."""
 
 import json
 import math
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from dqrelo_kernels.table import aligned
-from dqrelo_tools.popularity import Popularity
-from vllm_dqrelo.format.errors import DqreloError
+from dqrelo_tools.simulate import Fleet, Outcome, Traffic, gpus_needed, simulate
+from dqrelo_tools.text_table import text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HOUR = 3600
 MAX_LORAS = 8  # the server's default
-# Half of them warm up: under zipf:1 that asks 50 / ln N times for the rarest model.
-LEAST_REQUESTS, REQUESTS_PER_MODEL = 100_000, 100
 POINTS = 12  # of the figure
 ASSUMED = """\
 Assumed: one replica a GPU, and one size for all deltas. Requests take no time: none
@@ -42,209 +32,115 @@ deltas are."""
 
 
 @dataclass(frozen=True)
-class Fleet:
-    """What is given. Sizes are in bytes, rates in bytes or requests per second.
-
-    Attributes:
-        base: the base's weights, on each GPU.
-        delta: one delta's bytes.
-        models: fine-tunes to be served.
-        gpus: replicas, each of them one GPU.
-        gpu_memory: of one GPU.
-        gpu_memory_utilization: the fraction that vLLM takes.
-        kv: what one replica keeps for KV cache and activations.
-        host: host memory for the deltas of one replica.
-        disk, link: speed from disk to host memory, and from there to the device.
-        rate: requests to the whole fleet.
-        hit_rate: the share of requests that ought to find their delta on the device.
-    """
-
-    base: int
-    delta: int
-    models: int
-    gpus: int
-    gpu_memory: int
-    gpu_memory_utilization: float
-    kv: int
-    host: int
-    disk: int
-    link: int
-    rate: float
-    hit_rate: float
-
-    @property
-    def room(self) -> int:
-        """Bytes for deltas on one GPU; negative when not even the base fits."""
-        return int(self.gpu_memory * self.gpu_memory_utilization) - self.base - self.kv
-
-    @property
-    def resident(self) -> int:
-        """Deltas that one GPU holds."""
-        return min(self.room // aligned(self.delta), self.models)
-
-    @property
-    def in_memory(self) -> int:
-        """Deltas that one replica holds on its GPU or in host memory."""
-        return min(self.resident + self.host // self.delta, self.models)
-
-    def full_copies(self) -> "Fleet":
-        """The same models as whole ones: deltas of the base's size on nothing."""
-        return replace(self, base=0, delta=self.base)
-
-    def check(self) -> None:
-        """Refuse a fleet that cannot serve one delta.
-
-        Raises:
-            DqreloError: says what does not fit.
-        """
-        if not 0 <= self.rate < math.inf:
-            raise DqreloError(f"--rate {self.rate:g}: requests per second, 0 or more")
-        if self.room < aligned(self.delta):
-            raise DqreloError(
-                f"one GPU gives {self.gpu_memory * self.gpu_memory_utilization:,.0f} "
-                f"bytes; the base ({self.base:,}), --kv ({self.kv:,}) and one delta "
-                f"({self.delta:,}) do not fit together. Plan with a larger "
-                "--gpu-memory or a smaller --kv"
-            )
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """The requests, the same for every question that is asked of them.
-
-    Attributes:
-        popularity: whom they are for.
-        requests: how many are simulated; the first half warms the caches up.
-        seed: of the draws.
-    """
-
-    popularity: Popularity
-    requests: int
-    seed: int = 0
-
-    @classmethod
-    def of(cls, popularity: Popularity, models: int, seed: int) -> "Traffic":
-        """As many requests as the answer needs: a trace is played twice."""
-        drawn = max(LEAST_REQUESTS, REQUESTS_PER_MODEL * models)
-        return cls(popularity, 2 * len(popularity.trace) or drawn, seed)
-
-
-class Replica:
-    """What one replica has on the device, and in memory of either kind, oldest first.
-
-    The server's host memory has what the device evicts, and drops first what the
-    device has, too: together they are the most recently used ones.
-    """
-
-    def __init__(self, resident: int, in_memory: int) -> None:
-        self.tiers = [(OrderedDict[int, None](), n) for n in (resident, in_memory)]
-
-    def __contains__(self, model: int) -> bool:
-        return model in self.tiers[1][0]
-
-    def __len__(self) -> int:
-        return len(self.tiers[0][0])
-
-    def use(self, model: int) -> int:
-        """Serve a request: 0 if on the device, 1 in host memory, 2 neither."""
-        found = 2
-        for level, (held, capacity) in reversed(list(enumerate(self.tiers))):
-            if model in held:
-                held.move_to_end(model)
-                found = level
-            else:
-                held[model] = None
-                if len(held) > capacity:
-                    held.popitem(last=False)
-        return found
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Where requests found their delta, as shares of them.
-
-    Attributes:
-        device: on the device.
-        host: in host memory; it was copied.
-        disk: only on disk: a cold start.
-        busiest: of all requests, those that the busiest replica had.
-    """
-
-    device: float
-    host: float
-    disk: float
-    busiest: float
-
-
-def simulate(
-    fleet: Fleet, traffic: Traffic, affinity: bool, progress: tqdm | None = None
-) -> Outcome:
-    """Play the traffic on the fleet; the second half of it counts."""
-    rng = np.random.default_rng(traffic.seed)
-    models = traffic.popularity.draw(fleet.models, traffic.requests, rng).tolist()
-    anywhere = rng.integers(fleet.gpus, size=traffic.requests).tolist()
-    replicas = [Replica(fleet.resident, fleet.in_memory) for _ in range(fleet.gpus)]
-    served = [0] * fleet.gpus
-    homes: dict[int, int] = {}
-    counts, warm = [0, 0, 0], traffic.requests // 2
-    for i, model in enumerate(models):
-        chosen = homes.get(model, 0) if affinity else anywhere[i]
-        if affinity and model not in replicas[chosen]:
-            loads = [(len(r), n) for r, n in zip(replicas, served, strict=True)]
-            chosen = homes[model] = loads.index(min(loads))
-        found = replicas[chosen].use(model)
-        served[chosen] += 1
-        counts[found] += i >= warm
-    if progress is not None:
-        progress.update(traffic.requests)
-    counted = traffic.requests - warm
-    device, host, disk = (n / counted for n in counts)
-    return Outcome(device, host, disk, max(served) / traffic.requests)
-
-
-def gpus_needed(fleet: Fleet, traffic: Traffic, progress: tqdm | None = None) -> int:
-    """The fewest GPUs on which, with affinity, ``fleet.hit_rate`` is reached."""
-    low, high = 1, math.ceil(fleet.models / fleet.resident)  # there, all are resident
-    while low < high:
-        middle = (low + high) // 2
-        tried = replace(fleet, gpus=middle)
-        if simulate(tried, traffic, True, progress).device >= fleet.hit_rate:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
-@dataclass(frozen=True)
 class Case:
-    """One way to serve the models, and what comes of it."""
+    """One way to serve the models, and the simulation of it.
+
+    Attributes:
+        name: of the column in the table.
+        fleet: with full copies, a fleet of them.
+        affinity: whether requests for a model go to the replica that has it.
+        outcome: where requests found their delta.
+        needed: GPUs for the hit rate; None where more GPUs do not raise it.
+    """
 
     name: str
     fleet: Fleet
     affinity: bool
     outcome: Outcome
-    needed: int | None  # GPUs for the hit rate; None when no number of them helps
+    needed: int | None
 
-    def numbers(self) -> dict[str, Any]:
-        """What is printed of it."""
-        fleet, outcome = self.fleet, self.outcome
-        copy_s = fleet.delta / fleet.link
-        cold = fleet.rate * HOUR * outcome.disk
-        copied = fleet.rate * HOUR * outcome.host
-        return {
-            "resident_per_gpu": fleet.resident,
-            **asdict(outcome),
-            "copies_per_hour": copied,
-            "seconds_per_copy": copy_s,
-            "cold_starts_per_hour": cold,
-            "seconds_per_cold_start": fleet.delta / fleet.disk + copy_s,
-            "seconds_waited_per_hour": (copied + cold) * copy_s
-            + cold * fleet.delta / fleet.disk,
-            "gpus_for_hit_rate": self.needed,
-            "gpus_for_all": None
-            if self.needed is None
-            else math.ceil(fleet.models / fleet.resident),
-        }
+    @property
+    def copies(self) -> float:
+        """Copies from host memory to the device, per hour."""
+        return self.fleet.rate * HOUR * self.outcome.host
+
+    @property
+    def cold_starts(self) -> float:
+        """Reads from disk and copies to the device, per hour."""
+        return self.fleet.rate * HOUR * self.outcome.disk
+
+    @property
+    def copy_s(self) -> float:
+        """Seconds of one copy."""
+        return self.fleet.delta / self.fleet.link
+
+    @property
+    def cold_start_s(self) -> float:
+        """Seconds of one cold start."""
+        return self.fleet.delta / self.fleet.disk + self.copy_s
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds of all copies and cold starts of an hour."""
+        return self.copies * self.copy_s + self.cold_starts * self.cold_start_s
+
+    @property
+    def needed_for_all(self) -> int | None:
+        """GPUs that hold all models; None where more GPUs do not help."""
+        if self.needed is None:
+            return None
+        return math.ceil(self.fleet.models / self.fleet.resident)
+
+    def numbers(self) -> dict[str, float | None]:
+        """The number of each row, by its key."""
+        return {row.key: row.number(self) for row in ROWS}
+
+
+class Row(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        key: in the JSON.
+        label: in the text.
+        form: of the number in the text, as ``str.format`` takes it.
+        number: of a case; None is "-" in the text.
+    """
+
+    key: str
+    label: str
+    form: str
+    number: Callable[[Case], float | None]
+
+    def cells(self, cases: list[Case]) -> list[str]:
+        """The label and the number of each case, as text."""
+        numbers = map(self.number, cases)
+        return [
+            self.label,
+            *("-" if n is None else self.form.format(n) for n in numbers),
+        ]
+
+
+ROWS = (
+    Row("resident_per_gpu", "resident on each GPU", "{}", lambda c: c.fleet.resident),
+    Row("device", "found on the device", "{:.1%}", lambda c: c.outcome.device),
+    Row("host", "found in host memory", "{:.1%}", lambda c: c.outcome.host),
+    Row("disk", "cold starts, share", "{:.2%}", lambda c: c.outcome.disk),
+    Row("busiest", "the busiest GPU's requests", "{:.1%}", lambda c: c.outcome.busiest),
+    Row(
+        "copies_per_hour",
+        "copies host -> device, per hour",
+        "{:,.0f}",
+        lambda c: c.copies,
+    ),
+    Row("seconds_per_copy", "seconds of each", "{:.3f}", lambda c: c.copy_s),
+    Row(
+        "cold_starts_per_hour",
+        "cold starts per hour",
+        "{:,.0f}",
+        lambda c: c.cold_starts,
+    ),
+    Row(
+        "seconds_per_cold_start", "seconds of each", "{:.2f}", lambda c: c.cold_start_s
+    ),
+    Row(
+        "seconds_waited_per_hour",
+        "seconds of both, per hour",
+        "{:,.0f}",
+        lambda c: c.waited_s,
+    ),
+    Row("gpus_for_hit_rate", "GPUs for the hit rate", "{}", lambda c: c.needed),
+    Row("gpus_for_all", "GPUs that hold all models", "{}", lambda c: c.needed_for_all),
+)
 
 
 @dataclass(frozen=True)
@@ -284,11 +180,8 @@ class Plan:
         """For people."""
         fleet, traffic = self.fleet, self.traffic
         gb = {name: f"{value / 1e9:.4g} GB" for name, value in asdict(fleet).items()}
-        numbers = [case.numbers() for case in self.cases]
-        table = [row("", [case.name for case in self.cases])]
-        for key, (label, form) in ROWS.items():
-            cells = ["-" if n[key] is None else form.format(n[key]) for n in numbers]
-            table.append(row(label, cells))
+        titles = ["", *(case.name for case in self.cases)]
+        table = text_table([titles, *(row.cells(self.cases) for row in ROWS)])
         return f"""\
 Models: {fleet.models}, each a delta of {gb["delta"]} on a base of {gb["base"]}
 Requests: {traffic.popularity.text}, {fleet.rate:g} per second
@@ -297,33 +190,12 @@ vLLM; {gb["kv"]} of that for KV cache and activations
 Host memory: {gb["host"]} a GPU, read from disk at {gb["disk"]}/s, copied at \
 {gb["link"]}/s
 
-{chr(10).join(table)}
+{table}
 
 The hit rate aimed at: {fleet.hit_rate:.1%} of requests find their delta on the device.
 Serve each replica with {self.options()}
 Simulated: {traffic.requests:,} requests, half of them to warm up, seed {traffic.seed}.
 {ASSUMED}"""
-
-
-ROWS = {
-    "resident_per_gpu": ("resident on each GPU", "{}"),
-    "device": ("found on the device", "{:.1%}"),
-    "host": ("found in host memory", "{:.1%}"),
-    "disk": ("cold starts, share", "{:.2%}"),
-    "busiest": ("the busiest GPU's requests", "{:.1%}"),
-    "copies_per_hour": ("copies host -> device, per hour", "{:,.0f}"),
-    "seconds_per_copy": ("seconds of each", "{:.3f}"),
-    "cold_starts_per_hour": ("cold starts per hour", "{:,.0f}"),
-    "seconds_per_cold_start": ("seconds of each", "{:.2f}"),
-    "seconds_waited_per_hour": ("seconds of both, per hour", "{:,.0f}"),
-    "gpus_for_hit_rate": ("GPUs for the hit rate", "{}"),
-    "gpus_for_all": ("GPUs that hold all models", "{}"),
-}
-
-
-def row(label: str, cells: Iterable[str]) -> str:
-    """One line of the table."""
-    return f"{label:<34}" + "".join(f"{cell:>16}" for cell in cells)
 
 
 def plan(fleet: Fleet, traffic: Traffic) -> Plan:

@@ -85,9 +85,10 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print what a fleet of GPUs would do."""
     from dqrelo_tools.footprint import base_bytes, bytes_of, delta_bytes
-    from dqrelo_tools.plan import Fleet, Traffic, figure, plan
+    from dqrelo_tools.plan import figure, plan
     from dqrelo_tools.plot import require_plot
     from dqrelo_tools.popularity import Popularity
+    from dqrelo_tools.simulate import Fleet, Traffic
 
     if arguments.plot:
         require_plot(arguments.plot)
@@ -102,18 +103,18 @@ def run(arguments: argparse.Namespace) -> int:
         else bytes_of(arguments.base, base_bytes) // 8
     )
     fleet = Fleet(
-        base,
-        delta,
-        models,
-        arguments.gpus,
-        arguments.gpu_memory,
-        arguments.gpu_memory_utilization,
-        arguments.kv,
-        arguments.host,
-        arguments.disk,
-        arguments.link,
-        arguments.rate,
-        arguments.hit_rate,
+        base=base,
+        delta=delta,
+        models=models,
+        gpus=arguments.gpus,
+        gpu_memory=arguments.gpu_memory,
+        gpu_memory_utilization=arguments.gpu_memory_utilization,
+        kv=arguments.kv,
+        host=arguments.host,
+        disk=arguments.disk,
+        link=arguments.link,
+        rate=arguments.rate,
+        hit_rate=arguments.hit_rate,
     )
     found = plan(fleet, Traffic.of(popularity, models, arguments.seed))
     if arguments.plot:
