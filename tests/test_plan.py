@@ -237,7 +237,7 @@ def test_the_command(capsys):
     assert run() == 0
     text = capsys.readouterr().out
     # floor((80 * 0.92 - 20 - 16.1) / 1.9), floor((80 * 0.92 - 20) / 16.1)
-    assert "resident on each GPU                            19              19" in text
+    assert "resident on each GPU 19 19 3" in " ".join(text.split())
     assert '--max-loras 8 --additional-config \'{"dqrelo": ' in text
     assert "Assumed:" in text and "zipf:1" in text
     answers = []
