@@ -16,6 +16,7 @@ from dqrelo_tools.compress import Method, Size
 from dqrelo_tools.pair import always_stored, fine_tune, half_of, read_ahead
 from dqrelo_tools.plot import layer_of
 from dqrelo_tools.report import Entry, Report, relative_error
+from dqrelo_tools.sizes import format_size
 from dqrelo_tools.spectrum import Spectrum
 from dqrelo_tools.text_table import text_table
 from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
@@ -228,9 +229,7 @@ class Advice:
         """What to run."""
         size = ["--ratio", f"{self.ratio:g}"]
         if self.budget is not None:
-            units = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
-            unit = next((u for u in units if self.budget >= units[u]), "KB")
-            size = ["--budget", f"{self.budget / units[unit]:.9g}{unit}"]
+            size = ["--budget", format_size(self.budget)]
         pair = ["--base", self.survey.base, "--model", self.survey.model]
         return shlex.join(["dqrelo", "convert", *pair, *size, "--output", "DELTA"])
 

@@ -5,8 +5,7 @@ import argparse
 from pathlib import Path
 from typing import TypeAlias
 
-from huggingface_hub.serialization._base import parse_size_to_int
-
+from dqrelo_tools.sizes import parse_size
 from vllm_dqrelo.format.errors import DqreloError
 
 # argparse has no public name for what ``add_subparsers`` returns.
@@ -14,13 +13,13 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def size(text: str) -> int:
-    """The bytes that "1.2GB" means to Hugging Face; a speed may end in "/s"."""
+    """The bytes of "1.2GB"; a speed may end in "/s"."""
     try:
-        parsed = parse_size_to_int(text.removesuffix("/s"))
-    except (OverflowError, ValueError) as error:
+        parsed = parse_size(text.removesuffix("/s"))
+    except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     if parsed < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no size")
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 1.2GB")
     return parsed
 
 
@@ -32,7 +31,7 @@ def folder(text: str) -> Path:
 def count(text: str) -> int:
     """A positive number of things."""
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is no number of 1 or more")
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 1 or more")
     return int(text)
 
 
@@ -43,7 +42,9 @@ def share(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a number above 0 and at most 1"
+        )
     return value
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.serialization._base import parse_size_to_int
 
+from dqrelo_tools.sizes import parse_size
 from vllm_dqrelo.format.checkpoint import Checkpoint
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.json_file import read_json
@@ -18,13 +18,17 @@ from vllm_dqrelo.format.need import Need
 
 
 def bytes_of(text: str, measure: Callable[[str], int]) -> int:
-    """The bytes that "1.2GB" means to Hugging Face, or those of what it names.
+    """The bytes of "1.2GB", or of the model that ``text`` names.
+
+    Args:
+        text: a size, or a name.
+        measure: gives the bytes of a name.
 
     Raises:
-        DqreloError: there are none. Otherwise what ``measure`` raises.
+        DqreloError: there are 0 bytes. Otherwise what ``measure`` raises.
     """
     try:
-        size = parse_size_to_int(text)
+        size = parse_size(text)
     except ValueError:
         size = measure(text)
     if size < 1:

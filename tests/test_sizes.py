@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+
+import pytest
+from huggingface_hub.serialization._base import parse_size_to_int
+
+from dqrelo_tools.arguments import size
+from dqrelo_tools.footprint import bytes_of
+from dqrelo_tools.sizes import format_size, parse_size
+
+NOT_A_SIZE = "is not a size such as 1.2GB"
+
+
+@pytest.mark.parametrize("text", ["5MB", "1.2GB", " 3 kb ", "0.5tb", "1e3KB", "0GB"])
+def test_a_size_is_what_huggingface_hub_takes_it_for(text):
+    assert parse_size(text) == parse_size_to_int(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GB", "5", "5 GiB", "5XB", "xMB", "infGB", "nanGB"]
+)
+def test_what_is_not_a_size_is_refused(text):
+    with pytest.raises(ValueError, match=NOT_A_SIZE):
+        parse_size(text)
+    with pytest.raises(argparse.ArgumentTypeError, match=NOT_A_SIZE):
+        size(text)
+    assert bytes_of(text, lambda name: 7) == 7  # a name
+
+
+@pytest.mark.parametrize("text", ["0GB", "-1GB", "0.1/s"])
+def test_a_size_of_an_option_is_at_least_one_byte(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=NOT_A_SIZE):
+        size(text)
+
+
+def test_a_speed_is_a_size_a_second():
+    assert size("2GB/s") == 2 * 10**9
+
+
+@pytest.mark.parametrize("count", [1, 999, 1000, 120_000, 1_234_567, 10**9, 3 * 10**12])
+def test_the_text_of_a_size_is_that_size(count):
+    assert parse_size(format_size(count)) == count
