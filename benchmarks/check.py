@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.machine import machine
+from benchmarks.machine import MACHINE, machine
 from benchmarks.ops.cpu import Base, Deltas, Loras, best_ms
 from benchmarks.paths import RESULTS
 from benchmarks.table import Table
@@ -27,6 +27,7 @@ STEPS = [[8], [2] * 4, [1] * 8, [32]]  # rows of each delta
 TURNS, SECONDS = 5, 0.5  # of each, and for how long
 BAND = 1.25
 RATIOS = ("delta_to_base", "delta_to_lora")
+COLUMNS = ("rows", *RATIOS, "threads", *MACHINE)
 
 
 def shortest(runs: list[Callable[[], None]]) -> list[float]:
@@ -56,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--record", action="store_true", help="add to the history")
     record = parser.parse_args().record
-    history = Table(HISTORY, ("commit", "rows"))
+    history = Table(HISTORY, ("commit", "rows"), COLUMNS)
     before = list(history.rows)
     about = {"threads": torch.get_num_threads(), **machine()}
     deltas, base, loras = Deltas(8, "dqrelo"), Base(), Loras(8)

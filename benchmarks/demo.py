@@ -8,7 +8,6 @@ is asked every task. All files are in .cache/demo; delete it to start afresh.
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -17,23 +16,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from benchmarks.serving.server import ENVIRONMENT, server
+from benchmarks.machine import ENVIRONMENT, machine
 
 os.environ.update(ENVIRONMENT)
 
 from openai import OpenAI
 from tqdm import tqdm
 
-from benchmarks.machine import machine
-from benchmarks.models.bases import BASES, fetch_base
+from benchmarks.models.bases import BASES
 from benchmarks.models.finetune import exact_match
+from benchmarks.models.smollm import DEMO, base, converted, fine_tune
 from benchmarks.models.tasks import MAX_ANSWER_TOKENS, TASKS
-from benchmarks.paths import CACHE, DQRELO
+from benchmarks.paths import DQRELO
+from benchmarks.serving.server import server
 
-DEMO = CACHE / "demo"
 LOG = DEMO / "server.log"
 BASE = BASES["smollm2"].title
-RATIO = "0.125"
 QUESTIONS = 20  # per task
 MAX_BASE_SCORE = 0.20  # a base that scores more knows the task already
 MAX_LOSS = 0.10  # of exact match, from a fine-tune to its delta
@@ -54,15 +52,6 @@ def stage(name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     _seconds[name] = round(time.perf_counter() - start, 1)
-
-
-def make(folder: Path, *command: str | Path) -> Path:
-    """Run the Python program that writes ``folder``, unless it is there already."""
-    if not folder.exists():
-        command = (sys.executable, *command, "--output", folder)
-        if subprocess.run(command, stdout=sys.stderr).returncode:
-            raise SystemExit(f"{folder} could not be made; the reason is above.")
-    return folder
 
 
 def ask(address: str, models: list[str]) -> dict[str, dict[str, float]]:
@@ -101,25 +90,16 @@ def main() -> None:
     """Run every stage, print and keep the results, and judge them."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server ends too
     with stage("fetch the base"):
-        base = fetch_base(DEMO / "base")
+        base()
     models, deltas, uncompressed = {}, {}, {}
     for name, task in TASKS.items():
         with stage(f"fine-tune {name}"):
-            command = [
-                "-m",
-                "benchmarks.models.finetune",
-                "--base",
-                base,
-                "--task",
-                name,
-            ]
-            models[name] = make(DEMO / "finetunes" / name, *command)
+            models[name] = fine_tune(name)
         with stage(f"ask {name}, uncompressed"):
             uncompressed[name] = exact_match(models[name], task, QUESTIONS)
         with stage(f"convert {name}"):
-            command = [*DQRELO, "convert", "--base", base, "--model", models[name]]
-            deltas[name] = make(DEMO / "deltas" / name, *command, "--ratio", RATIO)
-    arguments = [*DQRELO, "serve", base, "--served-model-name=base"]
+            deltas[name] = converted(name)
+    arguments = [*DQRELO, "serve", base(), "--served-model-name=base"]
     arguments += [f"--delta={name}={delta}" for name, delta in deltas.items()]
     arguments += ["--dtype=bfloat16", "--max-model-len=512", "--enforce-eager"]
     with ExitStack() as stack:

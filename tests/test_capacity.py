@@ -81,7 +81,9 @@ def test_it_ends_with_the_first_that_does_not_fit(
 
     monkeypatch.setattr(capacity, "held", held)
     for _ in range(2):
-        table = capacity.Table(tmp_path / "capacity.csv", ("system", "models"))
+        table = capacity.Table(
+            tmp_path / "capacity.csv", ("system", "models"), capacity.COLUMNS
+        )
         for system in capacity.SYSTEMS:
             capacity.measure(table, system, 8)
     assert [(row["system"], row["models"]) for row in table.rows] == [

@@ -4,7 +4,7 @@
 A measured number in a document is one of two things:
 
 * part of a table or sentence between ``<!-- NAME -->`` and ``<!-- end of NAME -->``,
-  which ``tables.py`` writes as a whole;
+  whose table ``tables.py`` names; it is written as a whole;
 * followed by its source: ``101<!-- serving.csv system="base alone" seconds -->`` is the
   column ``seconds`` of the one row of results/serving.csv with that system, shown with
   as many decimals as the number has. In a .json file the last word is a path of keys.
@@ -14,13 +14,12 @@ what it would write, and where a number with a unit is neither. A paragraph in w
 numbers are settings or examples says ``<!-- given -->``.
 """
 
-import csv
-import json
 import re
 import shlex
 from collections.abc import Mapping
 
-from benchmarks.paths import RESULTS, ROOT
+from benchmarks.documents.rows import read, read_json
+from benchmarks.paths import ROOT
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -72,15 +71,13 @@ def looked_up(file: str, where: str, what: str) -> float:
     Raises:
         ValueError: there is none, or several.
     """
-    path = RESULTS / file
-    if path.suffix == ".json":
-        found = json.loads(path.read_text())
+    if file.endswith(".json"):
+        found = read_json(file)
         for key in what.split("."):
             found = found[key]
         return float(found)
     wanted = dict(part.split("=", 1) for part in shlex.split(where))
-    with path.open(newline="") as lines:
-        rows = [r for r in csv.DictReader(lines) if wanted.items() <= r.items()]
+    rows = [row for row in read(file) if wanted.items() <= row.items()]
     if len(rows) != 1:
         raise ValueError(f"{len(rows)} rows of {file} have {wanted}, expected one")
     return float(rows[0][what])

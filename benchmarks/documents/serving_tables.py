@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of servers: traffic, ways to serve, and how many fit."""
 
-from benchmarks.documents.rows import Row, table
+from benchmarks.documents.rows import table
+from benchmarks.table import Row
 
 TIMES = ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "itl_p99_ms")
 TIME_HEADS = ["TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "ITL p99"]
@@ -45,3 +46,15 @@ def capacity_table(rows: list[Row]) -> str:
         for fits in [held <= float(row["budget_gib"])]
     ]
     return table(["system", "models", "memory, GiB", "fits"], body)
+
+
+def router_table(rows: list[Row]) -> str:
+    """Where requests found their delta, behind a router."""
+    body = [
+        [f"`{row['policy']}`"]
+        + [f"{float(row[key]):.1%}" if row[key] else "" for key in row if "hits" in key]
+        + [row["copies"]]
+        for row in rows
+    ]
+    head = ["`--policy`", "hits, counted", "`dqrelo plan`'s simulation"]
+    return table([*head, "copies by each replica"], body)

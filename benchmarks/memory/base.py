@@ -27,7 +27,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from benchmarks.machine import machine
+from benchmarks.machine import MACHINE, machine
 from benchmarks.memory.memory import ALONE, engine
 from benchmarks.models.smollm import base
 from benchmarks.paths import RESULTS
@@ -62,6 +62,9 @@ def bases(scratch: Path) -> Iterator[tuple[str, Path]]:
         yield name, scratch / name
 
 
+COLUMNS = ("base", "weights_mb", "predicted_mb", "measured_mb", *MACHINE)
+
+
 def measure(folder: Path) -> dict[str, float]:
     """Megabytes of a base in this process, and what is counted."""
     _, weights = engine(folder, quantization="dqrelo", max_loras=1)
@@ -79,7 +82,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     path = parser.parse_args().output_dir / "bases.csv"
     path.unlink(missing_ok=True)
-    table = Table(path, ("base",))
+    table = Table(path, ("base",), COLUMNS)
     os.environ.update(ALONE, VLLM_PLUGINS="dqrelo")
     with tempfile.TemporaryDirectory() as scratch:
         for name, folder in bases(Path(scratch)):

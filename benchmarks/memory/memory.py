@@ -26,13 +26,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+from benchmarks.machine import ENVIRONMENT, MACHINE, machine
 from benchmarks.paths import RESULTS
-from benchmarks.serving.server import ENVIRONMENT
 from benchmarks.table import Table
 
 MODELS = (2, 4, 8, 16)
 SYSTEMS = ("deltas", "vLLM LoRA", "full copies")
+COLUMNS = ("system", "models", "base_mb", "predicted_base_mb", "predicted_mb")
+COLUMNS += ("device_mb", "host_mb", "disk_mb", "step_ms", "memory_mb", *MACHINE)
+CARD_COLUMNS = ("stored_as", "model_gb", "models")
 Row = dict[str, Any]
 PROMPT, STEPS = 8, 12  # tokens of a prompt, and steps that are timed
 # Of a process that is measured. malloc_trim leaves what is free at the end of any arena
@@ -273,16 +275,17 @@ def main() -> None:
     parser.add_argument("--system", choices=SYSTEMS, help="measure this one, here")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    table = Table(arguments.output_dir / "memory.csv", ("system", "models"))
+    path = arguments.output_dir / "memory.csv"
+    table = Table(path, ("system", "models"), COLUMNS)
     if arguments.system is None:
-        fits = Table(arguments.output_dir / "cards.csv", ("stored_as",))
+        fits = Table(path.with_name("cards.csv"), ("stored_as",), CARD_COLUMNS)
         for row in cards():
             if (row["stored_as"],) not in fits:
                 fits.add(row)
         for system in SYSTEMS:
             if (system, str(MODELS[-1])) not in table:
                 again = [sys.executable, "-m", "benchmarks.memory.memory"]
-                again += [f"--system={system}", f"--output-dir={table.path.parent}"]
+                again += [f"--system={system}", f"--output-dir={path.parent}"]
                 plugins = "dqrelo" if system == "deltas" else ""
                 variables = {**ALONE, "VLLM_PLUGINS": plugins}
                 subprocess.run(again, env={**os.environ, **variables}, check=True)

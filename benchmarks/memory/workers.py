@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving.server import ENVIRONMENT
+from benchmarks.machine import ENVIRONMENT, MACHINE, machine
 
 os.environ.update(ENVIRONMENT)
 os.environ["VLLM_PLUGINS"] = "dqrelo"
@@ -31,7 +31,6 @@ from vllm import LLM
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from benchmarks.machine import machine
 from benchmarks.memory.memory import grown, step_ms
 from benchmarks.models.smollm import weaker
 from benchmarks.paths import RESULTS
@@ -54,6 +53,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "two": {"tensor_parallel_size": 2},
     "two, fully sharded": {"tensor_parallel_size": 2, "fully_sharded_loras": True},
 }
+COLUMNS = ("workers", "base_mb", "delta_mb", "base_of_one", "delta_of_one", *MACHINE)
 
 
 def made(folder: Path) -> list[Path]:
@@ -119,7 +119,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = arguments.output_dir / "workers.csv"
     path.unlink(missing_ok=True)
-    table, alone = Table(path, ("workers",)), None
+    table, alone = Table(path, ("workers",), COLUMNS), None
     with tempfile.TemporaryDirectory() as folder:
         base, *deltas = made(Path(folder))
         for way in WAYS:

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """SmolLM2-135M and any number of fine-tunes of it: as deltas, merged, as adapters.
 
-What is not in .cache is made: base, fine-tunes and their deltas as ``make demo`` makes
-them, so that the two share them. There are three fine-tunes. Each further one is one of
-these three whose matrices are at another strength, ``base + c * change`` with c < 1:
-other values, another digest, as many bytes.
+What is not in .cache is made. ``make demo`` and the benchmarks share the base, three
+fine-tunes and their deltas. Each further fine-tune is one of the three whose matrices
+are at another strength, ``base + c * change`` with c < 1: other values, another digest,
+as many bytes.
 """
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.demo import DEMO, RATIO, make
+from benchmarks.machine import ENVIRONMENT
 from benchmarks.models.bases import fetch_base
 from benchmarks.models.tasks import TASKS
 from benchmarks.paths import CACHE, DQRELO
@@ -25,7 +28,8 @@ from vllm_dqrelo.format.delta import weight_files, write_delta
 from vllm_dqrelo.format.folder import new_folder
 from vllm_dqrelo.format.tensors import LORA_SCALE, SCALE
 
-MORE = CACHE / "serving"
+DEMO, MORE = CACHE / "demo", CACHE / "serving"
+RATIO = "0.125"
 WEAKER = 1 / 64  # by which each further strength is lower
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -35,16 +39,35 @@ def base() -> Path:
     return fetch_base(DEMO / "base")
 
 
+def fine_tune(task: str) -> Path:
+    """The folder of the fine-tune of a task."""
+    command = ["-m", "benchmarks.models.finetune", "--base", base(), "--task", task]
+    return make(DEMO / "finetunes" / task, *command)
+
+
+def converted(task: str) -> Path:
+    """The folder of the delta of that fine-tune."""
+    command = [*DQRELO, "convert", "--base", base(), "--model", fine_tune(task)]
+    return make(DEMO / "deltas" / task, *command, "--ratio", RATIO)
+
+
+def make(folder: Path, *command: str | Path) -> Path:
+    """Run the Python program that writes ``folder``, unless it is there already."""
+    if not folder.exists():
+        argv = (sys.executable, *command, "--output", folder)
+        environment = {**os.environ, **ENVIRONMENT}
+        if subprocess.run(argv, stdout=sys.stderr, env=environment).returncode:
+            raise SystemExit(f"{folder} could not be made; the reason is above.")
+    return folder
+
+
 def delta(number: int) -> Path:
     """The folder of the delta of model ``number`` = 0, 1, ..."""
-    task, times = list(TASKS)[number % len(TASKS)], number // len(TASKS)
-    command = ["-m", "benchmarks.models.finetune", "--base", base(), "--task", task]
-    model = make(DEMO / "finetunes" / task, *command)
-    command = [*DQRELO, "convert", "--base", base(), "--model", model, "--ratio", RATIO]
-    found = make(DEMO / "deltas" / task, *command)
-    return (
-        weaker(found, 1 - times * WEAKER, MORE / f"delta-{number}") if times else found
-    )
+    times, task = divmod(number, len(TASKS))
+    whole = converted([*TASKS][task])
+    if not times:
+        return whole
+    return weaker(whole, 1 - times * WEAKER, MORE / f"delta-{number}")
 
 
 def weaker(source: Path, strength: float, folder: Path) -> Path:

@@ -11,7 +11,6 @@ counts.
 """
 
 import argparse
-import csv
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from benchmarks.machine import machine
+from benchmarks.table import write
 from dqrelo_kernels import ops  # noqa: F401
 from dqrelo_kernels.cpu import build as cpu
 from dqrelo_kernels.layout import int4_bytes, words_per_row
@@ -239,10 +239,7 @@ def main() -> None:
             print(f"{label:<22}" + "".join(f"{v:>9.1f}" for v in found.values()))
             sys.stdout.flush()
     if output:
-        with output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write(output, rows)
 
 
 def measure(

@@ -20,7 +20,7 @@ import torch
 from matplotlib import pyplot
 from tqdm import tqdm
 
-from benchmarks.machine import machine
+from benchmarks.machine import MACHINE, machine
 from benchmarks.ops.linear_site import FACTORS, LINEARS, Site
 from benchmarks.ops.rivals import RIVALS, Launch, Step
 from benchmarks.paths import RESULTS
@@ -28,6 +28,9 @@ from benchmarks.table import Table
 from dqrelo_kernels import reference
 
 KEYS = ("device", "linear", "deltas", "rows_per_delta", "ratio", "factors")
+COLUMNS = (*KEYS, "ranks", "us", "copy_us", "of_copy")
+COLUMNS += tuple(f"{rival.__name__}_us" for rival in RIVALS)
+COLUMNS += ("smallest_kernel_us", "copy_gb_per_s", "relative_error", *MACHINE)
 LARGEST = 2**32  # bytes of an output, or of what a rival keeps for each delta
 OUTPUT = Path(os.environ.get("OUT") or RESULTS)
 
@@ -167,7 +170,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device; roofline.py predicts without one")
     torch.manual_seed(0)
-    table = Table(options.output, KEYS)
+    table = Table(options.output, KEYS, COLUMNS)
     for row in measurements(options, table):
         table.add(row)
         print(*(row[name] for name in (*KEYS[1:4], "us", "of_copy")), flush=True)

@@ -8,7 +8,6 @@ one layer of Llama-3.1-8B; a model of 32 such layers takes 32 times as long.
 """
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -20,10 +19,8 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.machine import machine
-from benchmarks.models.bases import fetch_base
-from benchmarks.models.finetune import finetune
-from benchmarks.models.tasks import TASKS
-from benchmarks.paths import CACHE
+from benchmarks.models import smollm
+from benchmarks.table import write
 
 LAYER = {
     "q_proj": (4096, 4096),
@@ -34,12 +31,6 @@ LAYER = {
     "up_proj": (14336, 4096),
     "down_proj": (4096, 14336),
 }
-
-
-def smollm() -> tuple[Path, Path]:
-    """A base and a full fine-tune of it."""
-    base = fetch_base(CACHE / "demo" / "base")
-    return base, finetune(base, TASKS["orders"], CACHE / "demo/finetunes/orders")
 
 
 def layer(folder: Path) -> tuple[Path, Path]:
@@ -89,7 +80,7 @@ def main() -> None:
     about, rows = machine(), []
     with tempfile.TemporaryDirectory() as folder:
         pairs = {
-            "SmolLM2-135M": smollm(),
+            "SmolLM2-135M": (smollm.base(), smollm.fine_tune("orders")),
             "one layer of an 8B model": layer(Path(folder)),
         }
         for name, (base, model) in pairs.items():
@@ -98,10 +89,7 @@ def main() -> None:
                 rows.append({"model": name, "method": method, **found, **about})
                 print(f"{name:<26}{method:<14}", *found.values(), sep="\t")
     if output:
-        with output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write(output, rows)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.machine import machine
-from benchmarks.models.bases import fetch_base
+from benchmarks.machine import MACHINE, machine
+from benchmarks.models import smollm
 from benchmarks.models.finetune import encode, finetune, generate
 from benchmarks.models.tasks import TASKS
 from benchmarks.paths import CACHE, RESULTS
@@ -151,6 +151,12 @@ ALSO: dict[str, Compressor] = {
     "low-rank int8 alone": of(Method(planes=0, dtype=torch.int8), 1 / 8),
 }
 
+COLUMNS = ("fine_tune", "method", "bits_per_weight", "relative_error", "kl", "top1")
+COLUMNS += ("exact_match", "seconds", *MACHINE)
+SCALE_COLUMNS = ("fine_tune", "steps", "mean_magnitude", "mean_singular_value")
+SCALE_COLUMNS += ("entropy_bits", "exact_match", "kl_of_base")
+PREDICTED_COLUMNS = ("fine_tune", "ratio", "predicted_error")
+
 
 @dataclass
 class FineTune:
@@ -194,7 +200,7 @@ class Bench:
     """The base, one model in memory whose weights are replaced, and its tokenizer."""
 
     def __init__(self) -> None:
-        self.folder = fetch_base(CACHE / "demo" / "base")
+        self.folder = smollm.base()
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, padding_side="left")
         self.model = AutoModelForCausalLM.from_pretrained(
             self.folder, dtype=torch.float32
@@ -299,9 +305,10 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output_dir
     output.mkdir(parents=True, exist_ok=True)
-    quality = Table(output / "quality.csv", ("fine_tune", "method"))
-    scale = Table(output / "finetunes.csv", ("fine_tune",))
-    predicted = Table(output / "predicted.csv", ("fine_tune", "ratio"))
+    quality = Table(output / "quality.csv", ("fine_tune", "method"), COLUMNS)
+    scale = Table(output / "finetunes.csv", ("fine_tune",), SCALE_COLUMNS)
+    keys = ("fine_tune", "ratio")
+    predicted = Table(output / "predicted.csv", keys, PREDICTED_COLUMNS)
     bench, middle = Bench(), LENGTHS[len(LENGTHS) // 2]
     plan = [(task, steps, MAIN) for steps in LENGTHS for task in TASKS]
     plan += [(task, middle, ALSO) for task in TASKS]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import machine
+from benchmarks.machine import MACHINE, machine
 from benchmarks.models.tasks import TASKS
 from benchmarks.paths import RESULTS
 from benchmarks.quality.quality import Bench, FineTune, State, of
@@ -26,6 +26,8 @@ RATIO = 1 / 8
 STEPS = 30
 # Bits of a weight, columns that share a scale.
 BASES: dict[str, tuple[int, int | None]] = {"w4": (4, 64), "w8": (8, None)}
+KEYS = ("fine_tune", "base", "delta_of")
+COLUMNS = (*KEYS, "kl", "top1", *MACHINE)
 
 
 def rounded(weight: torch.Tensor, bits: int, columns: int | None) -> torch.Tensor:
@@ -60,8 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     output = parser.parse_args().output_dir
-    keys = ("fine_tune", "base", "delta_of")
-    table, bench = Table(output / "quantized.csv", keys), Bench()
+    table, bench = Table(output / "quantized.csv", KEYS, COLUMNS), Bench()
     bases = {"16 bits": bench.base}
     bases |= {name: quantised(bench.base, name) for name in BASES}
     for task in TASKS:
@@ -76,7 +77,7 @@ def main() -> None:
             for base in missing:
                 state = {n: t + added.get(n, 0) for n, t in bases[base].items()}
                 found = bench.distance(model, state)
-                row = dict(zip(keys, (model.name, base, label), strict=True))
+                row = dict(zip(KEYS, (model.name, base, label), strict=True))
                 row |= {"kl": f"{found['kl']:.4e}", "top1": f"{found['top1']:.4f}"}
                 table.add({**row, **machine()})
     print(f"{table.path} is complete")

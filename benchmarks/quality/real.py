@@ -30,7 +30,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 
-from benchmarks.machine import machine
+from benchmarks.machine import MACHINE, machine
 from benchmarks.models.bases import BASES, fetch_base
 from benchmarks.models.finetune import exact_match, finetune
 from benchmarks.models.tasks import MAX_ANSWER_TOKENS, TASKS
@@ -131,6 +131,12 @@ def checked(base: Path, tuned: Path, delta: Path) -> Report:
     return report
 
 
+COLUMNS = ("base", "model", "parameters", "ratio", "prompts", "logprobs")
+COLUMNS += ("difference_base", "difference_delta", "difference_transformers", "kl")
+COLUMNS += ("kl_of_base", "top1", "exact_match", "exact_match_of_fine_tune", "seconds")
+COLUMNS += MACHINE
+
+
 def compare(name: str, scratch: Path) -> dict[str, object]:
     """Convert, serve and compare; base and fine-tune are made if they are absent.
 
@@ -191,10 +197,11 @@ def main() -> None:
     parser.add_argument("base", choices=BASES)
     parser.add_argument("--output", type=Path, default=RESULTS / "real.csv")
     arguments = parser.parse_args()
+    table = Table(arguments.output, ("base", "commit"), COLUMNS)
     with tempfile.TemporaryDirectory() as scratch:
         row = {**compare(arguments.base, Path(scratch)), **machine()}
     print(*(f"{key} {value}" for key, value in row.items()), sep="\n")
-    Table(arguments.output, ("base", "commit")).add(row)
+    table.add(row)
     # Two engines may each be off by what a sum in another order makes of this model.
     allowed = max(TOLERANCE, 2 * float(row["difference_transformers"]))
     if not float(row["difference_delta"]) <= allowed:

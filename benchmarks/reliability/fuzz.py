@@ -13,14 +13,11 @@ shows one again.
 """
 
 import argparse
-import csv
 import gc
 import os
-import random
 import shutil
 import sys
 import tempfile
-from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +27,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import psutil
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 from vllm import LLM
 from vllm.lora.request import LoRARequest
 
 from benchmarks.documents.reliability_tables import fuzz_table
-from benchmarks.machine import machine
+from benchmarks.reliability.cases import FAULT, Cases, parse
 from benchmarks.reliability.mutations import MUTATIONS, Case, index_text, load_all
 from dqrelo_kernels.layout import side_by_side
 from dqrelo_tools.convert import convert
@@ -160,10 +156,10 @@ def outcome(mutate: Any, folder: Path, sound: Any, reader: Reader) -> str:
         packed = reader.read(folder)
     except (DqreloError, FileNotFoundError) as error:
         if len(str(error).encode()) > 100_000:
-            return "FAULT: an error that nobody reads"
+            return f"{FAULT}: an error that nobody reads"
         return "refused"
     except Exception as error:
-        return f"FAULT {type(error).__name__}: {str(error)[:200]}"
+        return f"{FAULT} {type(error).__name__}: {str(error)[:200]}"
     if same(packed, sound):
         return "same"
     stored = load_all(folder).values()
@@ -172,84 +168,45 @@ def outcome(mutate: Any, folder: Path, sound: Any, reader: Reader) -> str:
     if sound_digest and finite and is_whole(packed, folder):
         reader.use(packed)
         return "another"
-    return "FAULT: loaded, and is not what the sound delta is"
+    return f"{FAULT}: loaded, and is not what the sound delta is"
 
 
-def run(
-    cases: range, seed: int, scratch: Path, show: bool
-) -> tuple[dict[str, Counter[str]], list[float], list[str]]:
-    """Each kind of mutation and what became of it, memory in MiB, and the faults.
+def run(arguments: argparse.Namespace, scratch: Path) -> Cases:
+    """What became of each case; one that is asked for alone raises its error.
 
     Args:
-        cases: their numbers.
-        seed: of all of them.
+        arguments: of the command line.
         scratch: an empty folder.
-        show: leave an error of the reader as it is, to be seen.
     """
     base, deltas = tiny(scratch)
     reader = Reader(base)
     sound = [reader.read(delta) for delta in deltas]
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    faults, memory, folder = [], [], scratch / "spoiled"
-    for number in tqdm(cases, "fuzz", mininterval=5, disable=None):
-        rng = random.Random(f"{seed} {number}")
-        mutate = MUTATIONS[number % len(MUTATIONS)]
+    cases, folder = Cases(arguments.numbers, arguments.seed), scratch / "spoiled"
+    for number, mutate, rng in cases.each(MUTATIONS):
         which = -1 if mutate is index_text else rng.randrange(len(deltas))
         shutil.copytree(deltas[which], folder)
         mutate(Case(folder, rng))
-        if show:
+        if arguments.only is not None:
             reader.read(folder)
-        found = outcome(mutate, folder, sound[which], reader)
-        if found.startswith("FAULT"):
-            faults.append(f"case {number}, {mutate.__name__}: {found}")
-            found = "faults"
-        counts[mutate.__doc__][found] += 1
+        cases.add(number, mutate, outcome(mutate, folder, sound[which], reader), memory)
         shutil.rmtree(folder)
-        if (number - cases[0]) % max(len(cases) // 20, 1) == 0:
-            gc.collect()
-            memory.append(psutil.Process().memory_info().rss / 2**20)
-    return counts, memory, faults
+    return cases
 
 
-def rows_of(
-    counts: dict[str, Counter[str]], memory: list[float], seed: int
-) -> list[dict[str, str]]:
-    """One row a kind of mutation, and one of all with the memory of the process."""
-    about = {"seed": seed, **machine()}
-    total = sum(counts.values(), Counter())
-    places = {"first": 0, "half_way": len(memory) // 2, "end": -1}
-    held = {f"memory_{name}_mib": round(memory[i]) for name, i in places.items()}
-    rows = []
-    for name, found in [*counts.items(), ("all", total)]:
-        kinds = {kind: found[kind] for kind in OUTCOMES}
-        row = {"mutation": name, "cases": found.total(), **kinds}
-        row |= held if found is total else dict.fromkeys(held, "")
-        rows.append({key: str(value) for key, value in (row | about).items()})
-    return rows
+def memory() -> float:
+    """MiB of this process, without what nothing refers to."""
+    gc.collect()
+    return psutil.Process().memory_info().rss / 2**20
 
 
 def main() -> int:
     """Run the cases and print a table; 1 if any was not refused as it should be."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", type=int, default=12_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="one case, with its error")
-    parser.add_argument("--output", type=Path, help="a CSV file to write as well")
-    arguments = parser.parse_args()
-    one = arguments.only is not None
-    cases = range(arguments.only, arguments.only + 1) if one else range(arguments.cases)
+    arguments = parse(__doc__, cases=12_000)
     with tempfile.TemporaryDirectory() as scratch:
-        counts, memory, faults = run(cases, arguments.seed, Path(scratch), one)
-    rows = rows_of(counts, memory, arguments.seed)
-    print(fuzz_table(rows))
-    if arguments.output:
-        with arguments.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    print(*faults[:40], sep="\n", file=sys.stderr)
-    growth = memory[-1] - memory[len(memory) // 2]
-    return 1 if faults or growth > 4 else 0
+        cases = run(arguments, Path(scratch))
+    cases.report(OUTCOMES, fuzz_table, arguments.output)
+    growth = cases.memory[-1] - cases.memory[len(cases.memory) // 2]
+    return 1 if cases.faults or growth > 4 else 0
 
 
 if __name__ == "__main__":

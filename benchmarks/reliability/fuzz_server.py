@@ -12,7 +12,6 @@ shows one again.
 """
 
 import argparse
-import csv
 import json
 import random
 import shutil
@@ -20,18 +19,15 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
-from tqdm import tqdm
 
 from benchmarks.documents.reliability_tables import fuzz_server_table
-from benchmarks.documents.rows import Row
-from benchmarks.machine import machine
 from benchmarks.paths import DQRELO
+from benchmarks.reliability.cases import FAULT, Cases, parse
 from benchmarks.reliability.fuzz import VOCABULARY, tiny
 from benchmarks.reliability.side_mutations import SIDE_MUTATIONS, SideCase
 from benchmarks.serving.server import server
@@ -131,9 +127,9 @@ class Client:
         found = [self.ask(path, model=name, **body) for path, body in asked]
         for (path, body), (status, text) in zip(asked, found, strict=True):
             if not (status == 200 or 400 <= status < 500):
-                return f"FAULT {path} {str(body)[:200]}: {status} {text[:300]}"
+                return f"{FAULT} {path} {str(body)[:200]}: {status} {text[:300]}"
             if len(text) > 100_000 and status != 200:
-                return f"FAULT {path}: an error that nobody reads"
+                return f"{FAULT} {path}: an error that nobody reads"
         if (again := self.others()) is not None:
             return again
         return "answered" if found[0][0] == 200 else "refused"
@@ -142,10 +138,10 @@ class Client:
         """What is wrong with the rest of the server."""
         base = self.ask("/v1/chat/completions", model="base", messages=SHORT)
         if base != self.base:
-            return f"FAULT: the base answers {base}, before it was {self.base}"
+            return f"{FAULT}: the base answers {base}, before it was {self.base}"
         for path in ("/v1/models", "/health"):
             if (got := self.ask(path))[0] != 200:
-                return f"FAULT {path}: {got}"
+                return f"{FAULT} {path}: {got}"
         return None
 
 
@@ -158,14 +154,11 @@ def memory() -> float:
     return used / 2**20
 
 
-def run(
-    cases: range, seed: int, scratch: Path
-) -> tuple[dict[str, Counter[str]], list[float], list[str]]:
-    """Each kind of mutation and what became of it, memory in MiB, and the faults.
+def run(arguments: argparse.Namespace, scratch: Path) -> Cases:
+    """What became of each case.
 
     Args:
-        cases: their numbers.
-        seed: of all of them.
+        arguments: of the command line.
         scratch: an empty folder.
     """
     base, deltas = sound_deltas(scratch)
@@ -175,67 +168,31 @@ def run(
     command += ["--delta-dir", store, "--enforce-eager", "--max-model-len=128"]
     command += ["--max-num-seqs=8", "--max-loras=2", "--delta-endpoints"]
     command += ["--additional-config", '{"dqrelo": {"delta_memory_gib": 0.001}}']
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    held, faults = [], []
+    cases = Cases(arguments.numbers, arguments.seed)
     with server(command, scratch / "log") as address:
         client = Client(address)
-        for number in tqdm(cases, "fuzz", mininterval=5):
-            rng = random.Random(f"{seed} {number}")
-            mutate = SIDE_MUTATIONS[number % len(SIDE_MUTATIONS)]
+        for number, mutate, rng in cases.each(SIDE_MUTATIONS):
             name = f"case-{number}"
             shutil.copytree(rng.choice(deltas), scratch / name)
             mutate(SideCase(scratch / name, rng))
             (scratch / name).rename(store / name)
             found = client.case(name, rng)
-            if found.startswith("FAULT"):
-                faults.append(f"case {number}, {mutate.__name__}: {found}")
-                found = "faults"
-            counts[mutate.__doc__ or ""][found] += 1
             client.ask(f"/v1/dqrelo/deltas/{name}/unload", unload=name)
             shutil.rmtree(store / name)
-            if (number - cases[0]) % max(len(cases) // 20, 1) == 0:
-                held.append(memory())
-            if faults and client.others():
+            cases.add(number, mutate, found, memory)
+            if cases.faults and client.others():
                 print((scratch / "log").read_text()[-8000:], file=sys.stderr)
                 break  # it is dead
-    return counts, held, faults
-
-
-def rows_of(counts: dict[str, Counter[str]], held: list[float], seed: int) -> list[Row]:
-    """One row a kind of mutation, and one of all with the memory of the server."""
-    total = sum(counts.values(), Counter())
-    mib = {"memory_half_way_mib": held[len(held) // 2], "memory_end_mib": held[-1]}
-    rows = []
-    for name, found in [*counts.items(), ("all", total)]:
-        kinds = {kind: found[kind] for kind in OUTCOMES}
-        row = {"mutation": name, "cases": found.total(), **kinds}
-        row |= {key: round(mib[key]) if found is total else "" for key in mib}
-        row |= {"seed": seed, **machine()}
-        rows.append({key: str(value) for key, value in row.items()})
-    return rows
+    return cases
 
 
 def main() -> int:
     """Run the cases and print a table; 1 if one was neither refused nor answered."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", type=int, default=1200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="one case")
-    parser.add_argument("--output", type=Path, help="a CSV file to write as well")
-    arguments = parser.parse_args()
-    one = arguments.only is not None
-    cases = range(arguments.only, arguments.only + 1) if one else range(arguments.cases)
+    arguments = parse(__doc__, cases=1200)
     with tempfile.TemporaryDirectory() as scratch:
-        counts, held, faults = run(cases, arguments.seed, Path(scratch))
-    rows = rows_of(counts, held, arguments.seed)
-    print(fuzz_server_table(rows))
-    if arguments.output:
-        with arguments.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    print(*faults[:40], sep="\n", file=sys.stderr)
-    return 1 if faults else 0
+        cases = run(arguments, Path(scratch))
+    cases.report(OUTCOMES, fuzz_server_table, arguments.output)
+    return 1 if cases.faults else 0
 
 
 if __name__ == "__main__":

@@ -293,9 +293,9 @@ class Soak:
         if left:
             self.complain(f"{left:g} requests are left in the server")
 
-    def count(self, name: str, label: str) -> float:
+    def count(self, name: str, **labels: str) -> float:
         """One of our counters."""
-        return metric(self.address, f"dqrelo:{name}_total", label)
+        return metric(self.address, f"dqrelo:{name}_total", **labels)
 
     def results(self) -> dict[str, object]:
         """What happened, for the table."""
@@ -305,9 +305,9 @@ class Soak:
         return {
             **dict(sorted(self.counts.items())),
             "largest difference of a logprob": self.worst,
-            "deltas read": self.count("delta_loads", 'outcome="ok"'),
-            "evicted from the device": self.count("delta_evictions", 'tier="device"'),
-            "dropped from memory": self.count("delta_evictions", 'tier="host"'),
+            "deltas read": self.count("delta_loads", outcome="ok"),
+            "evicted from the device": self.count("delta_evictions", tier="device"),
+            "dropped from memory": self.count("delta_evictions", tier="host"),
             "memory_second_quarter_mib": mebibytes(early),
             "memory_last_quarter_mib": mebibytes(late),
             "problems": len(self.problems),

@@ -32,6 +32,8 @@ SUBJECTS = "plugin engine_config serving identity frontend vocabulary metrics ht
 TESTS = [f"tests/test_{subject}.py" for subject in SUBJECTS.split()]
 # The range that this one is about is the one that the copy does not have.
 TESTS += ["--deselect=tests/test_plugin.py::test_vllm_outside_the_tested_range"]
+COLUMNS = ("vllm", "passed", "failed", "errors", "skipped", "first_failure")
+COLUMNS += ("torch", "transformers", "commit", "seconds")
 LIMIT_S = 1800
 MOST_FAILURES = 5
 
@@ -121,7 +123,7 @@ def main() -> None:
     """Test what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("versions", nargs="*", default=VERSIONS, metavar="VERSION")
-    table = Table(RESULTS / "versions.csv", ("vllm",))
+    table = Table(RESULTS / "versions.csv", ("vllm",), COLUMNS)
     for version in parser.parse_args().versions:
         if (version,) in table:
             continue

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
-from benchmarks.machine import machine
+from benchmarks.machine import MACHINE, machine
 from benchmarks.models.smollm import base, delta, merged
 from benchmarks.paths import RESULTS
 from benchmarks.serving.load import Load, drive
@@ -44,6 +44,8 @@ DELTAS = (1, 8, 16, 32, MOST)
 # 8,192 tokens on a CPU, whose blocks are of 128: 8 times --max-model-len.
 SMALL = ("--enforce-eager", "--num-gpu-blocks-override=64")
 LOAD = Load("closed", "32:16", MOST, request_rate=0, max_concurrency=8, seed=0)
+COLUMNS = ("system", "models", "budget_gib", "held_gib", "output_tokens_per_s")
+COLUMNS += MACHINE
 # Number of models, the client's results, and the seconds that they took together.
 Asked = tuple[int, list[dict[str, Any]], float]
 
@@ -128,7 +130,8 @@ def main() -> None:
     parser.add_argument("--memory-gib", type=float, default=8)
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    table = Table(arguments.output_dir / "capacity.csv", ("system", "models"))
+    path = arguments.output_dir / "capacity.csv"
+    table = Table(path, ("system", "models"), COLUMNS)
     for system in SYSTEMS:
         measure(table, system, arguments.memory_gib)
 

@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +88,15 @@ class Goal:
     good_tpot_ms: float
 
 
+QUANTILES = tuple(product(("ttft", "tpot", "itl"), (50, 99)))
+SUMMARY = ("seconds", "output_tokens_per_s", "goodput_per_s")
+SUMMARY += tuple(f"{name}_p{percent}_ms" for name, percent in QUANTILES)
+
+
 def summary(
     results: Iterable[dict[str, Any]], seconds: float, goal: Goal
 ) -> dict[str, float]:
-    """One row of numbers for the results of one or several clients.
+    """The columns ``SUMMARY`` for the results of one or several clients.
 
     Args:
         results: of ``drive``.
@@ -112,7 +117,7 @@ def summary(
         "output_tokens_per_s": sum(tokens) / seconds,
         "goodput_per_s": good.sum() / seconds,
     }
-    for name, values in (("ttft", first), ("tpot", rest), ("itl", between)):
-        for percent in (50, 99):
-            found[f"{name}_p{percent}_ms"] = np.percentile(values, percent)
+    values = {"ttft": first, "tpot": rest, "itl": between}
+    for name, percent in QUANTILES:
+        found[f"{name}_p{percent}_ms"] = np.percentile(values[name], percent)
     return {key: round(float(value), 3) for key, value in found.items()}

@@ -42,13 +42,15 @@ from transformers import (
 )
 from vllm import LLM, SamplingParams
 
-from benchmarks.machine import machine
+from benchmarks.machine import MACHINE, machine
 from benchmarks.table import Table
 from dqrelo_tools.convert import convert
 from dqrelo_tools.footprint import base_bytes
 from vllm_dqrelo import load_delta
 
 REQUESTS = 8
+COLUMNS = ("base_mb", "mode", "base_ms", "plugin_ms", "ratio", "error")
+COLUMNS += ("lowest", "highest", "processes", *MACHINE)
 
 RANDOM: dict[str, PretrainedConfig] = {
     "mixture": Qwen3MoeConfig(
@@ -186,7 +188,7 @@ def main() -> None:
     }
     print(*(f"{key} {value}" for key, value in row.items()), sep="\n")
     if arguments.output:
-        Table(arguments.output, ("base_mb", "mode", "commit")).add(row)
+        Table(arguments.output, ("base_mb", "mode", "commit"), COLUMNS).add(row)
 
 
 def summary(

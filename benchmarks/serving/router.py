@@ -22,7 +22,7 @@ import numpy as np
 from openai import OpenAI
 from tqdm import tqdm
 
-from benchmarks.machine import machine
+from benchmarks.machine import MACHINE, machine
 from benchmarks.models.smollm import MORE, base, delta
 from benchmarks.paths import DQRELO, RESULTS
 from benchmarks.serving.rivals import COMMON
@@ -37,6 +37,8 @@ LAW = Popularity.parse("zipf:1")
 WARM_UP, COUNTED = 50, 200  # requests
 # Whether it keeps the requests for a delta together; no simulation takes turns.
 POLICIES = {"consistent_hash": True, "random": False, "round_robin": None}
+COLUMNS = ("policy", "requests", "hits", "copies", "predicted_hits", "router")
+COLUMNS += MACHINE
 
 
 def predicted(size: int, room: int, affinity: bool | None) -> str:
@@ -103,7 +105,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the servers end too
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
-    table = Table(parser.parse_args().output_dir / "router.csv", ("policy",))
+    path = parser.parse_args().output_dir / "router.csv"
+    table = Table(path, ("policy",), COLUMNS)
     deltas = {f"m{i}": delta(i) for i in range(MODELS)}
     size = max(delta_bytes(str(folder)) for folder in deltas.values())
     room = int(size * (RESIDENT + 0.1))

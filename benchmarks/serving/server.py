@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
+from benchmarks.machine import ENVIRONMENT
+
 START_TIMEOUT_S = 600
-# Of all servers: threads that wait spinning for long are ten times slower on a busy
-# machine, and without a size vLLM asks for most of the machine's memory.
-ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 @contextmanager
@@ -67,16 +67,17 @@ def wait_for(process: subprocess.Popen[bytes], health: str, log: Path) -> None:
 
 def copies(address: str) -> int:
     """Deltas that a server has copied into its arena."""
-    evicted = metric(address, "dqrelo:delta_evictions_total", 'tier="device"')
+    evicted = metric(address, "dqrelo:delta_evictions_total", tier="device")
     return int(evicted + metric(address, "dqrelo:num_deltas_resident"))
 
 
-def metric(address: str, name: str, *labels: str) -> float:
-    """The sum of a metric's samples that have all ``labels``, such as 'tier="host"'."""
+def metric(address: str, name: str, **labels: str) -> float:
+    """The sum of a metric's samples that have all ``labels``, such as tier="host"."""
     with urllib.request.urlopen(f"{address}/metrics", timeout=30) as answer:
-        lines = answer.read().decode().splitlines()
+        text = answer.read().decode()
     return sum(
-        float(line.rsplit(" ", 1)[1])
-        for line in lines
-        if line.partition("{")[0] == name and all(text in line for text in labels)
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
     )

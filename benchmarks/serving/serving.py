@@ -15,16 +15,16 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.machine import machine
+from benchmarks.machine import MACHINE, machine
 from benchmarks.models.smollm import base, delta
 from benchmarks.paths import RESULTS
-from benchmarks.serving.load import ARRIVALS, Goal, Load, drive, summary
+from benchmarks.serving.load import ARRIVALS, SUMMARY, Goal, Load, drive, summary
 from benchmarks.serving.rivals import SYSTEMS, WARM_UP, ours
 from benchmarks.serving.server import copies
 from benchmarks.table import Table
@@ -32,7 +32,11 @@ from dqrelo_tools.popularity import Popularity
 
 LAWS = ("identical", "distinct", "uniform", "zipf:1", "geometric:1.5")
 MODELS = (1, 2, 4, 8, 16, 32)
-KEYS = ("arrivals", "lengths", "num_prompts", "request_rate", "max_concurrency", "seed")
+LOAD, GOAL = (tuple(field.name for field in fields(one)) for one in (Load, Goal))
+KEYS = ("models", "popularity", *LOAD, "max_loras")
+COLUMNS = (*KEYS, *GOAL, *SUMMARY, "hits", *MACHINE)
+COMPARE_KEYS = ("system", "models", *LOAD)
+COMPARE_COLUMNS = (*COMPARE_KEYS, "weights_mb", *GOAL, *SUMMARY, *MACHINE)
 
 
 def cells(laws: list[str], models: list[int]) -> Iterator[tuple[Popularity, int]]:
@@ -64,14 +68,13 @@ def loads(arguments: argparse.Namespace) -> list[Load]:
 
 def grid(arguments: argparse.Namespace) -> Table:
     """One server with as many deltas as any row asks for, and every row."""
-    keys = ("models", "popularity", *KEYS, "max_loras")
-    table = Table(arguments.output_dir / "serving.csv", keys)
+    table = Table(arguments.output_dir / "serving.csv", KEYS, COLUMNS)
     missing = []
     for law, count in cells(arguments.popularity, arguments.models):
         for load in loads(arguments):
             row = {"models": count, "popularity": law.text, **asdict(load)}
             row["max_loras"] = arguments.max_loras
-            if tuple(str(row[key]) for key in keys) not in table:
+            if tuple(str(row[key]) for key in KEYS) not in table:
                 missing.append((law, load, row))
     if not missing:
         return table
@@ -95,13 +98,13 @@ def grid(arguments: argparse.Namespace) -> Table:
 def compare(arguments: argparse.Namespace) -> Table:
     """Every way to serve ``--models`` models, one after another on this machine."""
     (count,) = arguments.models
-    keys = ("system", "models", *KEYS)
-    table = Table(arguments.output_dir / "serving_compare.csv", keys)
+    path = arguments.output_dir / "serving_compare.csv"
+    table = Table(path, COMPARE_KEYS, COMPARE_COLUMNS)
     for load in loads(arguments):
         for names, system in tqdm(SYSTEMS.items(), "compare", unit="system"):
             about = {"models": count, **asdict(load)}
             rows = [{"system": name, **about} for name in names]
-            known = [tuple(str(row[key]) for key in keys) in table for row in rows]
+            known = [tuple(str(r[key]) for key in COMPARE_KEYS) in table for r in rows]
             if all(known):
                 continue
             found = system(count, load)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of fine-tunes and of what compression keeps of them."""
+
+import math
+import re
+from collections import Counter, defaultdict
+from statistics import correlation
+from typing import Any
+
+from benchmarks.documents.rows import read, table
+from benchmarks.table import Row
+
+OURS, PAPER = "dqrelo 1/8", "dqrelo-paper 1/8"
+
+
+def fine_tunes() -> list[Row]:
+    """The fine-tunes, the shortest training first."""
+    return sorted(
+        read("finetunes.csv"), key=lambda row: (int(row["steps"]), row["fine_tune"])
+    )
+
+
+def detailed(rows: list[Row]) -> set[str]:
+    """The fine-tunes that most methods were measured on."""
+    counts = Counter(row["fine_tune"] for row in rows)
+    return {name for name, n in counts.items() if n == max(counts.values())}
+
+
+def geometric_mean(values: list[float]) -> float:
+    """exp of the mean logarithm."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def by_method(rows: list[Row], fine_tunes: set[str]) -> dict[str, list[Row]]:
+    """The rows of each method that was measured on all ``fine_tunes``."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["fine_tune"] in fine_tunes:
+            found[row["method"]].append(row)
+    return {m: r for m, r in found.items() if len(r) == len(fine_tunes)}
+
+
+def kl(rows: list[Row]) -> float:
+    """Geometric mean of KL."""
+    return geometric_mean([float(row["kl"]) for row in rows])
+
+
+def mean(rows: list[Row], key: str) -> float:
+    """Arithmetic mean."""
+    return sum(float(row[key]) for row in rows) / len(rows)
+
+
+def method_table(rows: list[Row], fine_tunes: set[str], seconds: bool = False) -> str:
+    """One line a method, best KL first; the seconds where one run measured them all."""
+    methods = by_method(rows, fine_tunes)
+    body = [
+        [
+            name,
+            f"{mean(found, 'bits_per_weight'):.2f}",
+            f"{mean(found, 'relative_error'):.3f}",
+            f"{kl(found):.2e}",
+            f"{kl(found) / kl(methods[PAPER]):.3f}",
+            f"{mean(found, 'top1'):.1%}",
+            f"{mean(found, 'exact_match'):.0%}",
+            *([f"{mean(found, 'seconds'):.0f}"] if seconds else []),
+        ]
+        for name, found in sorted(methods.items(), key=lambda pair: kl(pair[1]))
+    ]
+    head = ["method", "bits/weight", "relative error", "KL", "KL / paper's"]
+    head += ["top-1", "exact match"] + ["seconds"] * seconds
+    return table(head, body)
+
+
+def quality_table(rows: list[Row], fine_tunes: set[str]) -> str:
+    """Bytes and KL of a few methods, for the README."""
+    methods = by_method(rows, fine_tunes)
+    names = (OURS, "dqrelo 1/16", PAPER, "SVD 1/8", "BitDelta")
+    body = [
+        [name, f"{mean(methods[name], 'bits_per_weight'):.2f}"]
+        + [f"{kl(methods[name]):.2e}", f"{kl(methods[name]) / kl(methods[PAPER]):.3f}"]
+        + [f"{mean(methods[name], 'exact_match'):.0%}"]
+        for name in names
+    ]
+    head = ["method", "bits per weight", "KL", "KL / the published method's"]
+    return table([*head, "exact match"], body)
+
+
+def fine_tune_table(rows: list[Row], scales: list[Row]) -> str:
+    """One line a fine-tune: the paper's method and ours."""
+    body, ratios = [], []
+    for scale in scales:
+        name = scale["fine_tune"]
+        own = {row["method"]: row for row in rows if row["fine_tune"] == name}
+        if PAPER not in own or OURS not in own:
+            continue
+        values = [float(own[m]["kl"]) for m in (PAPER, OURS, "dqrelo 1/16")]
+        ratios.append([value / values[0] for value in values[1:]])
+        scores = [float(own[m]["exact_match"]) for m in (PAPER, OURS)]
+        body.append(
+            [name, f"{float(scale['exact_match']):.0%}"]
+            + [f"{score:.0%}" for score in scores]
+            + [f"{value:.2e}" for value in values]
+            + [f"{ratio:.3f}" for ratio in ratios[-1]]
+        )
+    means = [geometric_mean(list(column)) for column in zip(*ratios, strict=True)]
+    body.append(["geometric mean"] + [""] * 6 + [f"{value:.3f}" for value in means])
+    head = ["fine-tune", "exact match", "paper 1/8", "dqrelo 1/8"]
+    head += ["KL paper 1/8", "KL dqrelo 1/8", "KL dqrelo 1/16"]
+    return table([*head, "1/8 / paper", "1/16 / paper"], body)
+
+
+def scale_table(scales: list[Row]) -> str:
+    """The paper's Table 1, on our fine-tunes."""
+    body = [
+        [
+            row["fine_tune"],
+            f"{float(row['mean_magnitude']):.2e}",
+            f"{float(row['mean_singular_value']):.4f}",
+            row["entropy_bits"],
+            f"{float(row['exact_match']):.0%}",
+            f"{float(row['kl_of_base']):.2f}",
+        ]
+        for row in scales
+    ]
+    head = ["fine-tune", "mean magnitude", "mean singular value", "entropy, bits"]
+    return table([*head, "exact match", "KL of the base"], body)
+
+
+def prediction_table(rows: list[Row], predicted: list[Row]) -> str:
+    """Relative errors that ``dqrelo advise`` expects, and measured ones."""
+    expected = {
+        (row["fine_tune"], float(row["ratio"])): float(row["predicted_error"])
+        for row in predicted
+    }
+    pairs: dict[float, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        if found := re.fullmatch(r"dqrelo (\d+)/(\d+)", row["method"]):
+            ratio = int(found[1]) / int(found[2])
+            if error := expected.get((row["fine_tune"], ratio)):
+                pairs[ratio].append((error, float(row["relative_error"])))
+    body = [
+        [
+            f"{ratio:g}",
+            str(len(some)),
+            f"{sum(p for p, _ in some) / len(some):.3f}",
+            f"{sum(m for _, m in some) / len(some):.3f}",
+            f"{max(abs(p / m - 1) for p, m in some):.1%}",
+        ]
+        for ratio, some in sorted(pairs.items())
+    ]
+    everything = [pair for some in pairs.values() for pair in some]
+    body.append(["all", str(len(everything)), "", "", ""])
+    head = ["ratio", "fine-tunes", "predicted, mean", "measured, mean"]
+    text = table([*head, "largest difference"], body)
+    value = correlation(*zip(*everything, strict=True))
+    return f"{text}\n\nCorrelation of all pairs: {value:.4f}."
+
+
+def quantized_table(rows: list[Row]) -> str:
+    """KL on a rounded base: of a delta made without it, and of one made from it."""
+    found = {(row["fine_tune"], row["base"], row["delta_of"]): row for row in rows}
+    body = [
+        [name, f"{bits} bits"]
+        + [
+            f"{float(found[name, f'w{bits}', f'{of} base']['kl']):.2e}"
+            for of in ("16 bits", f"w{bits}")
+        ]
+        for name in dict.fromkeys(row["fine_tune"] for row in rows)
+        for bits in (4, 8)
+    ]
+    head = ["fine-tune", "base", "delta of the 16-bit base"]
+    return table([*head, "of the base that is served"], body)
+
+
+def convert_table(rows: list[Row]) -> str:
+    """Seconds and memory of conversions."""
+    keys = ("model", "method", "seconds", "peak_mib")
+    head = ["model", "method", "seconds", "peak memory, MiB"]
+    return table(head, [[row[key] for key in keys] for row in rows])
+
+
+def demo_table(found: dict[str, Any]) -> str:
+    """Exact match of every model on every task, and how long it took."""
+    scores, sizes = found["exact_match"], found["megabytes_of_fine_tune_and_delta"]
+    tasks = list(found["exact_match_uncompressed"])
+    body = []
+    for model, score in scores.items():
+        cells = [f"{score[task]:.0%}" for task in tasks]
+        if model in tasks:
+            whole, delta = sizes[model]
+            cells += [f"{found['exact_match_uncompressed'][model]:.0%}"]
+            cells += [f"{delta:.1f} MB of {whole:.1f} MB"]
+        body.append([model, *cells, *[""] * (len(tasks) + 2 - len(cells))])
+    head = ["asked", *tasks, "the fine-tune itself, uncompressed", "size"]
+    seconds = found["seconds"]
+    tuning = sum(s for name, s in seconds.items() if name.startswith("fine-tune"))
+    machine = found["machine"]
+    return (
+        f"{table(head, body)}\n\n"
+        f"Exact matches of {found['questions_per_task']} held-out questions for each "
+        f"task, greedy. On {machine['cores']} cores ({machine['cpu']}) this takes "
+        f"{sum(seconds.values()) / 60:.0f} minutes\nafter the set-up; fine-tuning "
+        f"takes {tuning / 60:.0f} of them, and is kept for the second time."
+    )

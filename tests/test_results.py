@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results files, and the tables and figures that are made of them."""
+
+import importlib
+import itertools
+
+import pytest
+
+from benchmarks.documents import figures
+from benchmarks.documents import quality_tables as quality
+from benchmarks.documents import reliability_tables as reliability
+from benchmarks.documents import serving_tables as serving
+from benchmarks.documents.rows import table
+from benchmarks.memory.memory import cards
+from benchmarks.paths import RESULTS
+from benchmarks.table import Table
+
+
+def test_a_results_file_goes_on_where_it_stopped(tmp_path):
+    path = tmp_path / "results.csv"
+    first = Table(path, ("a", "b"), ("a", "b", "c"))
+    first.add({"a": "x, y", "b": "1", "c": 5})
+    columns = ("a", "b", "c", "d")  # one more than the first has
+    again = Table(path, ("a", "b"), columns)
+    assert ("x, y", "1") in again and ("x, y", "2") not in again
+    again.add({"a": "z", "b": "1", "d": 7})
+    written = ["a,b,c,d", '"x, y",1,5,', "z,1,,7"]
+    assert path.read_text().splitlines() == written
+    assert ("z", "1") in Table(path, ("a", "b"), columns)
+    with pytest.raises(ValueError, match="e: not among"):
+        again.add({"a": "y", "b": "1", "e": 7})
+    with pytest.raises(SystemExit, match="results.csv has the columns d, which"):
+        Table(path, ("a", "b"), ("a", "b", "c"))
+    assert path.read_text().splitlines() == written
+
+
+COLUMNS = {
+    "check.COLUMNS": "history",
+    "memory.base.COLUMNS": "bases",
+    "memory.memory.CARD_COLUMNS": "cards",
+    "memory.memory.COLUMNS": "memory",
+    "memory.workers.COLUMNS": "workers",
+    "quality.quality.COLUMNS": "quality",
+    "quality.quality.PREDICTED_COLUMNS": "predicted",
+    "quality.quality.SCALE_COLUMNS": "finetunes",
+    "quality.quantized.COLUMNS": "quantized",
+    "quality.real.COLUMNS": "real",
+    "reliability.vllm_versions.COLUMNS": "versions",
+    "serving.capacity.COLUMNS": "capacity",
+    "serving.overhead.COLUMNS": "overhead",
+    "serving.router.COLUMNS": "router",
+    "serving.serving.COLUMNS": "serving",
+    "serving.serving.COMPARE_COLUMNS": "serving_compare",
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_the_results_have_the_columns_that_their_benchmark_writes(name):
+    for package in ("vllm", "gguf"):
+        pytest.importorskip(package)
+    module, _, columns = name.rpartition(".")
+    path = RESULTS / f"{COLUMNS[name]}.csv"
+    head = path.read_text().partition("\n")[0]
+    found = importlib.import_module(f"benchmarks.{module}")
+    assert sorted(head.split(",")) == sorted(getattr(found, columns))
+
+
+def test_tables():
+    assert quality.geometric_mean([2.0, 4.0, 27.0]) == pytest.approx(6.0)
+    lines = table(["a", "b"], [["1", "2"], ["3", "4"]]).splitlines()
+    assert lines == ["| a | b |", "| --- | --- |", "| 1 | 2 |", "| 3 | 4 |"]
+    rows = [
+        {"fine_tune": f, "method": m, "kl": kl}
+        for f, m, kl in [("x", "p", "1e-2"), ("y", "p", "4e-2"), ("x", "q", "1e-3")]
+    ]
+    assert list(quality.by_method(rows, {"x", "y"})) == ["p"]  # q lacks a fine-tune
+    assert quality.kl(rows[:2]) == pytest.approx((1e-2 * 4e-2) ** 0.5)
+    versions = [
+        {"vllm": "0.9.0", "passed": "7", "failed": "0", "errors": "0"},
+        {"vllm": "0.8.0", "passed": "7", "failed": "0", "errors": "2"},
+    ]
+    about = {"torch": "2.1+cpu", "transformers": "5"}
+    shown = reliability.versions_table([row | about for row in versions])
+    assert "| 0.9.0 | 2.1 | 5 | 7 tests pass |" in shown
+    assert "| 0.8.0 | 2.1 | 5 | refused |" in shown
+
+
+def test_rows_measured_before_hits_were_counted_have_a_dash():
+    about = {"popularity": "uniform", "models": "4", "arrivals": "closed"}
+    about |= dict.fromkeys((*serving.TIMES, "output_tokens_per_s"), "1")
+    about["goodput_per_s"] = "2"
+    # Without the column; in a file that has it for other rows; with it.
+    rows = [about, about | {"hits": ""}, about | {"hits": "0.906"}]
+    head, _, *lines = serving.serving_table(rows).splitlines()
+    cells = [line.strip("| ").split(" | ") for line in (head, *lines)]
+    assert [cell[-2:] for cell in cells] == [
+        ["goodput/s", "resident"],
+        ["2.00", "-"],
+        ["2.00", "-"],
+        ["2.00", "91%"],
+    ]
+
+
+def test_a_figure_shows_its_rows():
+    rows = [
+        {"system": s, "models": str(n), "memory_mb": str(mb), "step_ms": str(ms)}
+        for s, n, mb, ms in [
+            ("deltas", 2, 500, 40),
+            ("deltas", 4, 600, 50),
+            ("vLLM LoRA", 2, 700, 100),
+            ("full copies", 2, 900, 80),
+        ]
+    ]
+    memory, speed = figures.memory_figure(rows).axes
+    held = {line.get_label(): line.get_xydata().tolist() for line in memory.lines}
+    assert held["deltas"] == [[2, 0.5], [4, 0.6]] and held["full copies"] == [[2, 0.9]]
+    assert speed.lines[0].get_xydata().tolist() == [[2, 50.0], [4, 80.0]]
+    rows = [
+        {"arrivals": a, "popularity": p, "models": n, key: "3", "ttft_p99_ms": "5"}
+        for a, p, n in itertools.product(
+            ["closed", "poisson"], ["identical", "uniform"], ["1", "4"]
+        )
+        for key in ["output_tokens_per_s"]
+        if (p, n) in (("identical", "1"), ("uniform", "4"))
+    ]
+    left, right = figures.serving_figure(rows).axes
+    assert left.lines[0].get_xydata().tolist() == [[1, 3], [4, 3]]
+    assert right.lines[0].get_xydata().tolist() == [[1, 5], [4, 5]]
+
+
+def test_models_on_a_card_by_hand():
+    """Weights of Llama-3.1-8B are 8,030,261,248; what is free, over a delta's bytes."""
+    rows = {row["stored_as"]: row for row in cards()}
+    base = 2 * 8_030_261_248
+    assert rows["full copies"]["model_gb"] == round(base / 1e9, 3)
+    room = 80e9 * 0.92 - 20e9
+    assert rows["full copies"]["models"] == int(room // base)
+    for ratio in (4, 8, 16):
+        row = rows[f"deltas of ratio 1/{ratio}"]
+        # A delta spends what it may, and the norms are exact.
+        assert row["model_gb"] == pytest.approx(base / ratio / 1e9, rel=0.01)
+        expected = (room - base) / (1e9 * row["model_gb"])
+        assert row["models"] == int(expected)
