@@ -6,11 +6,15 @@ What answers for them is in servers.py and engines.py.
 
 import os
 
+from support import model_runner
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if os.environ.setdefault(model_runner.VARIABLE, "0") == "1":
+    model_runner.use_v2()  # before anything imports Triton or vLLM
 
 import json
 import shutil

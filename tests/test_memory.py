@@ -9,9 +9,7 @@ import sys
 import time
 
 import pytest
-import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
@@ -39,26 +37,6 @@ def many(family, save_model, tmp_path_factory):
     return base, deltas, [root / f"merged-{i}" for i in range(COUNT)]
 
 
-def reference(folder, prompts):
-    """Greedy tokens and their logprobs, as ``answers`` gives them."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = []
-    for prompt in prompts:
-        output = model.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=8,
-            do_sample=False,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        tokens = output.sequences[0, len(prompt) :].tolist()
-        logprobs = [logits[0].log_softmax(-1) for logits in output.logits]
-        pairs = zip(logprobs, tokens, strict=True)
-        found.append((tokens, [float(one[token]) for one, token in pairs], []))
-    return found
-
-
 def deltas_of(llm):
     return llm.llm_engine.engine_core.engine_core.scheduler.deltas
 
@@ -76,7 +54,7 @@ def memory(host, device):
 
 
 def test_random_arrivals_over_all_tiers(
-    many, engine, load, sampling, answer_of, difference, prompts, manager_of
+    many, engine, load, sampling, answer_of, difference, prompts, manager_of, reference
 ):
     """Seven deltas; the device has room for about three, the host for one or two."""
     base, deltas, merged = many

@@ -116,14 +116,14 @@ def test_only_in_a_step_without_deltas_a_layer_is_vllms_own():
     step, base = Step(4, 2, 8, "cpu"), np.array([-1, -1], dtype=np.int32)
     step.put(layer, "quant_method", "delta")
     step.put(layer, "__class__", Delta)
-    step.set(base, base)  # a graph may be captured, the probe of coverage run
+    step.set(base)  # a graph may be captured, the probe of coverage run
     assert not step.skips and (layer.quant_method, type(layer)) == ("delta", Delta)
     step.is_ready = True
     for _ in range(2):
-        step.set(base, base)
+        step.set(base)
         assert step.skips and type(layer) is torch.nn.Linear
         assert layer.quant_method == "own"
-        step.set(np.array([-1, 1], dtype=np.int32), base)
+        step.set(np.array([-1, 1], dtype=np.int32))
         assert not step.skips and type(layer) is Delta
         assert layer.quant_method == "delta"
 

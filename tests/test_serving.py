@@ -88,14 +88,22 @@ def test_steps_with_and_without_deltas(
             assert difference(answer, expected[m][p]) <= TOLERANCE, (p, m)
 
 
-def test_requests_that_arrive_one_after_another(family, alone, engine, load, prompts):
+@pytest.mark.v2
+@pytest.mark.parametrize("is_async", [False, True])
+def test_requests_that_arrive_one_after_another(
+    family, alone, engine, load, prompts, asynchronous, is_async
+):
     """Continuous batching: each step has other rows, prefill beside decode."""
+    if is_async:
+        asynchronous()
     made = family("llama")
     expected = alone("llama")
     llm = engine(made.base, quantization="dqrelo", max_loras=3)
     requests = [None] + [
         load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)
     ]
+    core = llm.llm_engine.engine_core.engine_core
+    assert (core.batch_queue is not None) == is_async
     sampling = vllm.SamplingParams(
         max_tokens=8, temperature=0, logprobs=1, detokenize=False
     )

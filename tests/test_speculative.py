@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drafts are checked by the model that a request names, delta or base."""
 
-import gc
 import sys
 
 import pytest
@@ -53,27 +52,27 @@ def resized(family, save_model, tmp_path):
     return deltas, merged
 
 
+@pytest.mark.v2
+@pytest.mark.parametrize("is_async", [False, True])
 def test_ngram_drafts_equal_each_model_alone(
-    family, resized, engine, answer_of, sampling, difference, load, prompts
+    family,
+    resized,
+    engine,
+    answers,
+    reference,
+    difference,
+    load,
+    prompts,
+    asynchronous,
+    is_async,
 ):
     """Rows that check drafts beside rows that do not, each of its own model."""
 
-    def run(llm, prompts, requests=None):
-        outputs = llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
-            sampling(max_tokens=24, prompt_logprobs=1),
-            lora_request=requests,
-            use_tqdm=False,
-        )
-        return [answer_of(output) for output in outputs]
-
-    made, expected = family("llama"), []
-    for folder in [made.base, made.merged[0], made.merged[2], *resized[1]]:
-        llm = engine(folder)
-        expected.append(run(llm, prompts))
-        del llm
-        gc.unfreeze()
-        gc.collect()
+    made = family("llama")
+    folders = [made.base, made.merged[0], made.merged[2], *resized[1]]
+    expected = [reference(folder, prompts, max_tokens=24) for folder in folders]
+    if is_async:
+        asynchronous()
     llm = engine(
         made.base,
         quantization="dqrelo",
@@ -87,7 +86,8 @@ def test_ngram_drafts_equal_each_model_alone(
         for i, folder in enumerate([made.deltas[0], made.deltas[2], *resized[0]])
     ]
     order = [(p, m) for p in range(len(prompts)) for m in range(len(requests))]
-    got = run(llm, [prompts[p] for p, _ in order], [requests[m] for _, m in order])
+    asked = [prompts[p] for p, _ in order], [requests[m] for _, m in order]
+    got = answers(llm, *asked, prompt_logprobs=1, max_tokens=24)
     for (p, m), answer in zip(order, got, strict=True):
         assert difference(answer, expected[m][p]) <= TOLERANCE, (p, m)
     # The test can fail: some drafts were taken and some were not, and added tokens

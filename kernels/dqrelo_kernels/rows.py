@@ -38,6 +38,9 @@ class RowGroups:
         slots: number of delta slots.
         device: where all but num_active and merged live.
         merge_rows: None: no slot is merged.
+
+    Attributes:
+        is_base: whether no row of the step belongs to a slot.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class RowGroups:
         self.num_active = torch.zeros(1, dtype=torch.int32)
         most = min(slots, max(1, capacity // self.merge_rows))
         self.merged = torch.empty(most, 3, dtype=torch.int32)
-        self._is_base = False
+        self.is_base = False
         self.set(np.empty(0, dtype=np.int32))
 
     def set(self, slot_of_row: np.ndarray) -> None:
@@ -72,8 +75,8 @@ class RowGroups:
             raise ValueError(
                 f"a step of {len(slot_of_row)} rows, room for {self.capacity}"
             )
-        was_base, self._is_base = self._is_base, bool((slot_of_row == BASE).all())
-        if was_base and self._is_base:
+        was_base, self.is_base = self.is_base, bool((slot_of_row == BASE).all())
+        if was_base and self.is_base:
             return  # all is as it was
         # New memory each time: a device may not have made the copy before this one yet,
         # and torch keeps what is copied until then.

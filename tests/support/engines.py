@@ -7,6 +7,9 @@ import sys
 import weakref
 
 import pytest
+import torch
+from support import model_runner
+from transformers import AutoModelForCausalLM
 
 PROMPTS = [
     [1, 5, 9, 33, 200, 77, 3, 8],
@@ -70,7 +73,30 @@ def engine(model, **options):
         **options,
     )
     CORES.add(llm.llm_engine.engine_core)
+    model_runner.check(llm)
     return llm
+
+
+@pytest.fixture
+def asynchronous(monkeypatch):
+    """``asynchronous()``: the next engine schedules a step before the last one ended.
+
+    On a GPU vLLM does so by itself; on a CPU it turns that off (platforms/cpu.py:331).
+    """
+
+    def force():
+        from vllm.engine.arg_utils import EngineArgs
+
+        create = EngineArgs.create_engine_config
+
+        def create_engine_config(*args, **kwargs):
+            config = create(*args, **kwargs)
+            config.scheduler_config.async_scheduling = True
+            return config
+
+        monkeypatch.setattr(EngineArgs, "create_engine_config", create_engine_config)
+
+    return force
 
 
 @pytest.fixture(name="load")
@@ -144,15 +170,40 @@ def difference(got, expected) -> float:
     return max(abs(one - other) for one, other in pairs)
 
 
-def given(function):
+def reference(folder, prompts, max_tokens=8):
+    """What transformers answers: as ``answers``, with prompt logprobs."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = []
+    for prompt in prompts:
+        output = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )[0]
+        with torch.inference_mode():
+            logits = model(output[None, :-1]).logits[0]
+        tokens = output[1:, None]
+        logprobs = logits.log_softmax(-1).gather(1, tokens)[:, 0].tolist()
+        first = len(prompt) - 1  # of the answer
+        answer = tokens[first:, 0].tolist()
+        found.append((answer, logprobs[first:], logprobs[:first]))
+    return found
+
+
+def given(function, name=None):
     """A fixture that is ``function``."""
-    return pytest.fixture(scope="session", name=function.__name__)(lambda: function)
+    return pytest.fixture(scope="session", name=name or function.__name__)(
+        lambda: function
+    )
 
 
 sampling_fixture = given(sampling)
 answers_fixture = given(answers)
 answer_of_fixture = given(answer_of)
 difference_fixture = given(difference)
+reference_fixture = given(reference)
+start_engine_fixture = given(engine, "start_engine")
 
 
 @pytest.fixture(scope="session")
@@ -162,13 +213,9 @@ def alone(family):
 
     def get(kind):
         if kind not in known:
-            made, known[kind] = family(kind), []
-            for folder in [made.base, *made.merged]:
-                llm = engine(folder)
-                known[kind].append(answers(llm, PROMPTS, prompt_logprobs=1))
-                del llm
-                gc.unfreeze()
-                gc.collect()
+            made = family(kind)
+            folders = [made.base, *made.merged]
+            known[kind] = [reference(folder, PROMPTS) for folder in folders]
         return known[kind]
 
     return get

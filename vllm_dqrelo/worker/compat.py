@@ -4,7 +4,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
@@ -46,31 +45,6 @@ def choose_lora_manager(
     replace(mixin, "LRUCacheWorkerLoRAManager", chosen)
 
 
-def around_prompt_logprobs(
-    scope: Callable[[Any, torch.Tensor], AbstractContextManager[None]],
-) -> None:
-    """Compute prompt logprobs within ``scope(lora_manager, hidden_states)``.
-
-    Why: vLLM computes them with slices of ``hidden_states``, the rows of all tokens,
-        while its map from rows to adapters still describes the sampled rows.
-    Where: ``GPUModelRunner._get_prompt_logprobs_dict``,
-        v1/worker/gpu_model_runner.py:5306.
-    Upstream: issue 51594, pull request 51597; open.
-    Until: vLLM sets the map of the prompt's rows.
-    """
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    def within(compute: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(compute)
-        def scoped(self: Any, hidden_states: torch.Tensor, *args: Any) -> Any:
-            with scope(getattr(self, "lora_manager", None), hidden_states):
-                return compute(self, hidden_states, *args)
-
-        return scoped
-
-    replace(GPUModelRunner, "_get_prompt_logprobs_dict", within)
-
-
 def add_worker_call(call: Callable[..., Any]) -> None:
     """Let ``collective_rpc`` call a function of a worker by its name.
 
@@ -95,31 +69,6 @@ def run_one_token(runner: Any) -> torch.Tensor:
     """
     hidden_states: torch.Tensor = find(runner, "_dummy_run")(1, is_profile=True)[0]
     return hidden_states
-
-
-def skip_base_steps(runner: Any, is_base: Callable[[], bool]) -> None:
-    """Leave out the question which adapters a step has, after a step without any.
-
-    A step that has adapters asks again.
-
-    Why: the question takes some 60 us, for which a step of few milliseconds waits.
-    Where: ``GPUModelRunner._update_states``, v1/worker/gpu_model_runner.py:2234, which
-        asks if the runner has a ``lora_config``.
-    Upstream: pull request 47951 skips vLLM's own layers in such steps; open.
-    Until: vLLM asks only where the adapters of a step differ from those of the last.
-
-    Args:
-        is_base: whether the last step had none.
-    """
-    update, config = find(runner, "_update_states"), find(runner, "lora_config")
-
-    def _update_states(*args: Any) -> Any:
-        deferred = update(*args)
-        asks = runner.input_batch.lora_id_to_lora_request or not is_base()
-        runner.lora_config = config if asks else None
-        return deferred
-
-    runner._update_states = _update_states
 
 
 def compile_for_base(runner: Any, is_base: Callable[[], bool]) -> bool:
@@ -148,7 +97,10 @@ def compile_for_base(runner: Any, is_base: Callable[[], bool]) -> bool:
     for part in parts:
         part.aot_compiled_fn, part.compiled = None, False
     # The cache has the other code under the same name.
-    with patch.object(envs, "VLLM_DISABLE_COMPILE_CACHE", True):
+    no_cache = patch.object(envs, "VLLM_DISABLE_COMPILE_CACHE", True)
+    # V2 warms a runner with adapters up with some, though they change nothing.
+    no_adapters = patch.object(runner, "lora_config", None)
+    with no_cache, no_adapters:
         runner.warming_up_model()
     for part, code in zip(parts, codes, strict=True):
         part.aot_compiled_fn = _either(is_base, find(part, "aot_compiled_fn"), code)

@@ -7,7 +7,7 @@ talks to it through ``deltas.py``.
 """
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -43,8 +43,9 @@ from vllm_dqrelo.worker.layers import install
 from vllm_dqrelo.worker.order import rearranged
 from vllm_dqrelo.worker.packed import PackedDelta, pack
 from vllm_dqrelo.worker.residency import Residency
+from vllm_dqrelo.worker.runner import attach
 from vllm_dqrelo.worker.sites import Sites
-from vllm_dqrelo.worker.step import Step
+from vllm_dqrelo.worker.step import NO_ROWS, Step
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -172,28 +173,41 @@ class DeltaManager:
         """From now on steps of the base alone run its own code, where possible."""
         step = self.step
         step.is_ready = True
-        compat.skip_base_steps(runner, lambda: step.skips)
+        step.set(NO_ROWS)
         if runner.vllm_config.compilation_config.mode == CompilationMode.NONE:
             return
         step.is_ready = compat.compile_for_base(runner, lambda: step.skips)
+        step.set(NO_ROWS)
 
     # A step.
 
-    def set_active_adapters(
-        self, requests: set[LoRARequest], mapping: LoRAMapping | None
+    def set_rows(
+        self,
+        requests: set[LoRARequest],
+        adapter_ids: np.ndarray,
+        tokens: np.ndarray | int = 1,
     ) -> None:
         """Make the deltas of a step resident and say which rows are theirs.
 
         ``deltas.py`` made the requests: their names are digests, and it let nothing
         into the step that is not in memory.
+
+        Args:
+            requests: for the deltas of the step.
+            adapter_ids: int [R], of each request of the step; 0 for the base.
+            tokens: int [R], how many each request has in the step.
         """
+        if self.step.is_base and not adapter_ids.any():
+            return  # as the step before, of which nothing depends on the rows
         slots = self.residency.use({request.lora_name for request in requests})
         by_id = {request.lora_int_id: slots[request.lora_name] for request in requests}
-        if mapping is not None:
-            self.step.set(
-                _slots_of(mapping.index_mapping, by_id),
-                _slots_of(mapping.prompt_mapping, by_id),
-            )
+        self.step.set(_slots_of(adapter_ids, by_id), tokens)
+
+    def set_active_adapters(
+        self, requests: set[LoRARequest], mapping: LoRAMapping
+    ) -> None:
+        """The same for a step of the warm-up, where each token counts as a request."""
+        self.set_rows(requests, np.asarray(mapping.index_mapping))
 
     # Calls of the engine, between steps.
 
@@ -328,6 +342,7 @@ class DeltaManager:
             for digest in self._dummies:
                 self.forget(digest)
             self._dummies.clear()
+            self.step.set(NO_ROWS)  # none of a delta that is gone
         else:
             self.host.clear()
             self.residency.drop(list(self.residency.resident))
@@ -364,17 +379,17 @@ def memory(worker: Any) -> Memory:
     """Check a worker that has its KV cache, and say what it has for deltas."""
     runner = worker.model_runner
     manager = runner.lora_manager
+    attach(runner, manager)
     check_coverage(runner, manager.sites, manager.residency)
     manager.leave_base_alone(runner)
     return manager.memory
 
 
-def _slots_of(adapter_ids: tuple[int, ...], by_id: dict[int, int]) -> np.ndarray:
-    ids = np.asarray(adapter_ids, dtype=np.int64)
-    slots = np.full(len(ids), BASE, dtype=np.int32)
-    known = ids <= 0
+def _slots_of(adapter_ids: np.ndarray, by_id: dict[int, int]) -> np.ndarray:
+    slots = np.full(len(adapter_ids), BASE, dtype=np.int32)
+    known = adapter_ids <= 0
     for adapter_id, slot in by_id.items():
-        mine = ids == adapter_id
+        mine = adapter_ids == adapter_id
         slots[mine] = slot
         known |= mine
     if not known.all():
@@ -384,11 +399,3 @@ def _slots_of(adapter_ids: tuple[int, ...], by_id: dict[int, int]) -> np.ndarray
 
 def _ask_the_engine() -> NoReturn:
     raise RuntimeError("deltas are added and removed through the engine")
-
-
-@contextmanager
-def prompt_rows(manager: Any, hidden_states: torch.Tensor) -> Iterator[None]:
-    """Let the LM head of ``manager``'s model find the rows of a prompt."""
-    ours = isinstance(manager, DeltaManager)
-    with manager.step.prompt_rows(hidden_states) if ours else nullcontext():
-        yield

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows of the running step belong to which delta slot."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,13 +10,18 @@ import torch
 
 from dqrelo_kernels.rows import RowGroups
 
+NO_ROWS = np.empty(0, dtype=np.int32)
+
 
 class Step:
     """The rows of one forward pass, as its layers see them.
 
+    All layers but the LM head see the rows of all tokens. Which rows the LM head sees
+    only its caller knows, so that the LM head has no rows of its own accord: whoever
+    calls the LM head opens ``sampled_rows`` or ``prompt_rows`` (runner.py).
+
     Attributes:
         tokens: all scheduled tokens, for every layer but the LM head.
-        samples: the rows that are sampled from, for the LM head.
         scratch: float32 [max_tokens, ranks], for dqrelo::delta_linear_.
         merges: whether a delta with many rows has its matrices made whole.
         is_ready: whether operators may be left out of a step without deltas; not where
@@ -36,49 +41,101 @@ class Step:
         self.scratch = torch.empty(max_tokens, ranks, device=device)
         self.merges = merge_rows is not None
         self.tokens = RowGroups(max_tokens, slots, device, merge_rows)
-        self.samples = RowGroups(max_tokens, slots, device)
-        self._prompt = RowGroups(max_tokens, slots, device)
-        self._token_slots = np.empty(0, dtype=np.int32)
-        self._prompt_hidden: torch.Tensor | None = None
+        self._head = RowGroups(max_tokens, slots, device)
+        self._slots_of_head: Callable[[torch.Tensor], np.ndarray] | None = None
         self._put: list[tuple[torch.nn.Module, str, Any, Any]] = []
         self.is_ready = False
         self.skips = False
+        self.set(NO_ROWS)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the step has rows of the base alone."""
+        return self.tokens.is_base
 
     def put(self, module: torch.nn.Module, name: str, value: Any) -> None:
         """Set an attribute of a layer; it is vLLM's own in steps that are skipped."""
         self._put.append((module, name, getattr(module, name), value))
         object.__setattr__(module, name, value)
 
-    def set(self, token_slots: np.ndarray, sample_slots: np.ndarray) -> None:
-        """Start a step: the slot of each token and of each sampled row."""
-        self._token_slots = token_slots
-        self.tokens.set(token_slots)
-        self.samples.set(sample_slots)
-        skips = self.is_ready and not int(self.tokens.num_active)
+    def set(self, slots: np.ndarray, tokens: np.ndarray | int = 1) -> None:
+        """Start a step.
+
+        Args:
+            slots: int32 [R], the slot of each request; BASE for the base.
+            tokens: int [R], how many tokens each request has.
+        """
+        self._slots = slots
+        self._token_slots = slots.repeat(tokens)
+        self.tokens.set(self._token_slots)
+        skips = self.is_ready and self.is_base
         if skips != self.skips:
             for module, name, own, value in self._put:
                 object.__setattr__(module, name, own if skips else value)
             self.skips = skips
 
     @contextmanager
+    def sampled_rows(self, counts: np.ndarray) -> Iterator[None]:
+        """Within it the LM head is called with the rows that are sampled from.
+
+        Args:
+            counts: int [R], how many rows each request has: one, and one a draft.
+        """
+        slots = self._slots
+        with self._called_with(lambda x: slots.repeat(counts)):
+            yield
+
+    @contextmanager
     def prompt_rows(self, hidden_states: torch.Tensor) -> Iterator[None]:
-        """Within it the LM head is called with slices of ``hidden_states`` [M, K]."""
-        self._prompt_hidden = hidden_states
+        """Within it the LM head is called with slices of ``hidden_states`` [M, K].
+
+        Args:
+            hidden_states: a row for each token of the step.
+        """
+
+        def slots_of(x: torch.Tensor) -> np.ndarray:
+            offset = x.data_ptr() - hidden_states.data_ptr()
+            first, rest = divmod(offset, hidden_states[:1].nbytes)
+            if rest or first < 0:
+                raise RuntimeError(
+                    "prompt logprobs are computed from rows that are no slice of the "
+                    "hidden states: this vLLM is not one that vllm-dqrelo is tested "
+                    "with"
+                )
+            return self._token_slots[first : first + len(x)]
+
+        with self._called_with(slots_of):
+            yield
+
+    @contextmanager
+    def _called_with(
+        self, slots_of: Callable[[torch.Tensor], np.ndarray]
+    ) -> Iterator[None]:
+        self._slots_of_head = slots_of
         try:
             yield
         finally:
-            self._prompt_hidden = None
+            self._slots_of_head = None
 
     def head_rows(self, x: torch.Tensor) -> RowGroups:
-        """The rows that the LM head sees: the sampled ones, or a slice of a prompt."""
-        hidden = self._prompt_hidden
-        if hidden is None:
-            return self.samples
-        first, rest = divmod(x.data_ptr() - hidden.data_ptr(), hidden[:1].nbytes)
-        if rest or not 0 <= first <= first + len(x) <= len(hidden):
+        """The rows that the LM head is called with.
+
+        Raises:
+            RuntimeError: the step has deltas, and nobody said which rows these are, or
+                how many these are.
+        """
+        if self.is_base:
+            return self.tokens
+        if self._slots_of_head is None:
             raise RuntimeError(
-                "prompt logprobs are computed from rows that are no slice of the "
-                "hidden states: this vLLM is not one that vllm-dqrelo is tested with"
+                "the LM head is called in a place where nobody knows which delta each "
+                "row belongs to: this vLLM is not one that vllm-dqrelo is tested with"
             )
-        self._prompt.set(self._token_slots[first : first + len(x)])
-        return self._prompt
+        slots = self._slots_of_head(x)
+        if len(slots) != len(x):
+            raise RuntimeError(
+                f"the LM head is called with {len(x)} rows, {len(slots)} are known: "
+                "this vLLM is not one that vllm-dqrelo is tested with"
+            )
+        self._head.set(slots)
+        return self._head

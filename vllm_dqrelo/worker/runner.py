@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model runner of vLLM says of a step: whose each row is.
+
+vLLM has two runners: V2 on a GPU, V1 on a CPU and wherever V2 lacks something that an
+engine asks for. Line numbers are of vLLM 0.32.0, as in compat.py.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import vllm
+
+from vllm_dqrelo.compat import find
+from vllm_dqrelo.worker.step import Step
+
+
+def attach(runner: Any, manager: Any) -> None:
+    """Let a model runner tell its delta manager whose the rows of each step are.
+
+    Methods of the runner, which is changed in place, are replaced or wrapped: those
+    that describe the rows of all layers, and those that call the LM head.
+
+    Args:
+        runner: has its model and its sampler, and has seen no request with a delta.
+        manager: the runner's DeltaManager.
+
+    Raises:
+        RuntimeError: it is neither runner, or lacks what is needed of one.
+    """
+    if hasattr(runner, "lora_state"):
+        _attach_v2(runner, manager)
+    elif hasattr(runner, "_get_prompt_logprobs_dict"):
+        _attach_v1(runner, manager)
+    else:
+        raise RuntimeError(
+            f"vLLM {vllm.__version__} has a model runner that vllm-dqrelo does not "
+            f"know, {type(runner).__module__}.{type(runner).__name__}: use a version "
+            "that vllm-dqrelo is tested with"
+        )
+
+
+def _attach_v2(runner: Any, manager: Any) -> None:
+    """Attach Model Runner V2.
+
+    Why: vLLM describes the rows of each step in tuples, one adapter a token, which
+        takes 1.6 ms for 8192 tokens; it describes one sampled row a request, where
+        drafts have rows, too; and it describes no rows of prompt logprobs.
+    Where: ``LoraState.make_lora_inputs``, v1/worker/gpu/lora_utils.py:93, and in
+        v1/worker/gpu/model_runner.py ``execute_model`` (:1829), ``sample`` (:1615) and
+        ``sample_tokens`` (:2151). ``lora_config`` stays: it is a key of captured graphs
+        (:2011).
+    Upstream: issue 51594, pull request 51597; open.
+    Until: whoever calls the LM head says which rows it is called with.
+    """
+    step, state = manager.step, find(runner, "lora_state")
+    set_dummies, sample = find(runner, "_set_active_loras"), find(runner, "sample")
+    requests_of, ids = find(state, "get_activate_loras"), find(state, "lora_ids")
+    find(state, "make_lora_inputs")
+
+    def make_lora_inputs(
+        req_ids: list[str], indices: np.ndarray, tokens: np.ndarray
+    ) -> tuple[tuple, tuple, set]:
+        manager.set_rows(requests_of(req_ids), ids[indices], tokens)
+        return (), (), set()
+
+    def _set_active_loras(prompt: tuple, tokens: tuple, *args: Any) -> None:
+        if tokens:  # of a warm-up; those of a step are set
+            set_dummies(prompt, tokens, *args)
+
+    @wraps(sample)
+    def sampled(hidden_states: Any, input_batch: Any, *args: Any) -> Any:
+        with step.sampled_rows(np.diff(input_batch.cu_num_logits_np)):
+            return sample(hidden_states, input_batch, *args)
+
+    state.make_lora_inputs = make_lora_inputs
+    runner._set_active_loras = _set_active_loras
+    runner.sample = sampled
+    if (worker := runner.prompt_logprobs_worker) is None:
+        return  # no LM head in this stage of a pipeline
+    for name in ("compute_prompt_logprobs", "compute_prompt_token_id_logprobs"):
+        setattr(worker, name, _of_prompt(step, find(worker, name), 1))
+
+
+def _attach_v1(runner: Any, manager: Any) -> None:
+    """Attach Model Runner V1.
+
+    Why: as for V2; V1 does describe the rows of drafts. To ask for the adapters of a
+        step takes some 60 us, for which a step of the base need not wait.
+    Where: ``set_active_loras``, v1/worker/gpu_model_runner.py:2239, and in the same
+        ``execute_model`` what is sampled (:4242); ``_get_prompt_logprobs_dict`` (:5306)
+        in another call.
+    Upstream: issue 51594, pull request 51597; pull request 47951 skips vLLM's own
+        layers in steps of the base; open.
+    Until: as for V2.
+    """
+    step, scope = manager.step, ExitStack()
+    execute, prompt = "execute_model", "_get_prompt_logprobs_dict"
+    execute_model = find(runner, execute)
+    find(runner, "set_active_loras")
+    for name in ("lora_id_to_lora_request", "request_lora_mapping"):
+        find(runner.input_batch, name)
+
+    def set_active_loras(
+        batch: Any, tokens: np.ndarray, sampled: np.ndarray, *_: Any
+    ) -> None:
+        requests = set(batch.lora_id_to_lora_request.values())
+        ids = batch.request_lora_mapping[: batch.num_reqs]
+        manager.set_rows(requests, ids, tokens)
+        scope.enter_context(step.sampled_rows(sampled))
+
+    @wraps(execute_model)
+    def executed(*args: Any, **kwargs: Any) -> Any:
+        with scope:
+            return execute_model(*args, **kwargs)
+
+    runner.set_active_loras = set_active_loras
+    runner.execute_model = executed
+    setattr(runner, prompt, _of_prompt(step, find(runner, prompt), 0))
+
+
+def _of_prompt(step: Step, compute: Callable, index: int) -> Callable:
+    """``compute``, which calls the LM head with slices of its argument ``index``."""
+
+    @wraps(compute)
+    def scoped(*args: Any) -> Any:
+        with step.prompt_rows(args[index]):
+            return compute(*args)
+
+    return scoped
