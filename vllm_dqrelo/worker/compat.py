@@ -2,7 +2,6 @@
 """The private names of vLLM's workers; ``vllm_dqrelo/compat.py`` has the form."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
