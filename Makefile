@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo   a real model, fine-tuned, compressed, served and asked
 # make test   all tests that need no GPU, two files of them at a time
+# make test-slow   all tests with an engine again, with Model Runner V2 (half an hour)
 # make bench  short versions of the benchmarks, and all figures and tables again
 # make bench-check   are deltas slower than they were on this kind of machine?
 # Each sets up .venv first: vLLM's CPU build and this project, editable.
 
 PYTHON ?= python3
 BIN := .venv/bin
+V2 := VLLM_USE_V2_MODEL_RUNNER=1
 
-.PHONY: demo test bench bench-check lint clean
+.PHONY: demo test test-slow bench bench-check lint clean
 
 demo: .venv/ready
 	$(BIN)/python -m benchmarks.demo
@@ -16,6 +18,10 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/pytest -n 2 --dist loadfile -m "not timing"
 	$(BIN)/pytest -m timing
+	$(V2) $(BIN)/pytest -n 2 --dist loadfile -m v2
+
+test-slow: .venv/ready
+	$(V2) $(BIN)/pytest -n 2 --dist loadfile -m "vllm and not timing"
 
 # Measured anew into .cache/bench; the documents have benchmarks/results.
 bench: .venv/ready

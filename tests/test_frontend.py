@@ -72,6 +72,7 @@ def asked(llm, chat, sampling=None, request=None):
     return outcome(llm.generate(TEXT, **options)), outcome(llm.chat(chat, **options))
 
 
+@pytest.mark.v2
 def test_a_delta_answers_as_its_merged_checkpoint_does(family, own, start):
     """Prompt, stop tokens, default parameters, text; beside the base and others."""
     made, greedy = family("llama"), vllm.SamplingParams(temperature=0, max_tokens=12)

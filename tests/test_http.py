@@ -44,6 +44,7 @@ def complete(client, model, **options):
     return answer if options.get("stream") else answer.choices[0].text.strip()
 
 
+@pytest.mark.v2
 def test_dqrelo_serve(family, expected, server, tmp_path):
     made = family("llama")
     command = [BIN / "dqrelo", "serve", made.base, "--served-model-name", "base"]

@@ -20,7 +20,9 @@ TOLERANCE = 1e-4
 
 # A tied LM head is in another stage than the embedding that it is, and vLLM's Mixtral
 # has a last norm in both stages.
-@pytest.mark.parametrize("kind", ["llama-tied", "mixtral"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("llama-tied", marks=pytest.mark.v2), "mixtral"]
+)
 def test_two_stages_equal_each_model_alone(
     kind,
     family,

@@ -88,11 +88,11 @@ def test_prompts_from_the_prefix_cache(
     """A prefix that other models have computed is not found; its own is."""
     llm.reset_prefix_cache()
     for m, request in enumerate(requests):
-        for blocks in (0, 2):  # of 16 tokens, of a prompt of 42
+        for tokens in (0, 32):  # a block, of a prompt of 42
             before = hits(llm)
             (answer,) = answers(llm, [prompts[3]], [request])
             assert difference(answer, alone("llama")[m][3]) <= TOLERANCE
-            assert hits(llm) - before == 16 * blocks
+            assert hits(llm) - before == tokens
 
 
 def test_requests_that_are_preempted(

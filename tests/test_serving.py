@@ -17,7 +17,7 @@ pytestmark = pytest.mark.vllm
 
 # fp32 sums of up to 320 terms in another order, through two layers.
 TOLERANCE = 1e-4
-KINDS = ["llama-tied", "llama", "qwen2", "qwen3"]
+KINDS = ["llama-tied", pytest.param("llama", marks=pytest.mark.v2), "qwen2", "qwen3"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,7 +63,12 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("kind", "eager"), [("llama-tied", True), ("llama-tied", False), ("mixtral", False)]
+    ("kind", "eager"),
+    [
+        ("llama-tied", True),
+        pytest.param("llama-tied", False, marks=pytest.mark.v2),
+        pytest.param("mixtral", False, marks=pytest.mark.v2),
+    ],
 )
 def test_steps_with_and_without_deltas(
     family, alone, engine, answers, difference, load, prompts, eager, kind
@@ -127,6 +132,7 @@ def test_requests_that_arrive_one_after_another(
         assert list(output.outputs[0].token_ids) == expected[m][p][0]
 
 
+@pytest.mark.v2
 def test_memory_is_compacted_when_sizes_do_not_fit(
     family, alone, engine, answers, difference, load, manager_of, prompts
 ):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tunes with tokens that their base does not have."""
 
-import gc
 import json
 
 import pytest
@@ -111,8 +110,18 @@ def test_added_rows_that_cannot_be(tmp_path, shapes, problem):
 
 
 @pytest.mark.vllm
+@pytest.mark.v2
 def test_added_tokens_are_of_their_own_model(
-    family, alone, save_model, tmp_path, engine, answers, difference, load, prompts
+    family,
+    alone,
+    save_model,
+    tmp_path,
+    engine,
+    answers,
+    reference,
+    difference,
+    load,
+    prompts,
 ):
     """Read and written by their fine-tune, and never written by another model."""
     made, expected = family("llama-tied"), alone("llama-tied")
@@ -128,13 +137,7 @@ def test_added_tokens_are_of_their_own_model(
         merged.append(tmp_path / f"merged-{tokens}")
         export(str(made.base), folder, merged[-1])
     own = [asked, [[token for token in p if token < 322] for p in asked]]
-    known = []
-    for model, some in zip(merged, own, strict=True):
-        llm = engine(model)
-        known.append(answers(llm, some, prompt_logprobs=1))
-        del llm
-        gc.unfreeze()
-        gc.collect()
+    known = [reference(model, some) for model, some in zip(merged, own, strict=True)]
     room = {"dqrelo": {"delta_memory_gib": 0.001, "added_tokens": 6}}
     llm = engine(made.base, quantization="dqrelo", additional_config=room)
     requests = [load(llm, f"added-{t}", tmp_path / f"delta-{t}") for t in (5, 2)]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 PROMPTS = [
     [1, 5, 9, 33, 200, 77, 3, 8],
     [4, 4, 100, 300, 2],
-    [7] * 40,  # two full blocks of 16 for the prefix cache
+    [7] * 40,  # more than a block of the prefix cache
     [7] * 40 + [11, 12],
 ]
 
@@ -63,6 +63,7 @@ def engine(model, **options):
         room = {"dqrelo": {"delta_memory_gib": 0.001}}
         options.setdefault("additional_config", room)
     options.setdefault("max_model_len", 128)
+    options.setdefault("block_size", 32)  # a CPU's 128 would be more than any prompt
     options.setdefault("enforce_eager", True)
     llm = LLM(
         str(model),

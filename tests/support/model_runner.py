@@ -49,10 +49,7 @@ def _cast_masks() -> None:
 
 def check(llm) -> None:
     """See that an engine has the runner of this session, or one is tested twice."""
-    core = llm.llm_engine.engine_core
-    if hasattr(core, "engine_core"):  # in this process
-        worker = core.engine_core.model_executor.driver_worker.worker
-        found = type(worker.model_runner).__module__
-        assert found == MODULES[os.environ[VARIABLE]], found
-    use_v2 = llm.llm_engine.vllm_config.use_v2_model_runner
-    assert use_v2 == (os.environ[VARIABLE] == "1")
+    modules = llm.llm_engine.engine_core.engine_core.collective_rpc(
+        lambda worker: type(worker.model_runner).__module__
+    )
+    assert set(modules) == {MODULES[os.environ[VARIABLE]]}
