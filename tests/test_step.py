@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows the LM head is called with: said by its caller, or an error."""
+"""The caller of the LM head says which rows it sees; a call without is an error."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_the_rows_of_prompts(step):
 @pytest.mark.parametrize(("first", "last", "known"), [(0, 7, 6), (5, 8, 1), (7, 8, 0)])
 def test_rows_beyond_the_step_are_an_error(step, first, last, known):
     hidden = torch.zeros(8, 4)
-    message = f"called with {last - first} rows, {known} are known"
+    message = f"with {last - first} rows, expected {known};"
     with step.prompt_rows(hidden), pytest.raises(RuntimeError, match=message):
         step.head_rows(hidden[first:last])
 
@@ -54,13 +54,13 @@ def test_rows_that_are_no_slice_are_an_error(step):
     hidden = torch.zeros(8, 4)
     others = [hidden[2:].flatten()[1:5].view(1, 4), hidden[:2]]
     for scope, other in zip((hidden, hidden[4:]), others, strict=True):
-        with step.prompt_rows(scope), pytest.raises(RuntimeError, match="no slice"):
+        with step.prompt_rows(scope), pytest.raises(RuntimeError, match="not a slice"):
             step.head_rows(other)
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [1, 2, 2], [2]])
 def test_another_number_of_sampled_rows_is_an_error(step, counts):
-    error = pytest.raises(RuntimeError, match="called with 4 rows, . are known")
+    error = pytest.raises(RuntimeError, match="with 4 rows, expected .;")
     with step.sampled_rows(np.array(counts)), error:
         step.head_rows(torch.zeros(4, 4))
 
@@ -73,7 +73,7 @@ def test_another_number_of_requests_is_an_error(step, counts):
 
 def test_a_call_outside_of_a_scope_is_an_error_where_there_are_deltas(step):
     hidden = torch.zeros(3, 4)
-    message = "nobody knows which delta each row belongs to"
+    message = "does not know the delta of each row"
     with pytest.raises(RuntimeError, match=message):
         step.head_rows(hidden)
     for scope in (step.sampled_rows(np.array([1, 1, 1])), step.prompt_rows(hidden)):

@@ -187,18 +187,22 @@ class DeltaManager:
         adapter_ids: np.ndarray,
         tokens: np.ndarray | int = 1,
     ) -> None:
-        """Make the deltas of a step resident and say which rows are theirs.
+        """Make the deltas of a step resident and set the rows of each delta.
 
-        ``deltas.py`` made the requests: their names are digests, and it let nothing
-        into the step that is not in memory.
+        ``deltas.py`` made the LoRARequests: their names are digests, and every delta of
+        the step is in memory.
 
         Args:
-            requests: for the deltas of the step.
-            adapter_ids: int [R], of each request of the step; 0 for the base.
-            tokens: int [R], how many each request has in the step.
+            requests: one LoRARequest for each delta of the step.
+            adapter_ids: int [R], the adapter of each request of the step; 0 is the
+                base.
+            tokens: int [R], the tokens of each request in the step.
+
+        Raises:
+            RuntimeError: a row has an adapter that is not in ``requests``.
         """
         if self.step.is_base and not adapter_ids.any():
-            return  # as the step before, of which nothing depends on the rows
+            return  # the step before had rows of the base alone, too
         slots = self.residency.use({request.lora_name for request in requests})
         by_id = {request.lora_int_id: slots[request.lora_name] for request in requests}
         self.step.set(_slots_of(adapter_ids, by_id), tokens)
@@ -206,7 +210,7 @@ class DeltaManager:
     def set_active_adapters(
         self, requests: set[LoRARequest], mapping: LoRAMapping
     ) -> None:
-        """The same for a step of the warm-up, where each token counts as a request."""
+        """Set the rows of a warm-up step, in which each token counts as a request."""
         self.set_rows(requests, np.asarray(mapping.index_mapping))
 
     # Calls of the engine, between steps.
@@ -342,7 +346,7 @@ class DeltaManager:
             for digest in self._dummies:
                 self.forget(digest)
             self._dummies.clear()
-            self.step.set(NO_ROWS)  # none of a delta that is gone
+            self.step.set(NO_ROWS)  # a dummy's rows would be of no delta
         else:
             self.host.clear()
             self.residency.drop(list(self.residency.resident))

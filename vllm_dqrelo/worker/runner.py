@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model runner of vLLM says of a step: whose each row is.
+"""Connects a model runner of vLLM with the worker's delta manager.
 
-vLLM has two runners: V2 on a GPU, V1 on a CPU and wherever V2 lacks something that an
-engine asks for. Line numbers are of vLLM 0.32.0, as in compat.py.
+vLLM has two model runners: V2 on a GPU; V1 on a CPU, and on a GPU where V2 lacks a
+feature that the engine asks for.
 """
 
 from collections.abc import Callable
@@ -14,21 +14,22 @@ import numpy as np
 import vllm
 
 from vllm_dqrelo.compat import find
-from vllm_dqrelo.worker.step import Step
+from vllm_dqrelo.worker.step import TESTED, Step
 
 
 def attach(runner: Any, manager: Any) -> None:
-    """Let a model runner tell its delta manager whose the rows of each step are.
+    """Let a model runner tell its delta manager which delta each row belongs to.
 
-    Methods of the runner, which is changed in place, are replaced or wrapped: those
-    that describe the rows of all layers, and those that call the LM head.
+    Replaces the runner's method that describes the rows of a step, and wraps the
+    methods that call the LM head.
 
     Args:
-        runner: has its model and its sampler, and has seen no request with a delta.
+        runner: has its model and its sampler, and has not seen a request with a delta.
+            Mutated.
         manager: the runner's DeltaManager.
 
     Raises:
-        RuntimeError: it is neither runner, or lacks what is needed of one.
+        RuntimeError: the runner is neither V1 nor V2, or lacks a method.
     """
     if hasattr(runner, "lora_state"):
         _attach_v2(runner, manager)
@@ -37,8 +38,7 @@ def attach(runner: Any, manager: Any) -> None:
     else:
         raise RuntimeError(
             f"vLLM {vllm.__version__} has a model runner that vllm-dqrelo does not "
-            f"know, {type(runner).__module__}.{type(runner).__name__}: use a version "
-            "that vllm-dqrelo is tested with"
+            f"know, {type(runner).__module__}.{type(runner).__name__}; {TESTED}"
         )
 
 
@@ -53,7 +53,7 @@ def _attach_v2(runner: Any, manager: Any) -> None:
         ``sample_tokens`` (:2151). ``lora_config`` stays: it is a key of captured graphs
         (:2011).
     Upstream: issue 51594, pull request 51597; open.
-    Until: whoever calls the LM head says which rows it is called with.
+    Until: vLLM describes the rows of each call of the LM head.
     """
     step, state = manager.step, find(runner, "lora_state")
     set_dummies, sample = find(runner, "_set_active_loras"), find(runner, "sample")
@@ -67,7 +67,7 @@ def _attach_v2(runner: Any, manager: Any) -> None:
         return (), (), set()
 
     def _set_active_loras(prompt: tuple, tokens: tuple, *args: Any) -> None:
-        if tokens:  # of a warm-up; those of a step are set
+        if tokens:  # the warm-up's; make_lora_inputs has set those of a step
             set_dummies(prompt, tokens, *args)
 
     @wraps(sample)
@@ -79,7 +79,7 @@ def _attach_v2(runner: Any, manager: Any) -> None:
     runner._set_active_loras = _set_active_loras
     runner.sample = sampled
     if (worker := runner.prompt_logprobs_worker) is None:
-        return  # no LM head in this stage of a pipeline
+        return  # another stage of the pipeline has the LM head
     for name in ("compute_prompt_logprobs", "compute_prompt_token_id_logprobs"):
         setattr(worker, name, _of_prompt(step, find(worker, name), 1))
 
@@ -122,7 +122,7 @@ def _attach_v1(runner: Any, manager: Any) -> None:
 
 
 def _of_prompt(step: Step, compute: Callable, index: int) -> Callable:
-    """``compute``, which calls the LM head with slices of its argument ``index``."""
+    """``compute``, whose argument ``index`` has the rows that the LM head sees."""
 
     @wraps(compute)
     def scoped(*args: Any) -> Any:

@@ -11,14 +11,15 @@ import torch
 from dqrelo_kernels.rows import RowGroups
 
 NO_ROWS = np.empty(0, dtype=np.int32)
+TESTED = "use a version of vLLM that vllm-dqrelo is tested with"
 
 
 class Step:
     """The rows of one forward pass, as its layers see them.
 
-    All layers but the LM head see the rows of all tokens. Which rows the LM head sees
-    only its caller knows, so that the LM head has no rows of its own accord: whoever
-    calls the LM head opens ``sampled_rows`` or ``prompt_rows`` (runner.py).
+    Every layer but the LM head sees the rows of all tokens. Only the caller of the LM
+    head knows which rows the LM head sees. The caller opens ``sampled_rows`` or
+    ``prompt_rows`` (runner.py); there is no default.
 
     Attributes:
         tokens: all scheduled tokens, for every layer but the LM head.
@@ -76,7 +77,7 @@ class Step:
 
     @contextmanager
     def sampled_rows(self, counts: np.ndarray) -> Iterator[None]:
-        """Within it the LM head is called with the rows that are sampled from.
+        """A scope in which the LM head sees the rows that are sampled from.
 
         Args:
             counts: int [R], how many rows each request has: one, and one a draft.
@@ -87,7 +88,7 @@ class Step:
 
     @contextmanager
     def prompt_rows(self, hidden_states: torch.Tensor) -> Iterator[None]:
-        """Within it the LM head is called with slices of ``hidden_states`` [M, K].
+        """A scope in which the LM head sees slices of ``hidden_states`` [M, K].
 
         Args:
             hidden_states: a row for each token of the step.
@@ -98,9 +99,8 @@ class Step:
             first, rest = divmod(offset, hidden_states[:1].nbytes)
             if rest or first < 0:
                 raise RuntimeError(
-                    "prompt logprobs are computed from rows that are no slice of the "
-                    "hidden states: this vLLM is not one that vllm-dqrelo is tested "
-                    "with"
+                    "vLLM computes prompt logprobs from rows that are not a slice of "
+                    f"the hidden states; {TESTED}"
                 )
             return self._token_slots[first : first + len(x)]
 
@@ -118,24 +118,24 @@ class Step:
             self._slots_of_head = None
 
     def head_rows(self, x: torch.Tensor) -> RowGroups:
-        """The rows that the LM head is called with.
+        """The rows ``x`` [M, K] that the LM head is called with.
 
         Raises:
-            RuntimeError: the step has deltas, and nobody said which rows these are, or
-                how many these are.
+            RuntimeError: the step has deltas, and the caller has opened no scope, or a
+                scope of another number of rows.
         """
         if self.is_base:
             return self.tokens
         if self._slots_of_head is None:
             raise RuntimeError(
-                "the LM head is called in a place where nobody knows which delta each "
-                "row belongs to: this vLLM is not one that vllm-dqrelo is tested with"
+                "vLLM calls the LM head in a place where vllm-dqrelo does not know the "
+                f"delta of each row; {TESTED}"
             )
         slots = self._slots_of_head(x)
         if len(slots) != len(x):
             raise RuntimeError(
-                f"the LM head is called with {len(x)} rows, {len(slots)} are known: "
-                "this vLLM is not one that vllm-dqrelo is tested with"
+                f"vLLM calls the LM head with {len(x)} rows, expected {len(slots)}; "
+                f"{TESTED}"
             )
         self._head.set(slots)
         return self._head
