@@ -196,7 +196,7 @@ def test_decoding_goes_on_while_a_delta_is_read(
 THREADS = """
 import os, time, torch
 from vllm_dqrelo.format.errors import DqreloError
-from vllm_dqrelo.worker.host import Loader
+from vllm_dqrelo.worker.loader import Loader
 
 def read(request, others):
     torch.zeros(2**22).add_(1)
@@ -214,7 +214,7 @@ print(loader.take()[0].error, torch.get_num_threads())
 
 
 def test_reading_a_delta_starts_no_thread_beside_its_own():
-    # OpenMP would start two, and slow every step down that comes after (host.py).
+    # OpenMP would start two, and slow every step down that comes after (loader.py).
     command = [sys.executable, "-c", THREADS]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "1 more 3\n", done.stderr

@@ -101,7 +101,7 @@ def test_a_tied_head_that_is_stored_as_well(
 
 
 def test_each_parameter_is_in_some_stage():
-    from vllm_dqrelo.worker.host import Loaded, agreed
+    from vllm_dqrelo.messages.load import Loaded, agreed
 
     first = Loaded("sha256:1", 5, elsewhere=frozenset({"layer.2", "none"}))
     second = Loaded("sha256:1", 7, elsewhere=frozenset({"layer.1"}))

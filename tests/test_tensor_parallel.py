@@ -254,27 +254,28 @@ class Executor:
         self.read = ""
 
     def collective_rpc(self, call, args=()):
-        from vllm_dqrelo.worker.manager import Memory, memory
+        return [getattr(self, call)(worker, *args) for worker in range(2)]
 
-        if call is memory:
-            return [Memory(1, size, 2**20, 1, 8, 1) for size in (4096, 2048)]
-        return [getattr(self, args[0])(worker, *args[1:]) for worker in range(2)]
+    def start_deltas(self, worker):
+        from vllm_dqrelo.messages.load import Memory
 
-    def start_load(self, worker, request, others):
+        return Memory(1, (4096, 2048)[worker], 2**20, 1, 8, 1)
+
+    def start_delta_load(self, worker, request, others):
         self.read = request.lora_path
 
-    def load_done(self, worker):
+    def delta_load_done(self, worker):
         return True
 
-    def finish_load(self, worker, keep):
-        from vllm_dqrelo.worker.host import Loaded
+    def finish_delta_load(self, worker, keep):
+        from vllm_dqrelo.messages.load import Loaded, Refused
 
         if worker and self.read == "bad":
-            return Loaded("", 0, error="a bad disk"), []
+            return Refused("a bad disk"), []
         self.held[worker].add(f"sha256:{self.read}")
         return Loaded(f"sha256:{self.read}", 1024 * (worker + 1)), []
 
-    def forget(self, worker, digest):
+    def forget_delta(self, worker, digest):
         self.held[worker].discard(digest)
 
 

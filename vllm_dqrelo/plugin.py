@@ -133,11 +133,12 @@ def patch_engine() -> None:
 def patch_worker() -> None:
     """Put the delta manager in the place of LoRA's. Safe to call again."""
     from vllm_dqrelo.worker import compat as worker_compat
-    from vllm_dqrelo.worker.calls import delta_status
+    from vllm_dqrelo.worker.calls import CALLS
     from vllm_dqrelo.worker.manager import DeltaManager
 
     def choose(vllm_config: compat.VllmConfig) -> type[DeltaManager] | None:
         return DeltaManager if is_dqrelo(vllm_config) else None
 
     worker_compat.choose_lora_manager(choose)
-    worker_compat.add_worker_call(delta_status)
+    for call in CALLS:
+        worker_compat.add_worker_call(call)

@@ -25,19 +25,18 @@ from vllm.lora.request import LoRARequest
 from dqrelo_kernels.table import aligned
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.messages.load import Loaded, Memory, Refused, Usage, agreed
 from vllm_dqrelo.messages.report import Report
-from vllm_dqrelo.worker.host import Loaded, agreed
-from vllm_dqrelo.worker.manager import Memory, Usage, memory, on_manager
+from vllm_dqrelo.messages.request import (
+    Bound,
+    folder_of,
+    path_with_digest,
+    split_path,
+)
 
 logger = init_logger(f"vllm.{__name__}")
 
 POLL = 0.002  # seconds, of an engine that has nothing to do but wait for a load
-
-
-class Bound(LoRARequest):
-    """What a request for a delta is in the engine; see the top of this file."""
-
-    model: str = ""  # what the client calls it
 
 
 class Registered(NamedTuple):
@@ -77,13 +76,13 @@ class Deltas:
         self._rpc = executor.collective_rpc
         self._max_loras = max_loras
         # What each worker has at least.
-        self.memory = Memory(*map(min, zip(*self._rpc(memory), strict=True)))
+        self.memory = Memory(*map(min, zip(*self._rpc("start_deltas"), strict=True)))
         self.registered: dict[int, Registered] = {}  # by the client's id
         self.users: Counter[str] = Counter()  # unfinished requests
         self.pinned: set[str] = set()
         self.sizes: dict[str, int] = {}  # of what was admitted
         self.ready: set[str] = set()  # in memory, of the host or the device
-        self.usage = Usage(frozenset(), 0, 0, 0)
+        self.usage = Usage()
         self.changed = True  # whether ``usage`` may be out of date
         self.report = Report()
         self._numbers: dict[str, int] = {}
@@ -137,7 +136,7 @@ class Deltas:
             raise ValueError(f"there is no delta with the id {lora_id} to be pinned")
         digest = self.registered[lora_id].bound.lora_name
         self.pinned.add(digest)
-        self._rpc(on_manager, args=("pin", digest))
+        self._rpc("pin_delta", args=(digest,))
         return True
 
     def bind(self, request: LoRARequest) -> Bound:
@@ -150,8 +149,8 @@ class Deltas:
         known = self.registered.get(request.lora_int_id)
         if known and known.path == request.lora_path:
             return known.bound
-        folder, _, digest = request.lora_path.partition("#")
-        digest = digest or DeltaConfig.read(Path(folder)).digest
+        folder, digest = split_path(request.lora_path)
+        digest = digest or DeltaConfig.read(folder).digest
         bound = self._bound(folder, digest, request.lora_name)
         # As in vLLM, using an adapter is a way to load it.
         self.registered.setdefault(
@@ -159,9 +158,9 @@ class Deltas:
         )
         return bound
 
-    def _bound(self, folder: str, digest: str, model: str) -> Bound:
+    def _bound(self, folder: Path, digest: str, model: str) -> Bound:
         number = self._numbers.setdefault(digest, next(self._count))
-        return Bound(digest, number, f"{folder}#{digest}", model=model)
+        return Bound(digest, number, path_with_digest(folder, digest), model=model)
 
     # What the scheduler says and asks.
 
@@ -209,7 +208,7 @@ class Deltas:
             ahead.add(request.lora_name)
         if self._load is None:
             self._start(ahead, missing)
-        elif all(self._rpc(on_manager, args=("load_done",))):
+        elif all(self._rpc("delta_load_done")):
             load, self._load = self._load, None
             return self._finish(load, ahead)
         return None
@@ -236,43 +235,49 @@ class Deltas:
                 return
             self._load = Load(bound, None)
         load = self._load
-        self._rpc(on_manager, args=("start_load", load.request, self._beside(load)))
+        self._rpc("start_delta_load", args=(load.request, self._beside(load)))
 
     def _finish(self, load: Load, ahead: set[str]) -> Failure | None:
         """Take what was read, and answer those who wait for it."""
-        request, future = load
-        keep = ahead | self.users.keys() if future else ahead | {request.lora_name}
+        users = self.users.keys() if load.future else {load.request.lora_name}
         loads, dropped = zip(
-            *self._rpc(on_manager, args=("finish_load", keep)), strict=True
+            *self._rpc("finish_delta_load", args=(ahead | users,)), strict=True
         )
         gone = set(chain(*dropped))
         self.changed = True
         self.report.dropped += len(gone)
         self.ready.difference_update(gone)
-        loaded = agreed(loads, request.lora_path.partition("#")[0])
-        if loaded.error:
-            for digest in {one.digest for one in loads} - self.sizes.keys() - {""}:
-                self._rpc(on_manager, args=("forget", digest))
-        if loaded.error:
-            self.report.failed_loads += 1
-        else:
-            self.report.loads.append(loaded.seconds)
-        if not loaded.error:
-            self.sizes[loaded.digest] = loaded.size
-            if loaded.digest not in gone:
-                self.ready.add(loaded.digest)
-            if future:
-                self._register(request, loaded)
-                future.set_result(True)
-            self._forget_unused(loaded.digest)
-        elif future:
-            future.set_exception(
-                LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
-                if loaded.missing
-                else DqreloError(loaded.error)
-            )
-        else:
-            return self._fail(request.lora_name, loaded.error)
+        result = agreed(loads, folder_of(load.request))
+        if isinstance(result, Loaded):
+            if result.digest not in gone:
+                self.ready.add(result.digest)
+            self._admit(load, result)
+            return None
+        read = {one.digest for one in loads if isinstance(one, Loaded)}
+        for digest in read - self.sizes.keys():
+            self._rpc("forget_delta", args=(digest,))
+        return self._refuse(load, result)
+
+    def _admit(self, load: Load, loaded: Loaded) -> None:
+        """All workers have a delta."""
+        self.report.loads.append(loaded.seconds)
+        self.sizes[loaded.digest] = loaded.size
+        if load.future:
+            self._register(load.request, loaded)
+            load.future.set_result(True)
+        self._forget_unused(loaded.digest)
+
+    def _refuse(self, load: Load, refused: Refused) -> Failure | None:
+        """A worker cannot serve a delta: tell the client, or let its requests fail."""
+        request, future = load
+        self.report.failed_loads += 1
+        if future is None:
+            return self._fail(request.lora_name, refused.error)
+        future.set_exception(
+            LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
+            if refused.missing
+            else DqreloError(refused.error)
+        )
         return None
 
     def _beside(self, load: Load) -> dict[str, int]:
@@ -285,8 +290,7 @@ class Deltas:
 
     def _register(self, request: LoRARequest, loaded: Loaded) -> None:
         """A name means this delta from now on."""
-        folder = request.lora_path.partition("#")[0]
-        bound = self._bound(folder, loaded.digest, request.lora_name)
+        bound = self._bound(folder_of(request), loaded.digest, request.lora_name)
         before = self.registered.get(request.lora_int_id)
         self.registered[request.lora_int_id] = Registered(request.lora_path, bound)
         if before:
@@ -316,7 +320,7 @@ class Deltas:
         self.sizes.pop(digest, None)
         self.pinned.discard(digest)
         self.ready.discard(digest)
-        self._rpc(on_manager, args=("forget", digest))
+        self._rpc("forget_delta", args=(digest,))
         self.changed = True
 
     # What is told to those who watch.
@@ -324,7 +328,7 @@ class Deltas:
     def look(self) -> None:
         """Ask a worker what its deltas take, if that may have changed."""
         if self.changed:
-            before, self.usage = self.usage, self._rpc(on_manager, args=("usage",))[0]
+            before, self.usage = self.usage, self._rpc("delta_usage")[0]
             self.report.evicted += self.usage.evicted - before.evicted
             self.changed = False
 

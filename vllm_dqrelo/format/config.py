@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import re
 import reprlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from vllm_dqrelo.format.json_file import read_json
 from vllm_dqrelo.format.kinds import explain, refuse_broken
 
 CONFIG_NAME = "delta_config.json"
+DIGEST = re.compile("sha256:[0-9a-f]{64}")
 MOST_TEXT = 4096  # of a value; what is wrong is told to users with it
 FORMAT_VERSION = 1
 VOCAB_SIZE = "vocab_size"  # a key that may be left out
@@ -69,6 +71,9 @@ class DeltaConfig:
                 problems.append(f"{key} must be finite, got {raw[key]}")
             elif kind is str and not _is_text(raw[key]):
                 problems.append(f"{key} is no text of at most {MOST_TEXT} characters")
+            elif key == "digest" and not DIGEST.fullmatch(raw[key]):
+                got = reprlib.repr(raw[key])
+                problems.append(f"digest must be sha256: and 64 hex digits, got {got}")
             elif key == VOCAB_SIZE and (raw[key] is True or raw[key] < 1):
                 problems.append(f"{key} must be at least 1, got {raw[key]}")
         refuse(f"{where} cannot be used:", problems)

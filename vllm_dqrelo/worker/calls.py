@@ -1,17 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the deltas of an engine are: on disk, in host memory, on the device."""
+"""The calls of a worker that other processes make, by name, through ``collective_rpc``.
 
-from typing import Any
+The engine makes all of them but ``delta_status``, which the API server makes. Their
+arguments and results are plain values; ``messages/load.py`` has their classes.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm.lora.request import LoRARequest
+
+from vllm_dqrelo.messages.load import Loaded, Memory, Refused, Usage
+
+if TYPE_CHECKING:
+    from vllm_dqrelo.worker.manager import DeltaManager
+
+
+def manager_of(worker: Any) -> "DeltaManager":
+    """The deltas of a worker."""
+    manager: DeltaManager = worker.model_runner.lora_manager
+    return manager
+
+
+def start_deltas(worker: Any) -> Memory:
+    """Begin to serve deltas, in a worker that has its KV cache."""
+    return manager_of(worker).start(worker.model_runner)
+
+
+def start_delta_load(
+    worker: Any, request: LoRARequest, others: Mapping[str, int]
+) -> None:
+    """Begin to read a delta; ``others`` as for ``DeltaManager.read``."""
+    manager_of(worker).loader.start(request, others)
+
+
+def delta_load_done(worker: Any) -> bool:
+    """Whether the delta was read."""
+    return manager_of(worker).loader.done
+
+
+def finish_delta_load(
+    worker: Any, keep: Collection[str]
+) -> tuple[Loaded | Refused, list[str]]:
+    """Put the delta that was read into host memory; see ``DeltaManager``."""
+    return manager_of(worker).finish_load(keep)
+
+
+def pin_delta(worker: Any, digest: str) -> None:
+    """Note that the engine keeps a delta in memory."""
+    manager_of(worker).pinned.add(digest)
+
+
+def forget_delta(worker: Any, digest: str) -> None:
+    """Free the memory of a delta."""
+    manager_of(worker).forget(digest)
+
+
+def delta_usage(worker: Any) -> Usage:
+    """The memory that the deltas take now."""
+    return manager_of(worker).usage()
 
 
 def delta_status(worker: Any) -> list[dict[str, Any]]:
-    """One entry for each delta in a worker's memory; the API server calls it.
+    """One entry for each delta in a worker's memory.
 
     Returns:
         ``digest``, ``size`` in bytes, ``tier`` ("host" or "device") and
         ``pinned``.
     """
-    manager = worker.model_runner.lora_manager
+    manager = manager_of(worker)
     resident = manager.residency.resident
     sizes = {d: packed.size for d, packed in manager.host.packed.items()}
     sizes |= {digest: delta.size for digest, delta in resident.items()}
@@ -24,3 +81,15 @@ def delta_status(worker: Any) -> list[dict[str, Any]]:
         }
         for digest, size in sizes.items()
     ]
+
+
+CALLS = (
+    start_deltas,
+    start_delta_load,
+    delta_load_done,
+    finish_delta_load,
+    pin_delta,
+    forget_delta,
+    delta_usage,
+    delta_status,
+)

@@ -3,14 +3,13 @@
 
 vLLM's model runner talks to this class as it talks to its own LoRA manager
 (vllm/lora/worker_manager.py); tests/test_plugin.py compares the two. The engine
-talks to it through ``deltas.py``.
+talks to it through ``calls.py``.
 """
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -29,6 +28,8 @@ from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.need import Need
+from vllm_dqrelo.messages.load import Loaded, Memory, Refused, Usage
+from vllm_dqrelo.messages.request import split_path
 from vllm_dqrelo.options import (
     Options,
     merge_rows,
@@ -38,8 +39,9 @@ from vllm_dqrelo.options import (
 from vllm_dqrelo.room import Room
 from vllm_dqrelo.worker import compat
 from vllm_dqrelo.worker.coverage import check_coverage
-from vllm_dqrelo.worker.host import HostTier, Loaded, Loader
+from vllm_dqrelo.worker.host import HostTier
 from vllm_dqrelo.worker.layers import install
+from vllm_dqrelo.worker.loader import Loader
 from vllm_dqrelo.worker.order import rearranged
 from vllm_dqrelo.worker.packed import PackedDelta, pack
 from vllm_dqrelo.worker.residency import Residency
@@ -50,42 +52,6 @@ from vllm_dqrelo.worker.step import NO_ROWS, Step
 logger = init_logger(f"vllm.{__name__}")
 
 SLACK = 2**20  # bytes that a delta's files may have beside its tensors
-
-
-class Memory(NamedTuple):
-    """What a worker has for deltas, in bytes.
-
-    Attributes:
-        base: what the model's weights take, in all workers.
-        arena: for resident deltas.
-        host: for deltas in host memory.
-        typical: what a delta of ratio 1/8 takes.
-        slots: the most deltas that are resident, a number.
-        rank: the largest sum of ranks in one layer, a number.
-    """
-
-    base: int
-    arena: int
-    host: int
-    typical: int
-    slots: int
-    rank: int
-
-
-class Usage(NamedTuple):
-    """What a worker's deltas take now, in bytes.
-
-    Attributes:
-        resident: digests of the deltas on the device.
-        device: of the deltas there.
-        host: of the deltas in host memory.
-        evicted: how many made room for others on the device so far, a number.
-    """
-
-    resident: frozenset[str]
-    device: int
-    host: int
-    evicted: int
 
 
 class DeltaManager:
@@ -169,8 +135,26 @@ class DeltaManager:
             )
         return model
 
-    def leave_base_alone(self, runner: Any) -> None:
-        """From now on steps of the base alone run its own code, where possible."""
+    def start(self, runner: Any) -> Memory:
+        """Begin to serve deltas.
+
+        Args:
+            runner: of the model, with its KV cache. Mutated: it tells this manager the
+                rows of each step, and runs the base's own code in steps of the base.
+
+        Returns:
+            The memory for deltas.
+
+        Raises:
+            ValueError: the code of the model passes a site by.
+        """
+        attach(runner, self)
+        check_coverage(runner, self.sites, self.residency)
+        self._leave_base_alone(runner)
+        return self.memory
+
+    def _leave_base_alone(self, runner: Any) -> None:
+        """Let steps without deltas run the base's own code, where that is possible."""
         step = self.step
         step.is_ready = True
         step.set(NO_ROWS)
@@ -189,8 +173,8 @@ class DeltaManager:
     ) -> None:
         """Make the deltas of a step resident and set the rows of each delta.
 
-        ``deltas.py`` made the LoRARequests: their names are digests, and every delta of
-        the step is in memory.
+        ``engine/deltas.py`` made the LoRARequests: their names are digests, and every
+        delta of the step is in memory.
 
         Args:
             requests: one LoRARequest for each delta of the step.
@@ -213,24 +197,16 @@ class DeltaManager:
         """Set the rows of a warm-up step, in which each token counts as a request."""
         self.set_rows(requests, np.asarray(mapping.index_mapping))
 
-    # Calls of the engine, between steps.
+    # Calls of the engine, between steps (calls.py).
 
-    def start_load(self, request: LoRARequest, others: Mapping[str, int]) -> None:
-        """Begin to read a delta beside the steps; ``others`` as for ``read``."""
-        self.loader.start(request, others)
-
-    def load_done(self) -> bool:
-        """Whether the delta was read."""
-        return self.loader.done
-
-    def finish_load(self, keep: Collection[str]) -> tuple[Loaded, list[str]]:
+    def finish_load(self, keep: Collection[str]) -> tuple[Loaded | Refused, list[str]]:
         """Put the delta that was read into host memory.
 
         Args:
             keep: digests of deltas that must not make room for it.
 
         Returns:
-            What became of it, and the digests of deltas that are gone from memory.
+            How the load ended, and the digests of deltas that are gone from memory.
         """
         loaded, packed = self.loader.take()
         if packed is None:
@@ -238,12 +214,8 @@ class DeltaManager:
         self.host.put(packed)
         return loaded, self.host.trim(keep, self.residency.resident)
 
-    def pin(self, digest: str) -> None:
-        """Note that the engine keeps a delta in memory."""
-        self.pinned.add(digest)
-
     def usage(self) -> Usage:
-        """What the deltas take now."""
+        """The memory that the deltas take now."""
         resident = self.residency.resident
         return Usage(
             frozenset(resident),
@@ -268,11 +240,12 @@ class DeltaManager:
 
         Raises:
             FileNotFoundError: there is no such folder.
-            DqreloError: it cannot be served, or it is not the one that the path asks
-                for by its digest.
+            DqreloError: it cannot be served, or it has another digest than the path
+                names.
         """
-        folder, _, digest = request.lora_path.partition("#sha256:")
-        need = Need.of(Path(folder))
+        path, digest = split_path(request.lora_path)
+        folder = str(path)
+        need = Need.of(path)
         self._expect(need.config, folder, digest)
         beside = [size for key, size in others.items() if key != need.config.digest]
         beside = sorted(beside, reverse=True)[: self.max_loras - 1]
@@ -284,7 +257,7 @@ class DeltaManager:
         # of added tokens are elsewhere.
         added = sum(rows.rows[0].nbytes for rows in self.residency.added.values())
         most = int(1.05 * self.workers * self.memory.arena) + added + SLACK
-        delta = Delta(Path(folder), most)
+        delta = Delta(path, most)
         self._expect(delta.config, folder, digest)
         packed = pack(delta, self.sites, self.device)
         delta.check_unchanged()  # the digest is of what was packed
@@ -297,12 +270,12 @@ class DeltaManager:
         self.room.check(folder, rank, delta.added_tokens, sizes)
         return packed
 
-    def _expect(self, config: DeltaConfig, folder: str, digest: str) -> None:
+    def _expect(self, config: DeltaConfig, folder: str, digest: str | None) -> None:
         """Refuse a delta of another base, or another than was asked for."""
-        if digest and config.digest != f"sha256:{digest}":
+        if digest and config.digest != digest:
             raise DqreloError(
-                f"{folder} was replaced: it holds {config.digest}, "
-                f"sha256:{digest} was asked for. Load the delta again"
+                f"{folder} was replaced: it holds {config.digest}, {digest} was asked "
+                "for. Load the delta again"
             )
         config.check_base(self._fingerprint, self.model_config.model, folder)
 
@@ -354,39 +327,24 @@ class DeltaManager:
     # What the engine asks a worker for with plain LoRA; here it knows itself.
 
     def add_adapter(self, request: LoRARequest) -> bool:
-        """Not used, see ``deltas.py``."""
+        """Not used: the engine answers, see ``engine/deltas.py``."""
         _ask_the_engine()
 
     def remove_adapter(self, adapter_id: int) -> bool:
-        """Not used, see ``deltas.py``."""
+        """Not used: the engine answers, see ``engine/deltas.py``."""
         _ask_the_engine()
 
     def pin_adapter(self, adapter_id: int) -> bool:
-        """Not used, see ``deltas.py``."""
+        """Not used: the engine answers, see ``engine/deltas.py``."""
         _ask_the_engine()
 
     def list_adapters(self) -> set[int]:
-        """Not used, see ``deltas.py``."""
+        """Not used: the engine answers, see ``engine/deltas.py``."""
         _ask_the_engine()
 
     def supports_tower_connector_lora(self) -> bool:
         """Only language models are served."""
         return False
-
-
-def on_manager(worker: Any, call: str, *args: Any) -> Any:
-    """Call the delta manager of a worker; what the engine sends to its workers."""
-    return getattr(worker.model_runner.lora_manager, call)(*args)
-
-
-def memory(worker: Any) -> Memory:
-    """Check a worker that has its KV cache, and say what it has for deltas."""
-    runner = worker.model_runner
-    manager = runner.lora_manager
-    attach(runner, manager)
-    check_coverage(runner, manager.sites, manager.residency)
-    manager.leave_base_alone(runner)
-    return manager.memory
 
 
 def _slots_of(adapter_ids: np.ndarray, by_id: dict[int, int]) -> np.ndarray:
