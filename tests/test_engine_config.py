@@ -137,7 +137,7 @@ def test_layers_that_deltas_cannot_be_put_on_are_refused():
     from vllm.model_executor.layers.linear import LinearMethodBase
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-    from vllm_dqrelo.quantization import under_deltas
+    from vllm_dqrelo.worker.base_methods import under_deltas
 
     class Quantised(LinearMethodBase):
         create_weights = apply = None
@@ -169,14 +169,14 @@ def test_experts_that_deltas_cannot_be_put_on_are_refused(change, message):
 
 
 def test_an_architecture_that_nobody_tested_is_named(monkeypatch, config):
-    from vllm_dqrelo import options
+    from vllm_dqrelo import supported
 
     logged = []
-    monkeypatch.setattr(options.logger, "warning", lambda *args: logged.append(args))
-    options.warn_untested(config)
+    monkeypatch.setattr(supported.logger, "warning", lambda *args: logged.append(args))
+    supported.warn_untested(config)
     assert not logged
-    monkeypatch.setattr(options, "TESTED_ARCHITECTURES", {"OtherForCausalLM"})
-    options.warn_untested(config)
+    monkeypatch.setattr(supported, "TESTED_ARCHITECTURES", {"OtherForCausalLM"})
+    supported.warn_untested(config)
     assert logged[0][1:] == ("LlamaForCausalLM", "OtherForCausalLM")
 
 

@@ -22,8 +22,7 @@ def merges(monkeypatch):
     from vllm.model_executor.layers import utils
 
     import dqrelo_kernels.ops
-    import vllm_dqrelo.worker.layers
-    import vllm_dqrelo.worker.manager
+    from vllm_dqrelo.worker import compat, limits
 
     def keep(layer, remove_weight):
         layer.cpu_linear = torch.nn.functional.linear
@@ -36,8 +35,12 @@ def merges(monkeypatch):
     gemm = utils.cpu_unquantized_gemm
     monkeypatch.setattr(dqrelo_kernels.ops, "_merge", counted)
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep)
-    monkeypatch.setattr(vllm_dqrelo.worker.layers, "default_unquantized_gemm", gemm)
-    monkeypatch.setattr(vllm_dqrelo.worker.manager, "merge_rows", lambda *_: 4)
+    monkeypatch.setattr(
+        compat,
+        "multiplies_by_weight",
+        lambda method: getattr(method, "_gemm_impl", None) is gemm,
+    )
+    monkeypatch.setattr(limits, "merge_rows", lambda *_: 4)
     return made
 
 

@@ -160,7 +160,8 @@ def test_bytes_of_a_delta_in_each_of_two_workers(worker, tmp_path, fully_sharded
 def test_room_for_a_delta_of_the_default_ratio(worker, tmp_path, fully_sharded):
     """Of every matrix: it fits, and little of the room is left."""
     from dqrelo_tools.compress import METHODS
-    from vllm_dqrelo.options import DEFAULT_RATIO, Options
+    from vllm_dqrelo.room import DEFAULT_RATIO
+    from vllm_dqrelo.worker.limits import typical_bytes
     from vllm_dqrelo.worker.packed import pack
 
     size = {"times": 40, "tokens": 5000}
@@ -182,7 +183,7 @@ def test_room_for_a_delta_of_the_default_ratio(worker, tmp_path, fully_sharded):
             **size,
         )
         packed = pack(delta, sites, torch.device("cpu"))
-        room = Options().typical_bytes(sites)
+        room = typical_bytes(sites)
         assert 0.9 * room <= packed.size <= room, workers
         taken.append(packed.size)
     assert taken[1] / taken[0] <= (0.53 if fully_sharded else 0.67)

@@ -6,17 +6,19 @@ those that never use a delta. It therefore only makes ``--quantization dqrelo``
 known, and looks at an engine that starts. The rest waits until that option is
 given: the control plane is switched on when the engine's configuration is made,
 the engine gets its deltas and its scheduler when it has its KV cache, and a worker
-is patched when its model is built (quantization.py).
+is patched when its model is built (worker/base_methods.py).
 """
 
-import sys
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_dqrelo import __version__, compat
-from vllm_dqrelo.frontend import compat as compat_frontend
+from vllm_dqrelo.engine import compat as engine_compat
+from vllm_dqrelo.frontend import compat as frontend_compat
+from vllm_dqrelo.options import DEFAULT_MAX_DELTAS, Options, is_dqrelo
+from vllm_dqrelo.supported import refuse_dtype
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -37,27 +39,22 @@ def register() -> None:
 
     register_quantization_config("dqrelo")(DqreloConfig)
     compat.after_create_model_config(switch_on)
-    if "vllm.entrypoints.cli.serve" in sys.modules:
+    if frontend_compat.is_serve():
         patch_serve()
-    # An engine's process loads its plugins first of all, from EngineCore.__init__.
-    if "vllm.v1.engine.core" in sys.modules:
+    if engine_compat.is_engine():
         patch_engine()
 
 
 def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) -> None:
     """Turn on vLLM's LoRA control plane, which deltas use, for a dqrelo engine."""
-    if model_config.quantization != "dqrelo":
+    if not is_dqrelo(model_config):
         return
-    from vllm_dqrelo.options import DEFAULT_MAX_DELTAS, Options
-    from vllm_dqrelo.quantization import refuse_dtype
-    from vllm_dqrelo.worker.vocabulary import enlarge
-
     quantized = model_config.model_arch_config.quantization_config
     if quantized and current_platform.is_cpu():
         refuse_dtype(quantized, model_config.dtype)
     patch_engine()  # for an engine in this process
-    compat.keep_compilation(is_dqrelo)
-    compat_frontend.show_reasons()
+    compat.keep_compilation(lambda config: is_dqrelo(config.model_config))
+    frontend_compat.show_reasons()
     engine_args.enable_lora = True
     if engine_args.max_loras == 1:
         engine_args.max_loras = DEFAULT_MAX_DELTAS
@@ -71,10 +68,10 @@ def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) 
     patch_frontend()
 
 
-def is_dqrelo(vllm_config: compat.VllmConfig) -> bool:
-    """Whether an engine has deltas."""
-    model_config = vllm_config.model_config
-    return model_config is not None and model_config.quantization == "dqrelo"
+def enlarge(model_config: compat.ModelConfig, added_tokens: int) -> None:
+    """Let vLLM build the model with ``added_tokens`` rows more than the checkpoint."""
+    model_config.hf_text_config.vocab_size += added_tokens
+    model_config.model_arch_config.vocab_size += added_tokens
 
 
 def patch_frontend() -> None:
@@ -88,18 +85,18 @@ def patch_frontend() -> None:
     from vllm_dqrelo.frontend.profiles import Frontends
 
     def complete(engine: Any) -> None:
-        if is_dqrelo(engine.vllm_config):
+        if is_dqrelo(engine.vllm_config.model_config):
             engine.frontends = Frontends(engine)
             engine.delta_metrics = DeltaMetrics.of(engine)
 
     def choose(vllm_config: compat.VllmConfig) -> type[DeltaModels] | None:
-        return DeltaModels if is_dqrelo(vllm_config) else None
+        return DeltaModels if is_dqrelo(vllm_config.model_config) else None
 
-    compat_frontend.after_engine_init(complete)
-    compat_frontend.choose_serving_models(choose)
-    compat_frontend.choose_handler(serving_twin)
-    compat_frontend.before_check_model(check_twin)
-    compat_frontend.choose_offline(offline_twin)
+    frontend_compat.after_engine_init(complete)
+    frontend_compat.choose_serving_models(choose)
+    frontend_compat.choose_handler(serving_twin)
+    frontend_compat.before_check_model(check_twin)
+    frontend_compat.choose_offline(offline_twin)
 
 
 def patch_serve() -> None:
@@ -114,13 +111,11 @@ def patch_serve() -> None:
         except (DqreloError, OSError, ValueError) as error:
             raise SystemExit(f"dqrelo: error: {error}") from error
 
-    compat_frontend.before_serve(prepare)
+    frontend_compat.before_serve(prepare)
 
 
 def patch_engine() -> None:
     """Let an engine hold requests back until their deltas are in memory."""
-
-    from vllm_dqrelo.engine import compat as engine_compat
 
     def start(core: Any) -> None:
         from vllm_dqrelo.engine.scheduler import start
@@ -128,17 +123,3 @@ def patch_engine() -> None:
         start(core)
 
     engine_compat.before_scheduler(start)
-
-
-def patch_worker() -> None:
-    """Put the delta manager in the place of LoRA's. Safe to call again."""
-    from vllm_dqrelo.worker import compat as worker_compat
-    from vllm_dqrelo.worker.calls import CALLS
-    from vllm_dqrelo.worker.manager import DeltaManager
-
-    def choose(vllm_config: compat.VllmConfig) -> type[DeltaManager] | None:
-        return DeltaManager if is_dqrelo(vllm_config) else None
-
-    worker_compat.choose_lora_manager(choose)
-    for call in CALLS:
-        worker_compat.add_worker_call(call)

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server has for deltas, and the options that give it more."""
+"""The room of a server for deltas, its default, and the options that give it more."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dqrelo_kernels.table import aligned
+from dqrelo_kernels.table import ALIGNMENT, aligned
 from vllm_dqrelo.format.errors import DqreloError
+
+# Without an option the arena has room for --max-loras deltas of this ratio.
+DEFAULT_RATIO = 1 / 8
+TENSORS = 6  # of a matrix at most: signs, scale, factors, their scale, bias
 
 
 @dataclass(frozen=True)
@@ -94,3 +98,36 @@ def gib(size: int) -> float:
 def option(options: Mapping[str, Any]) -> str:
     """How ``vllm serve`` is given dqrelo's options."""
     return f"--additional-config '{json.dumps({'dqrelo': options})}'"
+
+
+def typical_rank(sizes: Iterable[int], columns: int) -> int:
+    """The sum of the ranks of one layer's matrices, all of ``columns``.
+
+    What factors of 4 bits have in two bits a weight, the default ratio.
+    """
+    k = columns
+    return sum(min(n, k, math.ceil(n * k / 2 / (n + k))) for n in sizes)
+
+
+def slice_bytes(
+    ratio: float, n: int, k: int, whole: tuple[int, int], fully_sharded: bool = False
+) -> int:
+    """What a delta of one matrix and its bias takes in the arena, at most.
+
+    Args:
+        ratio: of the delta.
+        n, k: rows and columns that a worker has; k is 0 for a norm of n weights.
+        whole: rows and columns of the checkpoint's matrix.
+        fully_sharded: whether workers share both factors.
+    """
+    whole_n, whole_k = whole
+    total = aligned(4 * n)  # a bias or a norm in float32
+    if not k:
+        return total
+    size, signs = 2 * ratio * whole_n * whole_k, whole_n * whole_k / 8
+    factors = size - signs if size > signs else size
+    split = n * k / (whole_n * whole_k)
+    held = split if fully_sharded else (n + k) / (whole_n + whole_k)
+    total += int((size - factors) * split + factors * held)
+    # What rounding a rank up and scales for each row may add.
+    return total + 2 * (n + k) + 4 * n + TENSORS * ALIGNMENT

@@ -2,12 +2,21 @@
 """The private names of vLLM's EngineCore; ``vllm_dqrelo/compat.py`` has the form."""
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from vllm.lora.request import LoRARequest
 
 from vllm_dqrelo.compat import find, replace
+
+
+def is_engine() -> bool:
+    """Whether this process may make an EngineCore.
+
+    An engine's process loads its plugins first of all, from ``EngineCore.__init__``.
+    """
+    return "vllm.v1.engine.core" in sys.modules
 
 
 def before_scheduler(start: Callable[[Any], None]) -> None:

@@ -17,6 +17,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_dqrelo.engine import compat
 from vllm_dqrelo.engine.deltas import POLL, Deltas, Failure
+from vllm_dqrelo.options import is_dqrelo
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -158,7 +159,7 @@ def start(core: Any) -> None:
         core: vLLM's EngineCore, with workers and KV cache; changed in place.
     """
     config = core.vllm_config
-    if config.model_config.quantization != "dqrelo":
+    if not is_dqrelo(config.model_config):
         return
     deltas = Deltas(core.model_executor, config.lora_config.max_loras)
     base = config.scheduler_config.get_scheduler_cls()

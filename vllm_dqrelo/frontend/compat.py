@@ -3,6 +3,7 @@
 
 import functools
 import inspect
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from http import HTTPStatus
@@ -232,6 +233,11 @@ def show_reasons() -> None:
         return put_reason
 
     replace(RequestOutputCollector, "put", with_reason)
+
+
+def is_serve() -> bool:
+    """Whether this process is ``vllm serve``: it has loaded the command."""
+    return "vllm.entrypoints.cli.serve" in sys.modules
 
 
 def before_serve(prepare: Callable[[Any], None]) -> None:

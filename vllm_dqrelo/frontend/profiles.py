@@ -26,6 +26,7 @@ from vllm_dqrelo.frontend.message import check_message
 from vllm_dqrelo.frontend.profile import Frontend
 from vllm_dqrelo.frontend.token_ids import keep_to_own_tokens
 from vllm_dqrelo.messages.request import folder_of
+from vllm_dqrelo.options import Options
 
 MOST_REFUSED = 1000  # of which it is remembered
 
@@ -56,8 +57,7 @@ class Frontends:
     def __init__(self, engine: Any) -> None:
         self._config = engine.vllm_config
         self._renderer, inputs, outputs = compat_frontend.text_parts(engine)
-        options = self._config.additional_config.get("dqrelo", {})
-        room = options.get("added_tokens", 0)
+        room = Options.of(self._config.additional_config).added_tokens
         self._tokens = self._config.model_config.get_vocab_size() - room
         self._of: dict[int, Served] = {}  # by the id of the delta
         self._removed: set[int] = set()

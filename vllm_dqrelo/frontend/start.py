@@ -24,14 +24,15 @@ from vllm_dqrelo.format.config import CONFIG_NAME
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.need import Need, layer_of
 from vllm_dqrelo.frontend.catalogue import Catalogue
-from vllm_dqrelo.options import (
-    DEFAULT_MAX_DELTAS,
+from vllm_dqrelo.options import DEFAULT_MAX_DELTAS, Options, is_dqrelo
+from vllm_dqrelo.room import (
     DEFAULT_RATIO,
-    Options,
+    Room,
+    gib,
+    option,
     slice_bytes,
     typical_rank,
 )
-from vllm_dqrelo.room import Room, gib, option
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -54,7 +55,7 @@ def make_room(arguments: argparse.Namespace) -> None:
             or the machine. FileNotFoundError: the base or a delta is not there.
             ValueError: an option cannot be used.
     """
-    if arguments.quantization != "dqrelo":
+    if not is_dqrelo(arguments):
         return
     config = arguments.additional_config or {}
     Options.of(config)  # refuses what cannot be used

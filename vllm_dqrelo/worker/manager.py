@@ -30,14 +30,10 @@ from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.need import Need
 from vllm_dqrelo.messages.load import Loaded, Memory, Refused, Usage
 from vllm_dqrelo.messages.request import split_path
-from vllm_dqrelo.options import (
-    Options,
-    merge_rows,
-    refuse_unsupported,
-    warn_untested,
-)
+from vllm_dqrelo.options import Options
 from vllm_dqrelo.room import Room
-from vllm_dqrelo.worker import compat
+from vllm_dqrelo.supported import refuse_unsupported, warn_untested
+from vllm_dqrelo.worker import compat, limits
 from vllm_dqrelo.worker.coverage import check_coverage
 from vllm_dqrelo.worker.host import HostTier
 from vllm_dqrelo.worker.layers import install
@@ -91,16 +87,16 @@ class DeltaManager:
         )
         self.sites.rearranged = rearranged(self.sites, self.base, self.device)
         # A delta is in all stages, so that all are as large as the largest.
-        typical = torch.tensor(self.options.typical_bytes(self.sites))
+        typical = torch.tensor(limits.typical_bytes(self.sites))
         all_reduce(typical, ReduceOp.MAX, stages.cpu_group)
-        arena = self.options.arena_bytes(int(typical), self.max_loras)
+        arena = limits.arena_bytes(self.options, int(typical), self.max_loras)
         self.memory = Memory(
             base=self.base.nbytes(self.model_config.dtype.itemsize),
             arena=arena,
-            host=self.options.host_bytes(self.workers),
+            host=limits.host_bytes(self.options, self.workers),
             typical=int(typical),
-            slots=self.options.slots(self.sites, arena, self.max_loras),
-            rank=self.options.ranks(self.sites),
+            slots=limits.most_resident(self.options, self.sites, arena, self.max_loras),
+            rank=limits.most_ranks(self.options, self.sites),
         )
         self.host = HostTier(self.memory.host)
         self.residency = Residency(
@@ -119,7 +115,7 @@ class DeltaManager:
             self.memory.slots,
             self.memory.rank,
             self.device,
-            merge_rows(vllm_config, self.device),
+            limits.merge_rows(vllm_config, self.device),
         )
         data, added = self.residency.arena.data, self.residency.added
         for name, site in self.sites.by_name.items():

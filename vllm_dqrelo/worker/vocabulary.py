@@ -17,14 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
 )
 
-from vllm_dqrelo.compat import ModelConfig
 from vllm_dqrelo.worker.step import Step
-
-
-def enlarge(model_config: ModelConfig, added_tokens: int) -> None:
-    """Let vLLM build the model with ``added_tokens`` rows more than the checkpoint."""
-    model_config.hf_text_config.vocab_size += added_tokens
-    model_config.model_arch_config.vocab_size += added_tokens
 
 
 class EnlargedEmbedding(UnquantizedEmbeddingMethod):

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What deltas are right with: engine configurations, dtypes and architectures."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+logger = init_logger(f"vllm.{__name__}")
+
+NGRAM = "ngram"  # drafts from a request's own tokens, for vLLM to check
+
+# Architectures whose deltas tests/test_architectures.py compares with checkpoints.
+TESTED_ARCHITECTURES = {
+    "GPTNeoXForCausalLM",
+    "Gemma3ForCausalLM",
+    "Idefics3ForConditionalGeneration",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "OPTForCausalLM",
+    "Phi3ForCausalLM",
+    "PhiForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+}
+
+
+def refuse_unsupported(vllm_config: VllmConfig, device: torch.device) -> None:
+    """Refuse, at start, what would not be right with deltas."""
+    if problems := list(_problems(vllm_config, device)):
+        raise ValueError("--quantization dqrelo " + "; it ".join(problems))
+
+
+def _problems(vllm_config: VllmConfig, device: torch.device) -> Iterator[str]:
+    """Each reason, a sentence without its subject."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    if device.type != "cpu":
+        yield f"runs on the CPU only so far, not on {device.type}"
+    split = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    if parallel.world_size > split or parallel.decode_context_parallel_size > 1:
+        yield (
+            "splits a model by --tensor-parallel-size and --pipeline-parallel-size "
+            "only, not by context parallelism"
+        )
+    if model.is_moe and (
+        parallel.enable_expert_parallel or parallel.data_parallel_size > 1
+    ):
+        yield (
+            "has no mixtures of experts with --enable-expert-parallel or with "
+            "--data-parallel-size: a worker's experts would get rows of others"
+        )
+    if parallel.use_ubatching:
+        yield (
+            "cannot be used with dual-batch overlap (--enable-dbo, --ubatch-size), "
+            "which splits a step's rows"
+        )
+    if parallel.enable_batch_sharded_sampling:
+        yield (
+            "cannot be used with --enable-batch-sharded-sampling, which gives the LM "
+            "head rows in another order"
+        )
+    drafts = vllm_config.speculative_config
+    if drafts and drafts.method != NGRAM:
+        yield (
+            f"has speculative decoding with method {NGRAM} only, not {drafts.method}: "
+            "a draft model may call layers of the base with rows that are not the "
+            "step's"
+        )
+    if (
+        model.is_moe
+        and device.type == "cuda"
+        and not model.enforce_eager
+        and not (
+            model.dtype == torch.bfloat16 and current_platform.has_device_capability(90)
+        )
+    ):
+        yield (
+            "captures graphs of mixtures of experts in bfloat16 only, and from compute "
+            "capability 9.0 on, where torch multiplies all experts in one launch: use "
+            "--enforce-eager"
+        )
+    if model.supports_multimodal_inputs:
+        yield (
+            "has no deltas for images or sound: use --limit-mm-per-prompt with 0 for "
+            "each kind of input"
+        )
+    if model.is_encoder_decoder:
+        yield "has no deltas for encoder-decoder models"
+    if model.is_diffusion:
+        yield "has no deltas for diffusion language models"
+    if model.enable_prompt_embeds:
+        yield (
+            "cannot be used with --enable-prompt-embeds, which passes some rows by the "
+            "embedding"
+        )
+    if model.enable_sleep_mode:
+        yield "cannot be used with --enable-sleep-mode, which discards the deltas"
+    if vllm_config.weight_transfer_config is not None:
+        yield (
+            "cannot be used with --weight-transfer-config: deltas belong to one base"
+        )
+
+
+def refuse_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Refuse a base whose kernels on the CPU do not take activations of ``dtype``.
+
+    They would fail in the first step, or end the process (float16 by integers of 8
+    bits, on a CPU with AMX). vLLM itself refuses what is wrong with other formats.
+
+    Args:
+        config: quantization_config of the checkpoint.
+    """
+    amx = torch.cpu.get_capabilities().get("amx_tile", False)
+    known = {torch.bfloat16, torch.float16, torch.float32}
+    for group in config.get("config_groups", {}).values():
+        inputs = group.get("input_activations")
+        if group["weights"]["type"] != "int":
+            continue
+        if inputs is None:
+            known -= {torch.float32}
+        elif (inputs["type"], inputs["symmetric"], amx) == ("int", True, True):
+            known = {torch.bfloat16}
+    if dtype not in known:
+        names = sorted(str(one).removeprefix("torch.") for one in known)
+        raise ValueError(
+            f"vLLM's CPU kernels for {config['quant_method']} bases of format "
+            f"{config.get('format')} do not compute in {dtype}: give --dtype "
+            + " or ".join(names)
+        )
+
+
+def warn_untested(vllm_config: VllmConfig) -> None:
+    """Say so when nobody has compared deltas of this architecture with fine-tunes."""
+    architectures = vllm_config.model_config.architectures
+    if TESTED_ARCHITECTURES.isdisjoint(architectures):
+        logger.warning(
+            "dqrelo: %s is not among the architectures that are tested (%s). Compare "
+            "some answers with those of a fine-tune served alone.",
+            ", ".join(architectures),
+            ", ".join(sorted(TESTED_ARCHITECTURES)),
+        )
