@@ -1,13 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""The first half of a low-rank product: ``scratch[m] = lora_scale * (A x[m])``.
-
-Also what every grouped kernel needs: a *row tile* is up to BLOCK_M rows of one
-slot. Programs share the work of a launch, (row tile, output tile) pairs, by stride:
-its amount is only known on the device, so the grid is sized for the device and not
-for the work, and a captured graph fits every later step. Which program does a pair
-does not change the result, and no pair reads what another one wrote.
-"""
+"""The first half of a low-rank product: ``scratch[m] = lora_scale * (A x[m])``."""
 
 import torch
 import triton
@@ -15,123 +8,26 @@ import triton.language as tl
 
 from dqrelo_kernels import layout
 from dqrelo_kernels import table as t
+from dqrelo_kernels.gpu.device import (
+    ABSENT,
+    FACTOR_DTYPE,
+    FIELDS,
+    FIRST_A,
+    INT4,
+    INT4_BLOCK,
+    INT4_BYTES,
+    LORA_A,
+    LORA_SCALE,
+    RANK_A,
+    arena_pointer,
+    decode_int4,
+    load_factor,
+    locate,
+    programs,
+    row_numbers,
+    row_tiles,
+)
 from dqrelo_kernels.gpu.tiles import are_tall
-
-ABSENT = tl.constexpr(t.ABSENT)
-SIGNS = tl.constexpr(int(t.Field.SIGNS))
-PLANES = tl.constexpr(int(t.Field.PLANES))
-SCALE = tl.constexpr(int(t.Field.SCALE))
-LORA_A = tl.constexpr(int(t.Field.LORA_A))
-LORA_B = tl.constexpr(int(t.Field.LORA_B))
-LORA_SCALE = tl.constexpr(int(t.Field.LORA_SCALE))
-RANK_A = tl.constexpr(int(t.Field.RANK_A))
-RANK_B = tl.constexpr(int(t.Field.RANK_B))
-FIRST_A = tl.constexpr(int(t.Field.FIRST_A))
-FIRST_B = tl.constexpr(int(t.Field.FIRST_B))
-FACTOR_DTYPE = tl.constexpr(int(t.Field.FACTOR_DTYPE))
-BIAS = tl.constexpr(int(t.Field.BIAS))
-FIELDS = tl.constexpr(len(t.Field))
-WEIGHT = tl.constexpr(int(t.Field.WEIGHT))
-ALIGNMENT = tl.constexpr(t.ALIGNMENT)
-FLOAT32 = tl.constexpr(t.FACTOR_DTYPES.index(torch.float32))
-BFLOAT16 = tl.constexpr(t.FACTOR_DTYPES.index(torch.bfloat16))
-INT8 = tl.constexpr(t.FACTOR_DTYPES.index(torch.int8))
-INT4 = tl.constexpr(t.FACTOR_DTYPES.index(t.INT4))
-INT4_BLOCK = tl.constexpr(layout.INT4_BLOCK)
-INT4_BYTES = tl.constexpr(layout.INT4_BLOCK // 2)  # of a full block
-
-# As many as an SM can hold at a time at the registers that the kernels take.
-PROGRAMS_PER_SM = 8
-
-
-@triton.jit
-def arena_pointer(arena_ptr, entry_ptr, FIELD: tl.constexpr, dtype: tl.constexpr):
-    """Where the tensor that a table row names in ``FIELD`` starts."""
-    offset = tl.multiple_of(tl.load(entry_ptr + FIELD), ALIGNMENT)
-    return (arena_ptr + offset).to(tl.pointer_type(dtype))
-
-
-@triton.jit
-def load_factor(pointer, start, offsets, mask, code):
-    """Elements of a factor, int4 aside, as float32; 0 where masked."""
-    if code == FLOAT32:
-        wide = pointer.to(tl.pointer_type(tl.float32)) + start
-        value = tl.load(wide + offsets, mask=mask, other=0.0)
-    elif code == INT8:
-        narrow = pointer.to(tl.pointer_type(tl.int8)) + start
-        value = tl.load(narrow + offsets, mask=mask, other=0).to(tl.float32)
-    else:
-        bits = tl.load(pointer + start + offsets, mask=mask, other=0)
-        bfloat = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-        half = bits.to(tl.float16, bitcast=True).to(tl.float32)
-        value = tl.where(code == BFLOAT16, bfloat, half)
-    return value
-
-
-@triton.jit
-def decode_int4(pairs, HALF: tl.constexpr, dtype: tl.constexpr, IN_FOURS: tl.constexpr):
-    """The lower (0) or upper (1) integers of the bytes ``pairs`` as ``dtype``, exactly.
-
-    In fours: four bytes of a register at a time. A nibble becomes the last bits of
-    128 (bfloat16) or 1024 (float16), whose last bit is worth 1; that is subtracted
-    again together with the 8.
-    """
-    if IN_FOURS:
-        one: tl.constexpr = 0x3F803F80 if dtype == tl.bfloat16 else 0x3C003C00
-        unit: tl.constexpr = 0x43434343 if dtype == tl.bfloat16 else 0x64646464
-        less: tl.constexpr = 0xC308C308 if dtype == tl.bfloat16 else 0xE408E408
-        kind: tl.constexpr = "bf16x2" if dtype == tl.bfloat16 else "f16x2"
-        bits = tl.inline_asm_elementwise(
-            f"{{ .reg .b32 t, one, less; shr.b32 t, $2, {4 * HALF};"
-            f" and.b32 t, t, 0x0F0F0F0F; mov.b32 one, {one}; mov.b32 less, {less};"
-            f" prmt.b32 $0, t, {unit}, 0x4140; fma.rn.{kind} $0, $0, one, less;"
-            f" prmt.b32 $1, t, {unit}, 0x4342; fma.rn.{kind} $1, $1, one, less; }}",
-            "=r,=r,r",
-            [pairs],
-            dtype=tl.int16,
-            is_pure=True,
-            pack=4,
-        )
-        values = bits.to(dtype, bitcast=True)
-    else:
-        values = (((pairs >> 4 * HALF) & 15).to(tl.int32) - 8).to(dtype)
-    return values
-
-
-@triton.jit
-def row_tiles(starts_ptr, slots, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
-    """How many row tiles each slot has, int32 [BLOCK_S]."""
-    s = tl.arange(0, BLOCK_S)
-    start = tl.load(starts_ptr + s, mask=s < slots, other=0)
-    end = tl.load(starts_ptr + s + 1, mask=s < slots, other=0)
-    return tl.cdiv(end - start, BLOCK_M)
-
-
-@triton.jit
-def locate(ends, item):
-    """The slot that ``item`` falls to, and the items of the slots before it.
-
-    ``ends`` are the running totals of the slots' items.
-    """
-    before = ends <= item
-    slot = tl.sum(before.to(tl.int32), axis=0)
-    return slot, tl.max(tl.where(before, ends, 0), axis=0)
-
-
-@triton.jit
-def row_numbers(rows_ptr, starts_ptr, slot, tile, BLOCK_M: tl.constexpr):
-    """Row numbers int64 [BLOCK_M] of a slot's row tile, and which of them exist."""
-    m = tl.load(starts_ptr + slot) + tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    exists = m < tl.load(starts_ptr + slot + 1)
-    return tl.load(rows_ptr + m, mask=exists, other=0).to(tl.int64), exists
-
-
-def programs(items: int, device: torch.device) -> int:
-    """Size of the grid for at most ``items`` pieces of work."""
-    if device.type == "cpu":  # Triton's interpreter
-        return min(items, 3)
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(items, PROGRAMS_PER_SM * sms)
 
 
 @triton.jit

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 
 from dqrelo_kernels import layout
-from dqrelo_kernels.gpu.low_rank import (
+from dqrelo_kernels.gpu.device import (
     ABSENT,
     BIAS,
+    BLOCK,
     FACTOR_DTYPE,
-    FIELDS,
     LORA_A,
     LORA_B,
     LORA_SCALE,
@@ -23,12 +23,11 @@ from dqrelo_kernels.gpu.low_rank import (
     RANK_B,
     SCALE,
     SIGNS,
+    WORD_BITS,
     arena_pointer,
+    load_elements,
+    slice_of,
 )
-from dqrelo_kernels.gpu.rowwise import load_elements
-
-WORD_BITS = tl.constexpr(layout.WORD_BITS)
-BLOCK = tl.constexpr(layout.BLOCK)
 
 
 @triton.jit
@@ -53,18 +52,10 @@ def _merge_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    # The slice of this tile, and the tile's place in it.
-    tile = tl.program_id(0)
     entry_ptr = table_ptr + slot.to(tl.int64) * stride_ts
-    first = tl.load(slices_ptr)
-    size = tl.load(slices_ptr + 1) - first
-    for j in tl.static_range(1, SLICES):
-        tiles = tl.cdiv(size, BLOCK_N)
-        if tile >= tiles:
-            tile -= tiles
-            entry_ptr += FIELDS
-            first = tl.load(slices_ptr + j)
-            size = tl.load(slices_ptr + j + 1) - first
+    tile, entry_ptr, first, size = slice_of(
+        tl.program_id(0), entry_ptr, slices_ptr, SLICES, BLOCK_N
+    )
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     exists = n < size

@@ -11,13 +11,11 @@ import triton
 import triton.language as tl
 
 from dqrelo_kernels import layout
-from dqrelo_kernels.gpu.low_rank import (
+from dqrelo_kernels.gpu.device import (
     ABSENT,
     BIAS,
+    BLOCK,
     FACTOR_DTYPE,
-    INT4,
-    INT4_BLOCK,
-    INT4_BYTES,
     LORA_A,
     LORA_B,
     LORA_SCALE,
@@ -26,30 +24,10 @@ from dqrelo_kernels.gpu.low_rank import (
     SCALE,
     SIGNS,
     WEIGHT,
+    WORD_BITS,
     arena_pointer,
-    load_factor,
+    load_elements,
 )
-
-WORD_BITS = tl.constexpr(layout.WORD_BITS)
-BLOCK = tl.constexpr(layout.BLOCK)
-
-
-@triton.jit
-def load_elements(pointer, row, column, columns, mask, code):
-    """Elements of a factor of any dtype with ``columns`` columns, as float32."""
-    if code == INT4:
-        block = column // INT4_BLOCK
-        within = column % INT4_BLOCK
-        width = tl.minimum(tl.cdiv(columns - block * INT4_BLOCK, 2), INT4_BYTES)
-        upper = within >= width
-        byte = block * INT4_BYTES + within - tl.where(upper, width, 0)
-        pairs_ptr = pointer.to(tl.pointer_type(tl.uint8)) + row * tl.cdiv(columns, 2)
-        pairs = tl.load(pairs_ptr + byte, mask=mask, other=0)
-        nibble = tl.where(upper, pairs >> 4, pairs & 15)
-        value = tl.where(mask, nibble.to(tl.float32) - 8, 0.0)
-    else:
-        value = load_factor(pointer, 0, row * columns + column, mask, code)
-    return value
 
 
 @triton.jit

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 
 from dqrelo_kernels import layout
-from dqrelo_kernels.gpu.low_rank import (
+from dqrelo_kernels.gpu.device import (
     ABSENT,
     BIAS,
+    BLOCK,
     FACTOR_DTYPE,
-    FIELDS,
     FIRST_B,
     INT4,
     INT4_BLOCK,
@@ -28,6 +28,7 @@ from dqrelo_kernels.gpu.low_rank import (
     RANK_B,
     SCALE,
     SIGNS,
+    WORD_BITS,
     arena_pointer,
     decode_int4,
     load_factor,
@@ -35,11 +36,9 @@ from dqrelo_kernels.gpu.low_rank import (
     programs,
     row_numbers,
     row_tiles,
+    slice_of,
 )
 from dqrelo_kernels.gpu.tiles import tiles
-
-WORD_BITS = tl.constexpr(layout.WORD_BITS)
-BLOCK = tl.constexpr(layout.BLOCK)
 
 
 @triton.jit
@@ -65,6 +64,41 @@ def _decode(words, BIT: tl.constexpr, dtype: tl.constexpr, IN_PAIRS: tl.constexp
     else:
         signs = tl.where(((words >> BIT) & 1) != 0, 1.0, -1.0).to(dtype)
     return signs
+
+
+@triton.jit
+def _add_sign_product(
+    part,
+    words_ptrs,
+    x_ptrs,
+    exists,
+    width,
+    columns,
+    NARROW: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``part`` plus one block of signs times its columns of x.
+
+    Args:
+        words_ptrs: [BLOCK_N, 1], the block's first word of each output feature.
+        x_ptrs: [1, BLOCK_M], the block's first column of each row; some rows exist.
+        width, columns: words and columns of the block; full unless NARROW.
+    """
+    dtype: tl.constexpr = x_ptrs.dtype.element_ty
+    i = tl.arange(0, WORD_BITS)
+    if NARROW:
+        words = tl.load(words_ptrs + i[None, :], mask=(i < width)[None, :], other=0)
+    else:
+        words = tl.load(words_ptrs + i[None, :])
+    for bit in tl.static_range(WORD_BITS):
+        mask = exists[None, :]
+        if NARROW:
+            mask &= ((i < width) & (bit * width + i < columns))[:, None]
+        x = tl.load(x_ptrs + bit * width + i[:, None], mask=mask, other=0.0)
+        signs = _decode(words, bit, dtype, IN_PAIRS)
+        part = tl.dot(signs, x, part, input_precision=PRECISION)
+    return part
 
 
 @triton.jit
@@ -155,25 +189,16 @@ def _sign_matmul_kernel(
     for j in tl.static_range(SLICES):
         size = tl.load(slices_ptr + j + 1) - tl.load(slices_ptr + j)
         n_tiles += tl.cdiv(size, BLOCK_N)
-    i = tl.arange(0, WORD_BITS)
     for item in range(tl.program_id(0), count * n_tiles, tl.num_programs(0)):
         slot, before = locate(ends, item % count)
         row, exists = row_numbers(
             rows_ptr, starts_ptr, slot, item % count - before, BLOCK_M
         )
 
-        # The slice of this tile, and the tile's place in it.
-        tile = item // count
         entry_ptr = table_ptr + slot.to(tl.int64) * stride_ts
-        first = tl.load(slices_ptr)
-        size = tl.load(slices_ptr + 1) - first
-        for j in tl.static_range(1, SLICES):
-            tiles = tl.cdiv(size, BLOCK_N)
-            if tile >= tiles:
-                tile -= tiles
-                entry_ptr += FIELDS
-                first = tl.load(slices_ptr + j)
-                size = tl.load(slices_ptr + j + 1) - first
+        tile, entry_ptr, first, size = slice_of(
+            item // count, entry_ptr, slices_ptr, SLICES, BLOCK_N
+        )
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
 
         planes = tl.load(entry_ptr + PLANES).to(tl.int32)
@@ -190,40 +215,30 @@ def _sign_matmul_kernel(
                 x_ptrs = x_ptr + row[None, :] * stride_xm
                 part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
                 for block in range(K // BLOCK):
-                    words = tl.load(words_ptrs + block * WORD_BITS + i[None, :])
-                    for bit in tl.static_range(WORD_BITS):
-                        x = tl.load(
-                            x_ptrs + block * BLOCK + bit * WORD_BITS + i[:, None],
-                            mask=exists[None, :],
-                            other=0.0,
-                        )
-                        part = tl.dot(
-                            _decode(words, bit, dtype, IN_PAIRS),
-                            x,
-                            part,
-                            input_precision=PRECISION,
-                        )
+                    part = _add_sign_product(
+                        part,
+                        words_ptrs + block * WORD_BITS,
+                        x_ptrs + block * BLOCK,
+                        exists,
+                        WORD_BITS,
+                        BLOCK,
+                        False,
+                        IN_PAIRS,
+                        PRECISION,
+                    )
                 if NARROW_END:
                     start = K // BLOCK * BLOCK
-                    width = words_per_row - start // WORD_BITS
-                    words = tl.load(
-                        words_ptrs + start // WORD_BITS + i[None, :],
-                        mask=(i < width)[None, :],
-                        other=0,
+                    part = _add_sign_product(
+                        part,
+                        words_ptrs + start // WORD_BITS,
+                        x_ptrs + start,
+                        exists,
+                        words_per_row - start // WORD_BITS,
+                        K - start,
+                        True,
+                        IN_PAIRS,
+                        PRECISION,
                     )
-                    for bit in tl.static_range(WORD_BITS):
-                        k = start + bit * width + i
-                        x = tl.load(
-                            x_ptrs + k[:, None],
-                            mask=((i < width) & (k < K))[:, None] & exists[None, :],
-                            other=0.0,
-                        )
-                        part = tl.dot(
-                            _decode(words, bit, dtype, IN_PAIRS),
-                            x,
-                            part,
-                            input_precision=PRECISION,
-                        )
                 scale_ptr = arena_pointer(arena_ptr, entry_ptr, SCALE, tl.float32)
                 change += part * tl.load(scale_ptr + n_plane)[:, None]
             inside = n < size
