@@ -193,12 +193,12 @@ def test_a_request_that_the_engine_could_not_decode_stays_here(family, own, star
     """The second line: whatever may have been overlooked when the files were read."""
     llm = start(family("llama").base, deltas=True)
     request = load(llm, "own", own.delta)
-    frontend = llm.llm_engine.frontends.of(request)
-    sound = frontend.attributes["generation_config_fields"]
-    frontend.attributes["generation_config_fields"] = {"eos_token_id": ["2"]}
+    profile = llm.llm_engine.profiles.of(request)
+    sound = profile.attributes["generation_config_fields"]
+    profile.attributes["generation_config_fields"] = {"eos_token_id": ["2"]}
     with pytest.raises(VLLMValidationError, match="own cannot be sent to the engine"):
         llm.generate(TEXT, lora_request=request, use_tqdm=False)
-    frontend.attributes["generation_config_fields"] = sound
+    profile.attributes["generation_config_fields"] = sound
     assert outcome(llm.generate(TEXT, lora_request=request, use_tqdm=False))
 
 
@@ -273,7 +273,7 @@ def test_the_same_files_are_held_once(family, own, start, tmp_path):
     llm = start(family("llama").base, deltas=True)
     shutil.copytree(own.delta, tmp_path / "copy")
     requests = [load(llm, "one", own.delta), load(llm, "two", tmp_path / "copy")]
-    one, two = map(llm.llm_engine.frontends.of, requests)
+    one, two = map(llm.llm_engine.profiles.of, requests)
     assert one is two is not None
     plain = load(llm, "plain", family("llama").deltas[1])
-    assert llm.llm_engine.frontends.of(plain) is None
+    assert llm.llm_engine.profiles.of(plain) is None

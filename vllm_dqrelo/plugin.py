@@ -82,11 +82,11 @@ def patch_frontend() -> None:
     from vllm_dqrelo.frontend.metrics import DeltaMetrics
     from vllm_dqrelo.frontend.models import DeltaModels, check_twin, serving_twin
     from vllm_dqrelo.frontend.offline import offline_twin
-    from vllm_dqrelo.frontend.profiles import Frontends
+    from vllm_dqrelo.frontend.profiles import Profiles
 
     def complete(engine: Any) -> None:
         if is_dqrelo(engine.vllm_config.model_config):
-            engine.frontends = Frontends(engine)
+            engine.profiles = Profiles(engine)
             engine.delta_metrics = DeltaMetrics.of(engine)
 
     def choose(vllm_config: compat.VllmConfig) -> type[DeltaModels] | None:

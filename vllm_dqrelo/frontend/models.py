@@ -43,7 +43,7 @@ class DeltaModels(OpenAIServingModels):
     the requests for it wait. What keeps a delta from being served is the answer.
 
     Args:
-        engine_client: an AsyncLLM with ``frontends``.
+        engine_client: an AsyncLLM with ``profiles``.
         base_model_paths: names of the base.
         lora_modules: deltas given at start.
     """
@@ -213,8 +213,8 @@ async def serving_twin(handler: Any, request: Any) -> Any:
     metrics = models.engine_client.delta_metrics
     if found and cold and metrics:
         metrics.waited(time.monotonic() - start)
-    frontend = models.engine_client.frontends.of(found)
-    return frontend.twin(handler) if frontend else handler
+    profile = models.engine_client.profiles.of(found)
+    return profile.twin(handler) if profile else handler
 
 
 async def check_twin(handler: Any, request: Any) -> ErrorResponse | None:

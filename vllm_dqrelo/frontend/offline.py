@@ -40,15 +40,15 @@ def offline_twin(llm: LLM, requests: Any) -> LLM:
     Raises:
         DqreloError: the deltas of the call have different files of their own.
     """
-    frontends = getattr(llm.llm_engine, "frontends", None)
-    if frontends is None:
+    profiles = getattr(llm.llm_engine, "profiles", None)
+    if profiles is None:
         return llm
     given = requests if isinstance(requests, Sequence) else [requests]
-    found = {id(frontend): frontend for frontend in map(frontends.of, given)}
+    found = {id(profile): profile for profile in map(profiles.of, given)}
     if len(found) > 1:
         raise DqreloError(
             "these deltas have different tokenizers, chat templates or generation "
             "configs: expected one of them in a call; make a call for each"
         )
-    (frontend,) = found.values() or [None]
-    return frontend.twin(llm) if frontend else llm
+    (profile,) = found.values() or [None]
+    return profile.twin(llm) if profile else llm

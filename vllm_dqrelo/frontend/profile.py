@@ -23,13 +23,13 @@ from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.generation_config import read_generation_config
 from vllm_dqrelo.format.side_files import GENERATION_CONFIG, TOKENIZER_FILES
 from vllm_dqrelo.format.tokenizer import folder_of, try_tokenizer
-from vllm_dqrelo.frontend.message import check_message
+from vllm_dqrelo.frontend.serialization import check_decodes
 from vllm_dqrelo.frontend.tokenizer import own_tokenizer
 
 T = TypeVar("T")
 
 
-class Frontend:
+class Profile:
     """What one model has of its own besides its weights.
 
     Args:
@@ -100,7 +100,7 @@ class Frontend:
             params.update_from_generation_config(
                 self.attributes["generation_config_fields"]
             )
-            check_message(params, SamplingParams)
+            check_decodes(params, SamplingParams)
         except Exception as error:
             raise DqreloError(f"{file} cannot be used: {error}") from error
 

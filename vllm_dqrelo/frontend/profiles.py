@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frontends of an engine's deltas, and where its requests meet them."""
+"""The profiles of an engine's deltas, and where its requests meet them."""
 
 import asyncio
 import functools
@@ -20,10 +20,10 @@ from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.regular_file import read_bytes
 from vllm_dqrelo.format.side_files import GENERATION_CONFIG, TOKENIZER_FILES
 from vllm_dqrelo.format.tokenizer import MOST_BYTES
-from vllm_dqrelo.frontend import compat as compat_frontend
+from vllm_dqrelo.frontend import compat
 from vllm_dqrelo.frontend.containment import contain_failures
-from vllm_dqrelo.frontend.message import check_message
-from vllm_dqrelo.frontend.profile import Frontend
+from vllm_dqrelo.frontend.profile import Profile
+from vllm_dqrelo.frontend.serialization import check_decodes
 from vllm_dqrelo.frontend.token_ids import keep_to_own_tokens
 from vllm_dqrelo.messages.request import folder_of
 from vllm_dqrelo.options import Options
@@ -36,45 +36,45 @@ class Served(NamedTuple):
 
     Attributes:
         path: of its LoRARequest.
-        frontend: None where the base's serves as well.
+        profile: None where the base's serves as well.
         tokens: of its model.
     """
 
     path: str
-    frontend: Frontend | None
+    profile: Profile | None
     tokens: int
 
 
-class Frontends:
-    """Which delta is served by which frontend.
+class Profiles:
+    """Which delta is served by which profile.
 
     Args:
         engine: an AsyncLLM or an LLMEngine of this plugin. Its input and output
-            processors are given a twin where a request's delta has a frontend, and
+            processors are given a twin where a request's delta has a profile, and
             its methods for adapters load that with the delta.
     """
 
     def __init__(self, engine: Any) -> None:
         self._config = engine.vllm_config
-        self._renderer, inputs, outputs = compat_frontend.text_parts(engine)
+        self._renderer, inputs, outputs = compat.text_parts(engine)
         room = Options.of(self._config.additional_config).added_tokens
         self._tokens = self._config.model_config.get_vocab_size() - room
         self._of: dict[int, Served] = {}  # by the id of the delta
         self._removed: set[int] = set()
-        # Fine-tunes of one recipe often have the same files: they share a frontend.
-        self._by_content: WeakValueDictionary[str, Frontend] = WeakValueDictionary()
+        # Fine-tunes of one recipe often have the same files: they share a profile.
+        self._by_content: WeakValueDictionary[str, Profile] = WeakValueDictionary()
         # Folder and content -> why: to find out again would take seconds.
         self._refused: dict[tuple[Path, str], str] = {}
         self._with_adapters(engine)
         self._with_requests(inputs, outputs)
 
-    def of(self, request: LoRARequest | None) -> Frontend | None:
-        """The frontend of a delta; None for the base and where it serves as well.
+    def of(self, request: LoRARequest | None) -> Profile | None:
+        """The profile of a delta; None for the base and where it serves as well.
 
         Raises:
             DqreloError: a file of the delta's own cannot be used.
         """
-        return self._served(request).frontend
+        return self._served(request).profile
 
     def _served(self, request: LoRARequest | None) -> Served:
         if request is None:
@@ -87,9 +87,9 @@ class Frontends:
     def _read(self, request: LoRARequest) -> Served:
         """Look at a delta; may take long, of what is on a disk."""
         tokens = vocabulary_size(folder_of(request), self._tokens)
-        return Served(request.lora_path, self._frontend(request, tokens), tokens)
+        return Served(request.lora_path, self._profile(request, tokens), tokens)
 
-    def _frontend(self, request: LoRARequest, tokens: int) -> Frontend | None:
+    def _profile(self, request: LoRARequest, tokens: int) -> Profile | None:
         """Read the delta's own files, unless they are the base's."""
         folder, base = folder_of(request), self._base
         files: dict[str, bytes] = {}
@@ -104,9 +104,9 @@ class Frontends:
         key = hasher.hexdigest()
         if (error := self._refused.get((folder, key))) is not None:
             raise DqreloError(error)
-        if (frontend := self._by_content.get(key)) is None:
+        if (profile := self._by_content.get(key)) is None:
             try:
-                frontend = Frontend(
+                profile = Profile(
                     files, folder, key, tokens, base, self._config, self._renderer
                 )
             except DqreloError as refused:
@@ -114,8 +114,8 @@ class Frontends:
                     self._refused.clear()
                 self._refused[folder, key] = str(refused)
                 raise
-            self._by_content[key] = frontend
-        return frontend
+            self._by_content[key] = profile
+        return profile
 
     @functools.cached_property
     def _base(self) -> Path:
@@ -129,10 +129,10 @@ class Frontends:
     def _forget(self, adapter_id: int) -> None:
         self._of.pop(adapter_id, None)
         self._removed.add(adapter_id)
-        compat_frontend.forget_methods()
+        compat.forget_methods()
 
     def _with_adapters(self, engine: Any) -> None:
-        """Load the frontend before a delta and forget it with the delta."""
+        """Load the profile before a delta and forget it with the delta."""
         add, remove = engine.add_lora, engine.remove_lora
 
         def add_lora(request: LoRARequest) -> bool:
@@ -156,7 +156,7 @@ class Frontends:
         engine.remove_lora = remove_lora
 
     def _with_requests(self, inputs: Any, outputs: Any) -> None:
-        """Let each request be processed with the frontend of its delta."""
+        """Let each request be processed with the profile of its delta."""
         signature = inspect.signature(inputs.process_inputs)
         process, add = type(inputs).process_inputs, type(outputs).add_request
 
@@ -169,14 +169,14 @@ class Frontends:
             target, name = inputs, self._config.model_config.served_model_name
             if request is not None:
                 name = request.lora_name
-            if model.frontend:
-                model.frontend.refuse_base_tokens(request, params)
-                target = model.frontend.twin(inputs)
+            if model.profile:
+                model.profile.refuse_base_tokens(request, params)
+                target = model.profile.twin(inputs)
             made = process(target, *args, **kwargs)
             keep_to_own_tokens(made, params, model.tokens, name)
-            if model.frontend:
+            if model.profile:
                 try:
-                    check_message(made, EngineCoreRequest)
+                    check_decodes(made, EngineCoreRequest)
                 except Exception as error:
                     raise VLLMValidationError(
                         f"this request for {name} cannot be sent to the engine: {error}"
@@ -184,11 +184,11 @@ class Frontends:
             return made
 
         def add_request(request: Any, *args: Any, **kwargs: Any) -> None:
-            frontend = self.of(request.lora_request)
-            if frontend is None:
+            profile = self.of(request.lora_request)
+            if profile is None:
                 return add(outputs, request, *args, **kwargs)
             new = request.request_id not in outputs.request_states
-            add(frontend.twin(outputs), request, *args, **kwargs)
+            add(profile.twin(outputs), request, *args, **kwargs)
             if new:
                 state = outputs.request_states[request.request_id]
                 contain_failures(state, request.lora_request.lora_name)

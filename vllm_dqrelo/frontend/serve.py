@@ -53,7 +53,7 @@ def serve(
     Catalogue(delta_dirs, hub_namespaces)
     check_plugin()
     from vllm_dqrelo import plugin
-    from vllm_dqrelo.frontend import compat as compat_frontend
+    from vllm_dqrelo.frontend import compat as frontend_compat
 
     for variable, values in (
         (DELTA_DIR, [str(Path(d).expanduser().absolute()) for d in delta_dirs]),
@@ -70,7 +70,7 @@ def serve(
         arguments += ["--lora-modules", *modules]
     plugin.patch_serve()
     try:
-        compat_frontend.run_serve([*arguments, *vllm_arguments])
+        frontend_compat.run_serve([*arguments, *vllm_arguments])
     except SystemExit as ended:
         if ended.__cause__ is None:
             raise

@@ -10,7 +10,7 @@ from typing import Any
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 
-def check_message(message: Any, kind: type) -> None:
+def check_decodes(message: Any, kind: type) -> None:
     """Encode and decode a message as vLLM will.
 
     About 17 µs, and 0.04 µs for each token of a prompt (AMD EPYC).
