@@ -280,7 +280,7 @@ def test_parameters_in_another_order_are_refused_by_name(family, tmp_path, dtype
     assert rearranged(manager.sites, Checkpoint(made.base), cpu) == set()
     found = rearranged(manager.sites, Checkpoint(tmp_path), cpu)
     assert found == set(changes)
-    manager.sites.rearranged = found
+    manager.rearranged = found
     name = layer.format("self_attn.q_proj")
     with pytest.raises(Exception, match=f"{name}: vLLM has it in another order"):
         load_delta(llm, "delta", str(made.deltas[0]))

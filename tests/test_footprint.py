@@ -39,7 +39,6 @@ def test_a_delta_takes_what_the_server_packs(family, kind):
             places=places,
             added_tokens=0,
             tokens=0,
-            rearranged=set(),
             by_name={},
         )
         assert delta_bytes(str(folder)) == pack(delta, sites, torch.device("cpu")).size

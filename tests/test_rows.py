@@ -117,14 +117,14 @@ def test_only_in_a_step_without_deltas_a_layer_is_vllms_own():
     step.put(layer, "quant_method", "delta")
     step.put(layer, "__class__", Delta)
     step.set(base)  # a graph may be captured, the probe of coverage run
-    assert not step.skips and (layer.quant_method, type(layer)) == ("delta", Delta)
-    step.is_ready = True
+    assert not step.skipping and (layer.quant_method, type(layer)) == ("delta", Delta)
+    step.may_skip = True
     for _ in range(2):
         step.set(base)
-        assert step.skips and type(layer) is torch.nn.Linear
+        assert step.skipping and type(layer) is torch.nn.Linear
         assert layer.quant_method == "own"
         step.set(np.array([-1, 1], dtype=np.int32))
-        assert not step.skips and type(layer) is Delta
+        assert not step.skipping and type(layer) is Delta
         assert layer.quant_method == "delta"
 
 

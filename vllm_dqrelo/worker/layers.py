@@ -4,19 +4,15 @@
 from typing import Any, NamedTuple
 
 import torch
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    VocabParallelEmbedding,
-)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
 from dqrelo_kernels.rows import RowGroups
 from vllm_dqrelo.worker import compat
 from vllm_dqrelo.worker.experts import GATE_UP, DeltaExperts
 from vllm_dqrelo.worker.fully_sharded import linear_of
-from vllm_dqrelo.worker.sites import Site
+from vllm_dqrelo.worker.sites import ExpertSite, Site
 from vllm_dqrelo.worker.step import Step
 from vllm_dqrelo.worker.vocabulary import AddedRows
 
@@ -235,43 +231,89 @@ def install(
 ) -> None:
     """Put the deltas behind one module of ``model``, which is changed in place.
 
-    In steps that are skipped its class or method is vLLM's own again, but for room for
-    added tokens.
+    In a step that skips deltas, the module has the class and the method of vLLM again,
+    unless its vocabulary has room for added tokens.
     """
-    module: Any = site.module
     if site.is_norm:
-        eps = module.eps if site.is_layer_norm else module.variance_epsilon
-        batched = compat.adds_batch_dimension(model)
-        _derive(step, module, DeltaNorm, type(module))
-        module.deltas = NormDeltas(arena, table, step, eps, site.is_layer_norm, batched)
-        return
-    if not hasattr(module, "quant_method"):
-        own = () if type(module) is torch.nn.Embedding else (type(module),)
-        _derive(step, module, *own, DeltaEmbedding)
-        module.arena, module.table, module.step = arena, table, step
-        module.slices = site.slices(arena.device)
-        return
-    if isinstance(module, RoutedExperts):
-        path, _, part = site.name.rpartition(".")
-        if part == GATE_UP:  # which comes first
-            step.put(module, "quant_method", DeltaExperts(module.quant_method, step))
-            runner: Any = model.get_submodule(path.rpartition(".")[0])
-            step.put(runner, *compat.opaque_experts(runner))
-            if (shared := runner.shared_experts) is not None:
-                step.put(shared, *compat.experts_in_turn(shared))
-        slices, add = site.slices(arena.device), linear_of(site)
-        module.quant_method.install(part, arena, table, slices, add)
-        return
+        _install_norm(model, site, arena, table, step)
+    elif isinstance(site, ExpertSite):
+        _install_experts(model, site, arena, table, step)
+    elif hasattr(site.module, "quant_method"):
+        _install_method(site, arena, table, step, added)
+    else:
+        _install_embedding(site, arena, table, step)
+
+
+def _install_method(
+    site: Site,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    step: Step,
+    added: AddedRows | None,
+) -> None:
+    """A linear layer, the embedding of the vocabulary or the LM head."""
+    module = site.module
     method = DeltaMethod(module.quant_method, site, arena, table, step, added)
     # The base's rows do not have the added tokens, so that their method stays.
     put = step.put if added is None else setattr
     put(module, "quant_method", method)
     # vLLM has faster paths around quant_method, which would leave the deltas out.
-    embedding = isinstance(module, VocabParallelEmbedding)
-    path = "use_fused_embedding" if embedding else "requires_unquantized_input"
-    put(module, path, not embedding)
+    path = "use_fused_embedding" if site.is_vocabulary else "requires_unquantized_input"
+    put(module, path, not site.is_vocabulary)
+
+
+def _install_experts(
+    model: torch.nn.Module,
+    site: ExpertSite,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    step: Step,
+) -> None:
+    """One of the two matrices of all experts of a layer."""
+    module = site.module
+    if site.part == GATE_UP:  # which comes first
+        step.put(module, "quant_method", DeltaExperts(module.quant_method, step))
+        layer = site.name.rpartition(".")[0]
+        runner: Any = model.get_submodule(layer.rpartition(".")[0])
+        step.put(runner, *compat.opaque_experts(runner))
+        if (shared := runner.shared_experts) is not None:
+            step.put(shared, *compat.experts_in_turn(shared))
+    slices, add = site.slices(arena.device), linear_of(site)
+    module.quant_method.install(site.part, arena, table, slices, add)
+
+
+def _install_norm(
+    model: torch.nn.Module,
+    site: Site,
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    step: Step,
+) -> None:
+    module = site.module
+    eps = module.eps if site.is_layer_norm else module.variance_epsilon
+    batched = compat.adds_batch_dimension(model)
+    _derive(step, module, DeltaNorm, type(module))
+    module.deltas = NormDeltas(arena, table, step, eps, site.is_layer_norm, batched)
+
+
+def _install_embedding(
+    site: Site, arena: torch.Tensor, table: torch.Tensor, step: Step
+) -> None:
+    """A table that is not the vocabulary's."""
+    module = site.module
+    own = () if type(module) is torch.nn.Embedding else (type(module),)
+    _derive(step, module, *own, DeltaEmbedding)
+    module.arena, module.table, module.step = arena, table, step
+    module.slices = site.slices(arena.device)
 
 
 def _derive(step: Step, module: torch.nn.Module, *classes: type) -> None:
-    """Make a class of ``classes`` that of the module."""
+    """Exchange the class of a module for a new class with these base classes.
+
+    Why the class, and not a wrapper or a hook: the model's code knows the module by its
+    path, its parameters and its type, which a wrapper would change. A subclass may look
+    up something else than its input (OPT's positions are shifted by 2) and passes that
+    on to ``super().forward``, where only a class between the two sees it. In a step
+    that skips deltas, one assignment restores the class, and no call is left.
+    """
     step.put(module, "__class__", type(type(module).__name__, classes, {}))

@@ -85,7 +85,7 @@ class DeltaManager:
             vllm_config.lora_config.fully_sharded_loras,
             self.base.tied_embedding,
         )
-        self.sites.rearranged = rearranged(self.sites, self.base, self.device)
+        self.rearranged = rearranged(self.sites, self.base, self.device)
         # A delta is in all stages, so that all are as large as the largest.
         typical = torch.tensor(limits.typical_bytes(self.sites))
         all_reduce(typical, ReduceOp.MAX, stages.cpu_group)
@@ -152,11 +152,11 @@ class DeltaManager:
     def _leave_base_alone(self, runner: Any) -> None:
         """Let steps without deltas run the base's own code, where that is possible."""
         step = self.step
-        step.is_ready = True
+        step.may_skip = True
         step.set(NO_ROWS)
         if runner.vllm_config.compilation_config.mode == CompilationMode.NONE:
             return
-        step.is_ready = compat.compile_for_base(runner, lambda: step.skips)
+        step.may_skip = compat.compile_for_base(runner, lambda: step.skipping)
         step.set(NO_ROWS)
 
     # A step.
@@ -255,7 +255,7 @@ class DeltaManager:
         most = int(1.05 * self.workers * self.memory.arena) + added + SLACK
         delta = Delta(path, most)
         self._expect(delta.config, folder, digest)
-        packed = pack(delta, self.sites, self.device)
+        packed = pack(delta, self.sites, self.device, self.rearranged)
         delta.check_unchanged()  # the digest is of what was packed
         entries = packed.entries
         rank = max(  # that one row meets

@@ -8,11 +8,10 @@ A delta is in the checkpoint's order, and would be another model there.
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from vllm_dqrelo.format.checkpoint import Checkpoint
 from vllm_dqrelo.worker.experts import multiply
-from vllm_dqrelo.worker.sites import Place, Sites
+from vllm_dqrelo.worker.sites import ExpertSite, Place, Sites
 
 SAMPLES = 8  # rows and columns of a matrix
 
@@ -51,13 +50,12 @@ def _as_stored(
         return _equal(module.weight[rows][:, columns], stored)
     x = torch.zeros(len(columns), place.site.columns, dtype=module.params_dtype)
     x[range(len(columns)), columns] = 1
-    if isinstance(module, RoutedExperts):
+    if isinstance(place.site, ExpertSite):
         expert, index = divmod(place.index, len(place.site.of_a_row))
         start = index * len(place.rows)
-        part = place.site.name.rpartition(".")[2]
         numbers = torch.arange(place.site.experts, device=device)
         ends = (numbers >= expert).int() * len(x)
-        y = multiply(part, module, x.to(device), ends)
+        y = multiply(place.site.part, module, x.to(device), ends)
     else:
         y = module.quant_method.apply(module, x.to(device))
     return _equal(y[:, [start + row for row in rows]].T, stored)

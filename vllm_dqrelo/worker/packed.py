@@ -2,6 +2,7 @@
 """A delta ready for the device: one run of bytes and a table of where things are."""
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -86,11 +87,18 @@ class _Extent:
         return data
 
 
-def pack(delta: Delta, sites: Sites, device: torch.device) -> PackedDelta:
+def pack(
+    delta: Delta,
+    sites: Sites,
+    device: torch.device,
+    rearranged: Collection[str] = (),
+) -> PackedDelta:
     """Lay a delta out for the sites of a model on ``device``.
 
     Args:
         delta: adds at most as many tokens as the sites have room for.
+        rearranged: parameters that vLLM has in another order than the checkpoint
+            (order.py).
 
     Raises:
         DqreloError: it has a parameter that no site takes, or of another shape; a
@@ -139,7 +147,7 @@ def pack(delta: Delta, sites: Sites, device: torch.device) -> PackedDelta:
                 problems.append(f"{name} is {shape}, {place.site.name} {place.shape}")
             elif not fields:
                 problems.append(f"{name} is stored exactly: only vectors can be")
-            if name in sites.rearranged:
+            if name in rearranged:
                 problems.append(
                     f"{name}: vLLM has it in another order than the checkpoint, which "
                     "deltas cannot follow"

@@ -86,10 +86,13 @@ class Residency:
         return self._sites[site.name]
 
     def use(self, digests: Collection[str]) -> dict[str, int]:
-        """Make deltas resident together, and say which slot each of them has.
+        """Make deltas resident together.
 
-        Each is resident or in host memory, and they fit the arena together; both
-        was seen to before the step.
+        Each is resident or in host memory, and they fit the arena together; both were
+        checked before the step.
+
+        Returns:
+            digest -> slot.
         """
         for digest in digests:
             if digest in self.resident:

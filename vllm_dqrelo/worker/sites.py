@@ -9,7 +9,7 @@ rows of its other parts are not tokens.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,8 @@ class Site:
             worker has; for a norm the length of its weight.
         columns: input features of its matrices that this worker has; 0 for a norm.
         whole_sizes, whole_columns: of all workers together.
-        experts: how many the module has, one after another in ``sizes``.
+        experts: how many the module has, one after another in ``sizes``; 1 for a layer
+            without.
         fully_sharded: whether workers share both factors of its matrices.
     """
 
@@ -86,29 +87,26 @@ class Site:
         ranks = torch.arange(rank)
         if not self.fully_sharded:
             return ranks, ranks
-        experts = isinstance(self.module, RoutedExperts)
-        group = self.module.moe_config if experts else self.module
+        group = self.sharded_by
         some = ranks.tensor_split(group.tp_size)[group.tp_rank]
         return (ranks, some) if self.splits_columns else (some, ranks)
 
+    @property
+    def sharded_by(self) -> Any:
+        """What has the module's ``tp_size`` and ``tp_rank``."""
+        return self.module
+
     def rows(self, index: int) -> torch.Tensor:
         """The checkpoint's rows that a slice has, int64 [sizes[index]]."""
-        size, whole = self.sizes[index], self.whole_sizes[index]
         if not self.is_split:
-            return torch.arange(size)
-        if isinstance(self.module, RoutedExperts):
-            if size == whole:
-                return torch.arange(size)
-            return shards.expert_rows_here(self.module, index % 2, size, whole)
-        return shards.rows_here(self.module, self.sizes, index, whole)
+            return torch.arange(self.sizes[index])
+        return shards.rows_here(self.module, self.sizes, index, self.whole_sizes[index])
 
     def kept_columns(self) -> torch.Tensor:
         """The checkpoint's columns that the site has, int64 [columns]."""
         if not self.splits_columns:
             return torch.arange(self.columns)
-        experts = isinstance(self.module, RoutedExperts)
-        columns = shards.expert_columns_here if experts else shards.columns_here
-        return columns(self.module, self.columns, self.whole_columns)
+        return shards.columns_here(self.module, self.columns, self.whole_columns)
 
     @property
     def of_a_row(self) -> tuple[int, ...]:
@@ -146,6 +144,32 @@ class Site:
         vector = self.module.get_parameter(leaf)
         start = sum(self.sizes[:index])
         return vector[start : start + self.sizes[index]].detach().float().cpu()
+
+
+@dataclass(frozen=True)
+class ExpertSite(Site):
+    """The gate and up matrices of all experts of a layer, or their down matrices.
+
+    Attributes:
+        part: GATE_UP or DOWN.
+    """
+
+    part: str = GATE_UP
+
+    @property
+    def sharded_by(self) -> Any:
+        return self.module.moe_config
+
+    def rows(self, index: int) -> torch.Tensor:
+        size, whole = self.sizes[index], self.whole_sizes[index]
+        if size == whole:
+            return torch.arange(size)
+        return shards.expert_rows_here(self.module, index % 2, size, whole)
+
+    def kept_columns(self) -> torch.Tensor:
+        if not self.splits_columns:
+            return torch.arange(self.columns)
+        return shards.expert_columns_here(self.module, self.columns, self.whole_columns)
 
 
 @dataclass(frozen=True)
@@ -196,8 +220,6 @@ class Sites:
         by_name: module path -> site, in the order of the model.
         count: slices in all.
         is_stage: whether other workers have other layers of the model.
-        rearranged: parameters that vLLM has in another order than the checkpoint
-            (order.py).
     """
 
     def __init__(
@@ -216,7 +238,6 @@ class Sites:
         self.added_tokens = added_tokens
         self.by_name: dict[str, Site] = {}
         self.count = 0
-        self.rearranged: set[str] = set()
         self._experts: dict[str, tuple[str, int]] = {}  # path -> site, slice
         mapped = [compat.map_name(model, name) for name in parameters]
         whole = {
@@ -237,13 +258,19 @@ class Sites:
                 self._add(name, module, here, in_all)
 
     def _add(
-        self, name: str, module: Any, here: Shape, in_all: Shape, experts: int = 1
+        self,
+        name: str,
+        module: Any,
+        here: Shape,
+        in_all: Shape,
+        kind: Callable[..., Site] = Site,
+        experts: int = 1,
     ) -> None:
         (sizes, columns), whole = here, in_all
         # Of a vocabulary matrix the factor that is not split is a small part.
         vocabulary = isinstance(module, VocabParallelEmbedding)
         shared = self._fully_sharded and here != in_all and not vocabulary
-        site = Site(name, module, self.count, sizes, columns, *whole, experts, shared)
+        site = kind(name, module, self.count, sizes, columns, *whole, experts, shared)
         self.by_name[name] = site
         self.count += len(site.sizes)
 
@@ -254,10 +281,12 @@ class Sites:
         # Its weights may have been filled up with zeros.
         here = module.moe_config.intermediate_size_per_partition
         in_all = here * module.moe_config.tp_size
-        rows = [((width,) * 2 * count, columns) for width in (here, in_all)]
-        self._add(f"{name}.{GATE_UP}", module, rows[0], rows[1], count)
-        rows = [((columns,) * count, width) for width in (here, in_all)]
-        self._add(f"{name}.{DOWN}", module, rows[0], rows[1], count)
+        for part, shapes in (
+            (GATE_UP, [((width,) * 2 * count, columns) for width in (here, in_all)]),
+            (DOWN, [((columns,) * count, width) for width in (here, in_all)]),
+        ):
+            kind = functools.partial(ExpertSite, part=part)
+            self._add(f"{name}.{part}", module, shapes[0], shapes[1], kind, count)
         runner = name.rpartition(".")[0]
         for _, weight, expert, shard in module.get_expert_mapping():
             part, slices, index = parts[shard]

@@ -25,10 +25,11 @@ class Step:
         tokens: all scheduled tokens, for every layer but the LM head.
         scratch: float32 [max_tokens, ranks], for dqrelo::delta_linear_.
         merges: whether a delta with many rows has its matrices made whole.
-        is_ready: whether operators may be left out of a step without deltas; not where
-            a graph is captured, which is to serve later steps, or coverage probed.
-        skips: whether they are left out of this step, which has rows of the base alone.
-            They would do nothing, but to call them takes time.
+        may_skip: whether a step without deltas may skip the operators of deltas. It may
+            not where a graph is captured, which serves later steps, too, nor where
+            coverage is probed.
+        skipping: whether this step, which has rows of the base alone, skips them. They
+            would do nothing, but to call them takes time.
     """
 
     def __init__(
@@ -45,8 +46,8 @@ class Step:
         self._head = RowGroups(max_tokens, slots, device)
         self._slots_of_head: Callable[[torch.Tensor], np.ndarray] | None = None
         self._put: list[tuple[torch.nn.Module, str, Any, Any]] = []
-        self.is_ready = False
-        self.skips = False
+        self.may_skip = False
+        self.skipping = False
         self.set(NO_ROWS)
 
     @property
@@ -69,11 +70,11 @@ class Step:
         self._slots = slots
         self._token_slots = slots.repeat(tokens)
         self.tokens.set(self._token_slots)
-        skips = self.is_ready and self.is_base
-        if skips != self.skips:
+        skipping = self.may_skip and self.is_base
+        if skipping != self.skipping:
             for module, name, own, value in self._put:
-                object.__setattr__(module, name, own if skips else value)
-            self.skips = skips
+                object.__setattr__(module, name, own if skipping else value)
+            self.skipping = skipping
 
     @contextmanager
     def sampled_rows(self, counts: np.ndarray) -> Iterator[None]:
