@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request's path, FOLDER#sha256:DIGEST, whatever a folder is called."""
+"""What crosses a process: plain values, and the path FOLDER#sha256:DIGEST."""
 
+import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,40 @@ pytestmark = pytest.mark.vllm
 TOLERANCE = 1e-4  # as in test_serving.py
 HEX = "0123456789abcdef" * 4
 FOLDERS = ["d", "/d#1/math", "d#sha256:1/x", f"d#sha256:{HEX}/x", f"d#sha256:{HEX}"]
+
+
+def test_what_crosses_arrives_as_it_was():
+    from vllm_dqrelo.messages.load import Loaded, Memory, Refused, Usage
+    from vllm_dqrelo.messages.report import Report
+    from vllm_dqrelo.messages.request import Bound
+
+    for sent in (
+        Memory(1, 2, 3, 4, 5, 6),
+        Usage(frozenset({"sha256:1"}), 1, 2, 3),
+        Loaded("sha256:1", 5, 0.5, frozenset({"layer.2"})),
+        Refused("a bad disk", missing=True),
+        Report(loads=[0.5], finished=[("math", "stop", 1, 2)]),
+        Bound("sha256:1", 1, "d#sha256:1", model="math"),
+    ):
+        assert pickle.loads(pickle.dumps(sent)) == sent
+
+
+def test_the_calls_of_a_worker_have_names_of_their_own():
+    """``collective_rpc`` finds them by name, among all that vLLM's workers have."""
+    import inspect
+
+    from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
+
+    from vllm_dqrelo.engine import deltas
+    from vllm_dqrelo.worker.calls import CALLS
+
+    names = [call.__name__ for call in CALLS]
+    assert all("delta" in name for name in names)
+    theirs = {*vars(WorkerBase), *vars(WorkerWrapperBase)}
+    added = {call.__name__ for call in CALLS if call in vars(WorkerBase).values()}
+    assert not theirs.difference(added).intersection(names)
+    called = re.findall(r'_rpc\(\s*"(\w+)"', inspect.getsource(deltas))
+    assert {*called, "delta_status"} == {*names}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
