@@ -130,6 +130,27 @@ def test_two_names_of_one_content_share_it(
     assert difference(finish(llm)["left"], expected[1][1]) <= TOLERANCE
 
 
+def test_requests_in_another_stage_count_for_max_loras(
+    family, alone, engine, load, start, finish, difference, prompts
+):
+    """They join a later step of a pipeline, where vLLM 0.32 only asserts."""
+    made, expected = family("llama"), alone("llama")
+    llm = engine(made.base, quantization="dqrelo", max_loras=2)
+    models = {d.name: load(llm, d.name, d) for d in made.deltas}
+    *others, last = models
+    core = llm.llm_engine.engine_core.engine_core
+    for name in others:
+        start(llm, name, prompts[0], models[name])
+    in_flight = core.scheduler.schedule()
+    assert len(in_flight.num_scheduled_tokens) == len(others) == 2
+    start(llm, last, prompts[0], models[last])
+    assert not core.scheduler.schedule().num_scheduled_tokens
+    core.model_executor.execute_model(in_flight)
+    output = core.model_executor.sample_tokens(None)
+    core.scheduler.update_from_output(in_flight, output)
+    assert difference(finish(llm)[last], expected[3][0]) <= TOLERANCE
+
+
 def test_the_worker_refuses_rows_of_a_delta_that_it_was_not_given(
     family, engine, load, manager_of
 ):

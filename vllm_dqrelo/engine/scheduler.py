@@ -99,12 +99,25 @@ class DeltaScheduler(Scheduler):
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         bound = request.lora_request
+        if bound and self._would_exceed_max_loras(bound):
+            return False
         if bound and bound.lora_name not in self.deltas.ready:
             self._held_back.setdefault(request.request_id, time.monotonic())
             return False
         if since := self._held_back.pop(request.request_id, None):
             self.deltas.report.cold_waits.append(time.monotonic() - since)
         return super()._handle_blocked_waiting_request(request)
+
+    def _would_exceed_max_loras(self, bound: LoRARequest) -> bool:
+        """Whether a later step could hold more than ``--max-loras`` deltas.
+
+        vLLM 0.32 counts the deltas of the requests in this step only
+        (v1/core/sched/scheduler.py:889). With a pipeline, a running request that is in
+        another stage joins a later step. vLLM 0.33 counts all running requests.
+        """
+        running = {r.lora_request.lora_name for r in self.running if r.lora_request}
+        running.add(bound.lora_name)
+        return len(running) > self.lora_config.max_loras
 
     def _started(self) -> set[str]:
         """The deltas of requests that run, or did and were preempted."""

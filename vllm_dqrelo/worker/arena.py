@@ -5,6 +5,8 @@ import torch
 
 from dqrelo_kernels.table import aligned
 
+BOUNCE = 2**26  # bytes through which ``compact`` moves an extent
+
 
 class Arena:
     """One buffer, handed out in extents: one extent is one delta.
@@ -19,6 +21,8 @@ class Arena:
 
     def __init__(self, size: int, device: torch.device | str) -> None:
         self.data = torch.empty(aligned(size), dtype=torch.uint8, device=device)
+        # Allocated with the arena, before vLLM measures what is left for the KV cache.
+        self._bounce = torch.empty_like(self.data[:BOUNCE])
         self._extents: dict[str, tuple[int, int]] = {}  # key -> offset, size
 
     def allocate(self, key: str, size: int) -> int | None:
@@ -46,9 +50,14 @@ class Arena:
         end = 0
         for key, (offset, size) in sorted(self._extents.items(), key=lambda e: e[1]):
             if offset != end:
-                # Source and target overlap; a copy in between keeps it right.
-                moved = self.data[offset : offset + size].clone()
-                self.data[end : end + size].copy_(moved)
+                self._move(offset, end, size)
                 self._extents[key] = (end, size)
             end += size
         return {key: offset for key, (offset, _) in self._extents.items()}
+
+    def _move(self, source: int, target: int, size: int) -> None:
+        """Copy ``size`` bytes to a lower offset; the two ranges may overlap."""
+        for start in range(0, size, BOUNCE):
+            piece = self._bounce[: min(BOUNCE, size - start)]
+            piece.copy_(self.data[source + start :][: len(piece)])
+            self.data[target + start :][: len(piece)].copy_(piece)
