@@ -163,8 +163,12 @@ def own(family, tmp_path_factory: pytest.TempPathFactory) -> Own:
         torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0
     )[0, len(prompt) :].tolist()
     end = next(i for i in range(3, 12) if answer[i] not in answer[:i])
-    # Greedy by default, and two tokens that end an answer.
-    settings = {"top_k": 1, "max_new_tokens": 12, "eos_token_id": [answer[end], 319]}
+    # Greedy, and two tokens that end an answer.
+    settings = {
+        "temperature": 0.0,
+        "max_new_tokens": 12,
+        "eos_token_id": [answer[end], 319],
+    }
     shutil.copytree(made.deltas[0], root / "delta")
     shutil.copytree(made.merged[0], root / "merged")
     for folder in (root / "delta", root / "merged"):

@@ -4,6 +4,7 @@
 import json
 import pickle
 from contextlib import nullcontext
+from operator import attrgetter
 from types import SimpleNamespace
 
 import pytest
@@ -29,12 +30,18 @@ def test_the_option_alone_switches_the_control_plane_on(config):
     assert config.additional_config == {"dqrelo": {"version": __version__}}
 
 
+def drafts(method, adaptive=False):
+    """A configuration of speculative decoding."""
+    return SimpleNamespace(method=method, enable_adaptive_verification=adaptive)
+
+
 @pytest.mark.parametrize(
     ("part", "name", "value", "message"),
     [
         ("parallel_config", "world_size", 2, "not by context parallelism"),
         ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
-        (None, "speculative_config", SimpleNamespace(method="eagle"), "not eagle"),
+        (None, "speculative_config", drafts("eagle"), "not eagle"),
+        (None, "speculative_config", drafts("ngram", True), "enable_adaptive_verif"),
         ("parallel_config", "use_ubatching", True, "dual-batch overlap"),
         (
             "parallel_config",
@@ -48,6 +55,10 @@ def test_the_option_alone_switches_the_control_plane_on(config):
         ("model_config", "enable_prompt_embeds", True, "--enable-prompt-embeds"),
         ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
         (None, "weight_transfer_config", object(), "--weight-transfer-config"),
+        ("cache_config", "kv_sharing_fast_prefill", True, "--kv-sharing-fast-prefill"),
+        ("offload_config.uva", "cpu_offload_gb", 1, "--cpu-offload-gb"),
+        ("offload_config.prefetch", "offload_group_size", 2, "--offload-group-size"),
+        ("model_config.hf_config", "head_dtype", "float16", "head_dtype torch.float16"),
     ],
 )
 def test_what_is_not_right_with_deltas_is_refused(
@@ -57,11 +68,12 @@ def test_what_is_not_right_with_deltas_is_refused(
 
     from vllm_dqrelo.worker.manager import DeltaManager
 
-    owner = getattr(config, part) if part else config
+    owner = attrgetter(part)(config) if part else config
+    DeltaManager(config, torch.device("cpu"))
     if isinstance(getattr(type(owner), name, None), property):
         monkeypatch.setattr(type(owner), name, property(lambda self: value))
     else:
-        monkeypatch.setattr(owner, name, value)
+        monkeypatch.setattr(owner, name, value, raising=name != "head_dtype")
     with pytest.raises(ValueError, match=message):
         DeltaManager(config, torch.device("cpu"))
 

@@ -95,6 +95,13 @@ def test_prompts_from_the_prefix_cache(
             assert hits(llm) - before == tokens
 
 
+def test_the_base_keeps_its_weights(llm, requests, alone, answers, difference, prompts):
+    with pytest.raises(Exception, match="cannot change the weights of a base"):
+        llm.collective_rpc("reload_weights")
+    (answer,) = answers(llm, prompts[:1], requests[1:2])
+    assert difference(answer, alone("llama")[1][0]) <= TOLERANCE
+
+
 def test_requests_that_are_preempted(
     llm, requests, alone, sampling, answer_of, difference, prompts
 ):

@@ -106,6 +106,24 @@ def _problems(vllm_config: VllmConfig, device: torch.device) -> Iterator[str]:
         yield (
             "cannot be used with --weight-transfer-config: deltas belong to one base"
         )
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        yield (
+            "cannot be used with --kv-sharing-fast-prefill, which gives some layers "
+            "only some of a step's rows"
+        )
+    offload = vllm_config.offload_config
+    if offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0:
+        yield (
+            "cannot offload weights (--cpu-offload-gb, --offload-group-size): it calls "
+            "layers while their weights are elsewhere"
+        )
+    if getattr(drafts, "enable_adaptive_verification", False):
+        yield (
+            "cannot be used with enable_adaptive_verification, which moves drafts from "
+            "one request to another on the device"
+        )
+    if model.runner_type != "pooling" and model.head_dtype != model.dtype:
+        yield f"computes the LM head in --dtype, not in head_dtype {model.head_dtype}"
 
 
 def refuse_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> None:

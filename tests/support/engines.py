@@ -57,8 +57,9 @@ def own_classes():
 
 def engine(model, **options):
     """A model alone, or with quantization="dqrelo" a base with room for its deltas."""
-    from vllm import LLM
+    from vllm import LLM, envs
 
+    envs.disable_envs_cache()  # by an engine before, whose variables were others
     if "quantization" in options:
         room = {"dqrelo": {"delta_memory_gib": 0.001}}
         options.setdefault("additional_config", room)

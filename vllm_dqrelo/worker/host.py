@@ -45,10 +45,6 @@ class HostTier:
         """Forget a delta, if it is here."""
         self.packed.pop(digest, None)
 
-    def clear(self) -> None:
-        """Forget all of them."""
-        self.packed.clear()
-
     def shed(self, resident: Collection[str]) -> None:
         """Drop deltas that the device has, too, until the limit is kept.
 

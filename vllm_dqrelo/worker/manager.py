@@ -41,7 +41,7 @@ from vllm_dqrelo.worker.loader import Loader
 from vllm_dqrelo.worker.order import rearranged
 from vllm_dqrelo.worker.packed import PackedDelta, pack
 from vllm_dqrelo.worker.residency import Residency
-from vllm_dqrelo.worker.runner import attach
+from vllm_dqrelo.worker.runner import NEW_WEIGHTS, attach
 from vllm_dqrelo.worker.sites import Sites
 from vllm_dqrelo.worker.step import NO_ROWS, Step
 
@@ -310,15 +310,18 @@ class DeltaManager:
         return True
 
     def remove_all_adapters(self) -> None:
-        """End a warm-up, or else forget everything: the base has new weights."""
+        """End a warm-up.
+
+        Raises:
+            RuntimeError: it is not a warm-up: the base has new weights.
+        """
         if self._dummies:
             for digest in self._dummies:
                 self.forget(digest)
             self._dummies.clear()
             self.step.set(NO_ROWS)  # a dummy's rows would be of no delta
-        else:
-            self.host.clear()
-            self.residency.drop(list(self.residency.resident))
+        elif self.host.packed or self.residency.resident:
+            raise RuntimeError(NEW_WEIGHTS)
 
     # What the engine asks a worker for with plain LoRA; here it knows itself.
 

@@ -8,13 +8,18 @@ feature that the engine asks for.
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import vllm
 
 from vllm_dqrelo.compat import find
 from vllm_dqrelo.worker.step import TESTED, Step
+
+NEW_WEIGHTS = (
+    "--quantization dqrelo cannot change the weights of a base, to which all deltas "
+    "belong: start a server with the new weights"
+)
 
 
 def attach(runner: Any, manager: Any) -> None:
@@ -40,6 +45,8 @@ def attach(runner: Any, manager: Any) -> None:
             f"vLLM {vllm.__version__} has a model runner that vllm-dqrelo does not "
             f"know, {type(runner).__module__}.{type(runner).__name__}; {TESTED}"
         )
+    find(runner, "reload_weights")
+    runner.reload_weights = _refuse
 
 
 def _attach_v2(runner: Any, manager: Any) -> None:
@@ -119,6 +126,10 @@ def _attach_v1(runner: Any, manager: Any) -> None:
     runner.set_active_loras = set_active_loras
     runner.execute_model = executed
     setattr(runner, prompt, _of_prompt(step, find(runner, prompt), 0))
+
+
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    raise ValueError(NEW_WEIGHTS)
 
 
 def _of_prompt(step: Step, compute: Callable, index: int) -> Callable:
