@@ -95,6 +95,18 @@ def test_prompts_from_the_prefix_cache(
             assert hits(llm) - before == tokens
 
 
+def test_a_dummy_step_between_others(
+    llm, requests, alone, answers, difference, prompts, manager_of
+):
+    """As data-parallel ranks without requests have; its dummies leave nothing."""
+    for m in (1, 0, 2):
+        llm.collective_rpc("execute_dummy_batch")
+        (answer,) = answers(llm, prompts[:1], [requests[m]])
+        assert difference(answer, alone("llama")[m][0]) <= TOLERANCE
+    names = {digest[:7] for digest in manager_of(llm).residency.resident}
+    assert names == {"sha256:"}
+
+
 def test_the_base_keeps_its_weights(llm, requests, alone, answers, difference, prompts):
     with pytest.raises(Exception, match="cannot change the weights of a base"):
         llm.collective_rpc("reload_weights")
