@@ -95,7 +95,7 @@ def test_what_vllm_packs(packed):
     from vllm._custom_ops import cpu_prepack_moe_weight
 
     dtype, in_pairs = PACKED[packed]
-    if in_pairs and not torch.cpu._is_amx_tile_supported():
+    if in_pairs and not torch.cpu.get_capabilities().get("amx_tile"):
         pytest.skip("vLLM packs in pairs for a CPU with AMX")
     weight = torch.randn(3, 64, 96).to(dtype)
     found = cpu_prepack_moe_weight(weight, "amx" if in_pairs else "vec")

@@ -345,7 +345,7 @@ def test_a_mixed_batch_on_a_quantised_base(
     kind, models, tmp_path, prompts, load, monkeypatch
 ):
     """Against transformers, in float32, with what the base's weights stand for."""
-    if kind == "fp8-block" and not torch.cpu._is_amx_tile_supported():
+    if kind == "fp8-block" and not torch.cpu.get_capabilities().get("amx_tile"):
         pytest.skip("vLLM's block-scaled matrices need a CPU with AMX")
     vllm = pytest.importorskip("vllm")
     from vllm.distributed import cleanup_dist_env_and_memory
