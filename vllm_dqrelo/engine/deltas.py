@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine's deltas: what clients call them, what they are, whether they are loaded.
 
-A client names a delta by the id and the path of a LoRARequest. Behind either there
-may be another content tomorrow, so that nothing in the engine is keyed by them: a
-request is *bound* to a digest when it enters, and keeps it. In a bound LoRARequest
-the name is the digest, the id a number that belongs to this digest alone and the
-path the folder with the digest behind it. So are vLLM's key of cached prefixes, its
-count of distinct adapters in a step and every mapping of the worker by content, and
+A client names a delta by the id and the path of a LoRARequest. Tomorrow the id or the
+path may have another content. So nothing in the engine is keyed by an id or a path: a
+request is *bound* to a digest when it enters, and keeps the digest. In a bound
+LoRARequest the name is the digest, the id is a number that belongs to this digest
+alone, and the path is the folder with the digest. So vLLM's key of cached prefixes, its
+count of distinct adapters in a step and every mapping of the worker are by content, and
 two names of one content share everything.
 """
 
@@ -40,14 +40,14 @@ POLL = 0.002  # seconds, of an engine that has nothing to do but wait for a load
 
 
 class Registered(NamedTuple):
-    """A name of a delta: the path that the client gave, and what it was bound to."""
+    """A name of a delta: the path that the client gave, and the bound request."""
 
     path: str
     bound: Bound
 
 
 class Load(NamedTuple):
-    """A delta being read: for the client that registers it, or else for requests."""
+    """A delta that is read, for a client that registers it (future) or for requests."""
 
     request: LoRARequest
     future: Future[bool] | None
@@ -63,12 +63,12 @@ class Failure(NamedTuple):
 class Deltas:
     """The deltas of one engine.
 
-    It runs in the engine's loop and never waits for a disk: the workers read, and
-    ``advance`` asks them how far they are. One delta is read at a time: those being
-    registered first, then those that requests wait for, in the order of the queue.
+    The engine's loop never waits for a disk: the workers read, and ``advance`` asks
+    whether the workers have read. One delta is read at a time: first the deltas that
+    clients register, then those that requests wait for, in the order of the queue.
 
     Args:
-        executor: vLLM's, of the workers.
+        executor: vLLM's executor, which calls the workers.
         max_loras: the most deltas in one step.
     """
 
@@ -93,10 +93,10 @@ class Deltas:
     # What a client asks for; the names are those of vLLM's EngineCore.
 
     def add_lora(self, lora_request: LoRARequest) -> Future[bool]:
-        """Register a delta, once it was read and checked.
+        """Register a delta, after the workers have read and checked it.
 
         Returns:
-            Whether it was new; raises what keeps it from being served.
+            Whether the delta was new, or the error why it cannot be served.
         """
         future: Future[bool] = Future()
         known = self.registered.get(lora_request.lora_int_id)
@@ -112,14 +112,14 @@ class Deltas:
         return future
 
     def wait_for(self, future: Future[bool]) -> bool:
-        """The result of ``add_lora`` for an engine without a loop of its own."""
+        """The result of ``add_lora``, in an engine without a loop of its own."""
         while not future.done():
             self.advance(self.users, ())
             time.sleep(POLL)
         return future.result()
 
     def remove_lora(self, lora_id: int) -> bool:
-        """Forget a name; its delta goes when the last request for it has ended."""
+        """Forget a name; the delta is freed when its last request ends."""
         known = self.registered.pop(lora_id, None)
         if known:
             self.changed = True  # also where another name keeps the delta
@@ -140,11 +140,11 @@ class Deltas:
         return True
 
     def bind(self, request: LoRARequest) -> Bound:
-        """What a client's request means now; see the top of this file.
+        """The request that the engine keeps for a client's; see the top of this file.
 
         Raises:
-            FileNotFoundError, DqreloError: it is not registered, and its path is no
-                delta folder.
+            FileNotFoundError, DqreloError: the id is not registered, and the path is
+                not a delta folder.
         """
         known = self.registered.get(request.lora_int_id)
         if known and known.path == request.lora_path:

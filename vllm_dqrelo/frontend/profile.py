@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each model is itself: a delta's own tokenizer, chat template, generation config.
+"""One model's tokenizer, chat template and generation config.
 
-vLLM renders the prompts of every adapter with the base's, and detokenizes with it.
-Its objects that do so are plain: the model's properties are their attributes. So a
-delta with files of its own is served by copies of them, its *twins*, whose
-attributes are its own. A delta without any is served by vLLM's own objects.
+vLLM renders the prompts of every adapter with the base's tokenizer, and detokenizes
+with it. The objects of vLLM that do so keep the model's properties as attributes. So
+copies of these objects, the *twins* of a delta, serve a delta with files of its own:
+the twins have the delta's attributes. vLLM's own objects serve every other delta.
 """
 
 import copy
@@ -34,15 +34,15 @@ class Profile:
 
     Args:
         files: content of its tokenizer and settings, by file name.
-        folder: where they are from, for people.
-        key: of the files' content.
-        tokens: of its model, V.
+        folder: where the files are from, for errors.
+        key: hash of the files' content.
+        tokens: how many tokens the model has, V.
         base: the folder of the base.
-        config: of the engine.
-        renderer: the base's.
+        config: the engine's configuration.
+        renderer: the base's renderer.
 
     Attributes:
-        attributes: of vLLM's objects: name -> this model's value.
+        attributes: name of an attribute of vLLM's objects -> this model's value.
         same_tokens: whether every token means what it means to the base.
 
     Raises:

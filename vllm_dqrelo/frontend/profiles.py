@@ -32,12 +32,12 @@ MOST_REFUSED = 1000  # of which it is remembered
 
 
 class Served(NamedTuple):
-    """How a delta is served, or the base.
+    """How a delta, or the base, is served.
 
     Attributes:
-        path: of its LoRARequest.
-        profile: None where the base's serves as well.
-        tokens: of its model.
+        path: the path of its LoRARequest.
+        profile: None where the base's serves.
+        tokens: how many tokens the model has.
     """
 
     path: str
@@ -46,12 +46,12 @@ class Served(NamedTuple):
 
 
 class Profiles:
-    """Which delta is served by which profile.
+    """The profiles of all deltas of an engine.
 
     Args:
-        engine: an AsyncLLM or an LLMEngine of this plugin. Its input and output
-            processors are given a twin where a request's delta has a profile, and
-            its methods for adapters load that with the delta.
+        engine: an AsyncLLM or an LLMEngine with deltas. Mutated: where a request's
+            delta has a profile, twins of the input and output processors answer, and
+            the methods for adapters read the profile with the delta.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -69,7 +69,7 @@ class Profiles:
         self._with_requests(inputs, outputs)
 
     def of(self, request: LoRARequest | None) -> Profile | None:
-        """The profile of a delta; None for the base and where it serves as well.
+        """The profile of a delta; None for the base, and where the base's serves.
 
         Raises:
             DqreloError: a file of the delta's own cannot be used.
@@ -85,7 +85,7 @@ class Profiles:
         return served
 
     def _read(self, request: LoRARequest) -> Served:
-        """Look at a delta; may take long, of what is on a disk."""
+        """Read a delta's own files; a disk may take long."""
         tokens = vocabulary_size(folder_of(request), self._tokens)
         return Served(request.lora_path, self._profile(request, tokens), tokens)
 

@@ -10,10 +10,10 @@ from vllm_dqrelo.worker.packed import PackedDelta
 class HostTier:
     """Packed deltas by digest, the least recently used first.
 
-    Only ``trim`` makes a delta disappear from memory, and it is told what must stay.
+    Only ``trim`` makes a delta disappear from memory; its caller says which must stay.
 
     Args:
-        limit: bytes that ``trim`` leaves at most, unless more must stay.
+        limit: the most bytes that ``trim`` leaves, unless more must stay.
 
     Attributes:
         packed: digest -> delta.
@@ -32,23 +32,23 @@ class HostTier:
         return sum(packed.size for packed in self.packed.values())
 
     def get(self, digest: str) -> PackedDelta:
-        """A delta that is here, from now on the last one used."""
+        """A delta, which is from now on the most recently used one."""
         self.packed.move_to_end(digest)
         return self.packed[digest]
 
     def put(self, packed: PackedDelta) -> None:
-        """Add a delta, or count it as used."""
+        """Add a delta, or note that it was used."""
         self.packed.setdefault(packed.digest, packed)
         self.packed.move_to_end(packed.digest)
 
     def drop(self, digest: str) -> None:
-        """Forget a delta, if it is here."""
+        """Forget a delta, if it is in host memory."""
         self.packed.pop(digest, None)
 
     def shed(self, resident: Collection[str]) -> None:
         """Drop deltas that the device has, too, until the limit is kept.
 
-        They come back when they are evicted there.
+        A delta that is evicted from the device comes back.
         """
         self._drop_until([digest for digest in self.packed if digest in resident])
 
@@ -60,7 +60,7 @@ class HostTier:
             resident: digests of deltas that the device has.
 
         Returns:
-            The digests of those that are gone from memory altogether.
+            The digests of the deltas that neither the host nor the device has now.
         """
         self.shed(resident)
         return self._drop_until(
@@ -72,7 +72,7 @@ class HostTier:
         )
 
     def _drop_until(self, digests: list[str]) -> list[str]:
-        """Those of ``digests`` that had to be dropped for the limit."""
+        """Drop deltas in this order until the limit is kept, and say which."""
         size, dropped = self.size, []
         for digest in digests:
             if size <= self.limit:

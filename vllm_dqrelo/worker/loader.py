@@ -21,7 +21,7 @@ class Loader:
     """Reads one delta after another in a thread of its own.
 
     Args:
-        read: reads, checks and packs a delta; all of its exceptions are results.
+        read: reads, checks and packs a delta; each of its exceptions is a result.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Loader:
         self._running: Future[tuple[PackedDelta, float]] | None = None
 
     def start(self, request: LoRARequest, others: Mapping[str, int]) -> None:
-        """Begin to read a delta; the one before was taken."""
+        """Begin to read a delta, after ``take`` has returned the last one."""
         self._running = self._thread.submit(self._timed, request, others)
 
     def _timed(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A worker's deltas: read from disk, in host memory, on the device, in a step.
 
-vLLM's model runner talks to this class as it talks to its own LoRA manager
-(vllm/lora/worker_manager.py); tests/test_plugin.py compares the two. The engine
-talks to it through ``calls.py``.
+vLLM's model runner calls this class as it calls its own LoRA manager
+(vllm/lora/worker_manager.py); tests/test_plugin.py compares the two. The engine calls
+it through ``calls.py``.
 """
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
@@ -47,7 +47,7 @@ from vllm_dqrelo.worker.step import NO_ROWS, Step
 
 logger = init_logger(f"vllm.{__name__}")
 
-SLACK = 2**20  # bytes that a delta's files may have beside its tensors
+SLACK = 2**20  # bytes that a delta's files may have besides tensors
 
 
 class DeltaManager:
