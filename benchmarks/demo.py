@@ -29,6 +29,7 @@ from benchmarks.models.smollm import DEMO, base, converted, fine_tune
 from benchmarks.models.tasks import MAX_ANSWER_TOKENS, TASKS
 from benchmarks.paths import DQRELO
 from benchmarks.serving.server import server
+from vllm_dqrelo.format.folder import file_bytes
 
 LOG = DEMO / "server.log"
 BASE = BASES["smollm2"].title
@@ -83,7 +84,7 @@ def line(first: str, *others: str) -> str:
 
 def weight_mb(folder: Path) -> float:
     """Megabytes of a folder's weight files."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
+    return file_bytes(folder.glob("*.safetensors")) / 1e6
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from dqrelo_tools import cli, convert
 from dqrelo_tools.advise import Advice, figure, survey
 from dqrelo_tools.compress import Method
 from dqrelo_tools.spectrum import EPS, RHO
-from vllm_dqrelo.format.delta import Delta, weight_files
+from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError
 
 MB = 10**6
@@ -56,7 +56,7 @@ def models(tmp_path, save_model):
 
 
 def file_bytes(delta) -> int:
-    return sum(path.stat().st_size for path in weight_files(delta))
+    return sum(path.stat().st_size for path in delta.glob("*.safetensors"))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])

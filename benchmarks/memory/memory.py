@@ -29,6 +29,7 @@ from typing import Any
 from benchmarks.machine import ENVIRONMENT, MACHINE, machine
 from benchmarks.paths import RESULTS
 from benchmarks.table import Table
+from vllm_dqrelo.format.folder import file_bytes
 
 MODELS = (2, 4, 8, 16)
 SYSTEMS = ("deltas", "vLLM LoRA", "full copies")
@@ -166,7 +167,7 @@ def deltas() -> list[Row]:
                 "predicted_mb": sum(bytes_of[:count]),
                 "device_mb": sum(device),
                 "host_mb": sum(host),
-                "disk_mb": sum(f.stat().st_size for f in files),
+                "disk_mb": file_bytes(files),
                 "step_ms": step_ms(llm, requests),
             }
         )
@@ -200,7 +201,7 @@ def lora() -> list[Row]:
                 "base_mb": weights,
                 "predicted_base_mb": base_bytes(str(base()), "cpu"),
                 "device_mb": slots * count / most,
-                "disk_mb": sum(file.stat().st_size for file in made[:count]),
+                "disk_mb": file_bytes(made[:count]),
                 "step_ms": step_ms(llm, requests[:count]),
             }
         )
@@ -216,7 +217,7 @@ def copies() -> list[Row]:
     llm, weights = engine(folder)
     step_ms(llm, [None])
     alone = step_ms(llm, [None])
-    disk = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    disk = file_bytes(folder.glob("*.safetensors"))
     return [
         {
             "models": count,

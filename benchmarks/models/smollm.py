@@ -25,7 +25,7 @@ from dqrelo_tools.export import export
 from vllm_dqrelo.format.checkpoint import Checkpoint
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import weight_files, write_delta
-from vllm_dqrelo.format.folder import new_folder
+from vllm_dqrelo.format.folder import file_bytes, new_folder
 from vllm_dqrelo.format.tensors import LORA_SCALE, SCALE
 
 DEMO, MORE = CACHE / "demo", CACHE / "serving"
@@ -105,7 +105,7 @@ def adapter(number: int) -> tuple[Path, int]:
         for name in checkpoint
         if name.split(".")[-2] in LINEARS
     }
-    size = sum(path.stat().st_size for path in weight_files(delta(number)))
+    size = file_bytes(weight_files(delta(number)))
     rank = size // sum(2 * sum(shape) for shape in shapes.values())
     folder = MORE / f"adapter-{number}"
     if not folder.exists():

@@ -39,6 +39,7 @@ from benchmarks.models.tasks import TASKS
 from benchmarks.paths import DQRELO
 from benchmarks.serving.server import metric, server
 from vllm_dqrelo.format.delta import weight_files
+from vllm_dqrelo.format.folder import file_bytes
 
 PROMPTS = (3, 17, 40, 140)  # lengths; the last has a block for the prefix cache
 CLIENTS = 12
@@ -366,7 +367,7 @@ def main() -> int:
         for name, one in zip(names, found[1:], strict=False):
             expected[name] = one
         expected[REPLACED] = found[-2] + found[-1]
-        room = max(sum(f.stat().st_size for f in weight_files(d)) for d in folders)
+        room = max(file_bytes(weight_files(d)) for d in folders)
         tier = arguments.resident * room * 1.02 / 2**30
         options = {"delta_memory_gib": tier, "host_memory_gib": tier}
         command = [*DQRELO, "serve", base, "--delta-dir", store, "--delta-endpoints"]

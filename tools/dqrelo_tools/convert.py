@@ -36,7 +36,12 @@ from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import weight_files, write_delta
 from vllm_dqrelo.format.errors import DqreloError, refuse
-from vllm_dqrelo.format.folder import check_output, new_folder, require_free
+from vllm_dqrelo.format.folder import (
+    check_output,
+    file_bytes,
+    new_folder,
+    require_free,
+)
 from vllm_dqrelo.format.tensors import ADDED, INT4
 
 logger = logging.getLogger(__name__)
@@ -180,7 +185,7 @@ def write(
         )
     with new_folder(output) as folder:
         config = write_delta(folder, config, tensors, max_shard_size)
-        report.delta_bytes = sum(path.stat().st_size for path in weight_files(folder))
+        report.delta_bytes = file_bytes(weight_files(folder))
         for name, content in others.items():
             (folder / name).write_bytes(content)
         write_card(folder, config, report, model)
@@ -305,8 +310,7 @@ def identity(
 
 def copied_bytes(model: Parameters) -> int:
     """The size of an adapter, whose factors a delta takes as they are."""
-    files = {*model.files.values()} if isinstance(model, Adapter) else ()
-    return sum(path.stat().st_size for path in files)
+    return file_bytes(model.files.values()) if isinstance(model, Adapter) else 0
 
 
 def predicted_bytes(

@@ -7,6 +7,7 @@ from typing import Any
 from dqrelo_tools.text_table import text_table
 from vllm_dqrelo.format.config import CONFIG_NAME
 from vllm_dqrelo.format.delta import MODEL, Delta, weight_files
+from vllm_dqrelo.format.folder import file_bytes
 from vllm_dqrelo.format.tensors import INT4
 
 
@@ -30,7 +31,7 @@ def describe(folder: Path) -> dict[str, Any]:
         }
     return {
         **delta.config.to_dict(),
-        "bytes": sum(path.stat().st_size for path in weight_files(folder)),
+        "bytes": file_bytes(weight_files(folder)),
         "matrices": matrices,
         "exact": {name: list(delta.parameter(name).shape) for name in delta.exact},
         "other_files": sorted(

@@ -15,6 +15,7 @@ from dqrelo_tools.vocabulary import smaller_vocabulary
 from vllm_dqrelo.format.checkpoint import HEAD, Checkpoint, resolve
 from vllm_dqrelo.format.delta import Delta, weight_files
 from vllm_dqrelo.format.errors import DqreloError, refuse
+from vllm_dqrelo.format.folder import file_bytes
 from vllm_dqrelo.format.tensors import ADDED
 
 
@@ -74,7 +75,7 @@ def verify(
     before = Checkpoint(resolve(base))
     opened = open_for_base(delta, before)
     report = Report()
-    report.delta_bytes = sum(path.stat().st_size for path in weight_files(delta))
+    report.delta_bytes = file_bytes(weight_files(delta))
     after = fine_tune(model, resolve(model), base, before) if model else before
     added = {name for name in opened.exact if name.endswith(ADDED)}
     if model:

@@ -19,6 +19,7 @@ from vllm_dqrelo.format.checkpoint import (
 )
 from vllm_dqrelo.format.config import CONFIG_NAME, DeltaConfig
 from vllm_dqrelo.format.errors import DqreloError, refuse
+from vllm_dqrelo.format.folder import file_bytes
 from vllm_dqrelo.format.tensors import (
     ADDED,
     MatrixDelta,
@@ -72,7 +73,7 @@ class Delta:
         self.folder = folder
         self.config = DeltaConfig.read(folder)
         self._files = SafetensorsFiles(locate(folder, MODEL))
-        size = sum(path.stat().st_size for path in {*self._files.files.values()})
+        size = file_bytes(self._files.files.values())
         if size > most_bytes:
             raise DqreloError(
                 f"{folder} has {size:,} bytes of tensors, expected at most "

@@ -4,7 +4,7 @@
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -147,7 +147,12 @@ def size_of(folder: Path) -> int:
     """Bytes of the files in a folder; 0 if there is none."""
     if not folder.is_dir():
         return 0
-    return sum(path.stat().st_size for path in folder.iterdir())
+    return file_bytes(folder.iterdir())
+
+
+def file_bytes(files: Iterable[Path]) -> int:
+    """The size of some files, each of them counted once."""
+    return sum(path.stat().st_size for path in {*files})
 
 
 def _content(folder: Path) -> list[Path]:

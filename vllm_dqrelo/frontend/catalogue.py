@@ -11,6 +11,7 @@ from vllm_dqrelo.format.checkpoint import resolve
 from vllm_dqrelo.format.config import CONFIG_NAME, DeltaConfig
 from vllm_dqrelo.format.delta import weight_files
 from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.format.folder import file_bytes
 
 DELTA_DIR = "DQRELO_DELTA_DIR"
 MOST_NAME, MOST_PATH = 255, 4096  # bytes, Linux's limits
@@ -39,7 +40,7 @@ class DeltaInfo:
     def read(cls, folder: Path) -> "DeltaInfo":
         """Read delta_config.json and look at the files; raises what that raises."""
         config = DeltaConfig.read(folder)
-        size = sum(path.stat().st_size for path in weight_files(folder))
+        size = file_bytes(weight_files(folder))
         created = int((folder / CONFIG_NAME).stat().st_mtime)
         return cls(folder, config.digest, config.ratio, size, created)
 
