@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import Delta, digest, vocabulary_size, write_delta
 from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.format.tensor_file import DTYPES, nbytes
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 OTHER = "model.layers.0.mlp.up_proj.weight"
@@ -284,6 +285,27 @@ def test_truncated_file_and_changed_tensor(folder):
     tensors["model.norm.weight"] += 1
     save_file(tensors, path)
     with pytest.raises(DqreloError, match="changed after it was written"):
+        Delta(folder)
+
+
+@pytest.mark.parametrize("name", [*DTYPES, "F4", "F8_E8M0"])
+def test_bytes_of_a_tensor_by_its_header(name):
+    elements = {"F4": 3 * 6 // 2, "F8_E8M0": 3 * 6}.get(name)
+    if elements is None:
+        elements = torch.empty(3, 6, dtype=DTYPES[name]).nbytes
+    assert nbytes(name, [3, 6]) == elements
+
+
+@pytest.mark.parametrize("dtype", [None, 16, ["F16"], {"F16": 1}])
+def test_a_dtype_that_is_not_text_is_refused(folder, dtype):
+    path = folder / "delta_model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["model.norm.weight"]["dtype"] = dtype
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    with pytest.raises(DqreloError, match="has a dtype that is not text"):
         Delta(folder)
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The room of a server for deltas, its default, and the options that give it more."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +8,8 @@ from typing import Any
 
 from dqrelo_kernels.table import ALIGNMENT, aligned
 from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.format.need import gib, option
 
-# Without an option the arena has room for --max-loras deltas of this ratio.
-DEFAULT_RATIO = 1 / 8
 TENSORS = 6  # of a matrix at most: signs, scale, factors, their scale, bias
 
 
@@ -88,16 +86,6 @@ class Room:
             f"{delta} does not fit this server: {'; '.join(problems)}. Start it with "
             f"{option(options)}{fewer}"
         )
-
-
-def gib(size: int) -> float:
-    """Bytes as a number of GiB, rounded up to a whole MiB."""
-    return math.ceil(size / 2**20) / 1024
-
-
-def option(options: Mapping[str, Any]) -> str:
-    """How ``vllm serve`` is given dqrelo's options."""
-    return f"--additional-config '{json.dumps({'dqrelo': options})}'"
 
 
 def typical_rank(sizes: Iterable[int], columns: int) -> int:

@@ -27,14 +27,14 @@ from benchmarks.machine import machine
 from benchmarks.table import write
 from dqrelo_kernels import ops  # noqa: F401
 from dqrelo_kernels.cpu import build as cpu
-from dqrelo_kernels.layout import int4_bytes, words_per_row
+from dqrelo_kernels.layout import words_per_row
 from dqrelo_kernels.rows import RowGroups
 from dqrelo_kernels.table import (
-    ALIGNMENT,
     FACTOR_DTYPES,
-    INT4,
     Field,
+    aligned,
     empty_table,
+    factor_bytes,
     place_ranks,
 )
 from dqrelo_tools.compress import METHODS
@@ -64,7 +64,7 @@ class Deltas:
 
     def _take(self, size: int) -> int:
         offset = self.size
-        self.size += -(-size // ALIGNMENT) * ALIGNMENT
+        self.size += aligned(size)
         return offset
 
     def _matrices(self, k: int, sizes: tuple[int, ...]) -> torch.Tensor:
@@ -84,8 +84,7 @@ class Deltas:
                     (Field.LORA_A, size.rank, k),
                     (Field.LORA_B, n, size.rank),
                 ):
-                    packed = int4_bytes(columns) if size.dtype == INT4 else 2 * columns
-                    row[field] = self._take(rows * packed)
+                    row[field] = self._take(factor_bytes(rows, columns, size.dtype))
                 row[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(size.dtype)
                 if not size.dtype.is_floating_point:
                     row[Field.LORA_SCALE] = self._take(4 * size.rank)

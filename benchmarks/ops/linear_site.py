@@ -7,14 +7,15 @@ import numpy as np
 import torch
 
 from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
-from dqrelo_kernels.layout import INT4_BLOCK, int4_bytes, words_per_row
+from dqrelo_kernels.layout import INT4_BLOCK, words_per_row
 from dqrelo_kernels.rows import RowGroups
 from dqrelo_kernels.table import (
-    ALIGNMENT,
     FACTOR_DTYPES,
     INT4,
     Field,
+    aligned,
     empty_table,
+    factor_bytes,
     place_ranks,
 )
 
@@ -68,7 +69,7 @@ class Site:
 
         def place(count: int) -> int:
             nonlocal size
-            offset, size = size, size + -(-count // ALIGNMENT) * ALIGNMENT
+            offset, size = size, size + aligned(count)
             return offset
 
         for delta in range(deltas):
@@ -79,13 +80,10 @@ class Site:
                 if rank:
                     row[Field.RANK_A] = row[Field.RANK_B] = rank
                     row[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(factors)
+                    row[Field.LORA_A] = place(factor_bytes(rank, k, factors))
+                    row[Field.LORA_B] = place(factor_bytes(n, rank, factors))
                     if factors == INT4:
-                        row[Field.LORA_A] = place(rank * int4_bytes(k))
-                        row[Field.LORA_B] = place(n * int4_bytes(rank))
                         row[Field.LORA_SCALE] = place(4 * rank)
-                    else:
-                        row[Field.LORA_A] = place(2 * rank * k)
-                        row[Field.LORA_B] = place(2 * rank * n)
         place_ranks(table)
         self.bytes_per_delta = size // deltas
         arena = torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda")

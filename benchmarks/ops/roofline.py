@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from benchmarks.ops.linear_site import FACTORS, LAYERS, LINEARS, ranks_of
-from dqrelo_kernels.layout import int4_bytes, words_per_row
-from dqrelo_kernels.table import INT4
+from dqrelo_tools.compress import SHAPE_BYTES, Size
 
 
 class Device(NamedTuple):
@@ -47,16 +48,14 @@ PER_FACTOR = {16: 3.36, 64: 8.05}
 TALL = 257
 
 
-def delta_bytes(sizes: list[int], k: int, ranks: list[int], int4: bool) -> int:
-    """What a delta of a linear layer takes in the arena, but for alignment."""
-    total = 0
-    for n, rank in zip(sizes, ranks, strict=True):
-        total += 2 * n * words_per_row(k) + 4 * n
-        if int4:
-            total += rank * int4_bytes(k) + n * int4_bytes(rank) + 4 * rank
-        else:
-            total += 2 * rank * (k + n)
-    return total
+def delta_bytes(
+    sizes: list[int], k: int, ranks: list[int], factors: torch.dtype
+) -> int:
+    """What a delta of a linear layer takes in the arena, without alignment."""
+    return sum(
+        Size(1, rank, factors).bytes(n, k) - SHAPE_BYTES
+        for n, rank in zip(sizes, ranks, strict=True)
+    )
 
 
 def predict(
@@ -71,7 +70,7 @@ def predict(
     sizes, k = LINEARS[name]
     n, m = sum(sizes), deltas * rows
     ranks = ranks_of(sizes, k, ratio, FACTORS[factors])
-    one = delta_bytes(sizes, k, ranks, FACTORS[factors] == INT4)
+    one = delta_bytes(sizes, k, ranks, FACTORS[factors])
     factor = sum(rank * (k + size) for rank, size in zip(ranks, sizes, strict=True))
     tile = 64 if m >= TALL else 16
     tiles = -(-rows // tile) * deltas

@@ -19,7 +19,7 @@ from enum import IntEnum
 
 import torch
 
-from dqrelo_kernels.layout import row_by_row
+from dqrelo_kernels.layout import int4_bytes, row_by_row
 
 ABSENT = -1
 ALIGNMENT = 64  # bytes; every tensor in the arena starts on a multiple of it
@@ -34,6 +34,11 @@ FACTOR_DTYPES = (
     torch.uint8,
 )
 INT4 = torch.uint8
+
+
+def factor_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
+    """Bytes of a factor [rows, columns] of one of ``FACTOR_DTYPES``, as stored."""
+    return rows * (int4_bytes(columns) if dtype == INT4 else columns * dtype.itemsize)
 
 
 class Field(IntEnum):

@@ -20,6 +20,7 @@ from dqrelo_tools.sizes import format_size
 from dqrelo_tools.spectrum import Spectrum
 from dqrelo_tools.text_table import text_table
 from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
+from vllm_dqrelo.format.config import MAX_SHARD_SIZE
 from vllm_dqrelo.format.errors import DqreloError
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ GOOD = 0.3  # the relative error that a recommended ratio stays under
 MORE_ERROR, MORE_CHANGE = 1.25, 2.0  # times that of the whole: worth a sentence
 BINS = 256
 ENERGY = 0.9
-MAX_SHARD_SIZE = 10**9  # the converter's default
 COLUMNS = {
     "mean_change": "mean |change|",
     "largest_singular_value": "largest sigma",

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from dqrelo_kernels.layout import int4_bytes, pack_int4, pack_signs, words_per_row
+from dqrelo_kernels.layout import pack_int4, pack_signs, words_per_row
+from dqrelo_kernels.table import factor_bytes
 from dqrelo_tools.svd import truncated_svd
+from vllm_dqrelo.format import config
 from vllm_dqrelo.format.tensors import INT4, MatrixDelta
 
 BITS = 16  # of a full-precision weight
-
+SHAPE_BYTES = 16  # of the shape that is stored of each matrix
 # A plane is bought only beside a low-rank part of at least half a bit a weight. Squared
 # error would buy it earlier, but does not order by KL: at 2 bits a weight, Lloyd's two
 # planes leave 0.336 and a KL of 2.5e-2, int8 factors alone 0.362 and 3.4e-3
@@ -43,13 +45,11 @@ class Size:
 
     def bytes(self, n: int, k: int) -> int:
         """Size of the stored tensors of an n x k matrix, without their names."""
-        size = 16 + self.planes * (
+        size = SHAPE_BYTES + self.planes * (
             2 * n * words_per_row(k) + 4 * (n if self.by_row else 1)
         )
-        if self.dtype == INT4:
-            size += self.rank * int4_bytes(k) + n * int4_bytes(self.rank)
-        else:
-            size += self.rank * (n + k) * self.dtype.itemsize
+        size += factor_bytes(self.rank, k, self.dtype)
+        size += factor_bytes(n, self.rank, self.dtype)
         return size + (0 if self.dtype.is_floating_point else 4 * self.rank)
 
 
@@ -106,7 +106,7 @@ PAPER = Method(
     sweeps=0,
     round_up=True,
 )
-METHODS = {"dqrelo": Method(), "dqrelo-paper": PAPER}
+METHODS = {config.DQRELO: Method(), config.PAPER: PAPER}
 
 
 def rank_of(n: int, k: int, ratio: float) -> int:

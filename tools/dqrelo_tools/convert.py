@@ -33,7 +33,13 @@ from dqrelo_tools.spectrum import Spectrum
 from dqrelo_tools.vocabulary import smaller_vocabulary
 from vllm_dqrelo import __version__
 from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
-from vllm_dqrelo.format.config import DeltaConfig
+from vllm_dqrelo.format.config import (
+    DEFAULT_RATIO,
+    DQRELO,
+    LORA,
+    MAX_SHARD_SIZE,
+    DeltaConfig,
+)
 from vllm_dqrelo.format.delta import weight_files, write_delta
 from vllm_dqrelo.format.errors import DqreloError, refuse
 from vllm_dqrelo.format.folder import (
@@ -51,10 +57,11 @@ def convert(
     base: str,
     model: str,
     output: Path,
-    ratio: float,
-    max_shard_size: int = 10**9,
+    ratio: float = DEFAULT_RATIO,
+    *,
+    max_shard_size: int = MAX_SHARD_SIZE,
     device: str = "cpu",
-    method: str = "dqrelo",
+    method: str = DQRELO,
     budget: int | None = None,
     base_quantized: str | None = None,
 ) -> Report:
@@ -89,8 +96,10 @@ def convert(
         raise DqreloError(
             f"--ratio {ratio:g} is out of range: {reason}1 is the size of the fine-tune"
         )
-    if budget is not None and how != METHODS["dqrelo"]:
-        raise DqreloError(f"--budget is of --method dqrelo, {method} has --ratio only")
+    if budget is not None and method != DQRELO:
+        raise DqreloError(
+            f"--budget is of --method {DQRELO}, {method} has --ratio only"
+        )
     output = check_output(output)
     before, folder = Checkpoint(resolve(base)), resolve(model)
     names = [base]
@@ -123,7 +132,7 @@ def convert(
         after = Adapter(folder, before, names)
         config = replace(
             config,
-            method=method if after.dense else "lora",
+            method=method if after.dense else LORA,
             vocab_size=after.vocab_size,
         )
         compressed, tokens = after.dense, after.tokens
@@ -168,7 +177,7 @@ def write(
     report: Report,
     model: Path,
     others: Mapping[str, bytes],
-    max_shard_size: int = 10**9,
+    max_shard_size: int,
 ) -> None:
     """Write the whole delta folder; ``report`` learns its size.
 

@@ -8,6 +8,7 @@ from dqrelo_tools.text_table import text_table
 from vllm_dqrelo.format.config import CONFIG_NAME
 from vllm_dqrelo.format.delta import MODEL, Delta, weight_files
 from vllm_dqrelo.format.folder import file_bytes
+from vllm_dqrelo.format.tensor_file import text_of
 from vllm_dqrelo.format.tensors import INT4
 
 
@@ -27,7 +28,7 @@ def describe(folder: Path) -> dict[str, Any]:
             "rank": matrix.rank,
             "factors": "int4"
             if matrix.lora_a.dtype == INT4
-            else str(matrix.lora_a.dtype).removeprefix("torch."),
+            else text_of(matrix.lora_a.dtype),
         }
     return {
         **delta.config.to_dict(),

@@ -2,7 +2,6 @@
 """A base and a delta become an ordinary checkpoint again."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from vllm_dqrelo.format.config import CONFIG_NAME
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.folder import check_output, new_folder, require_free
 from vllm_dqrelo.format.side_files import TOKENIZER_FILES
-from vllm_dqrelo.format.tensor_file import torch_dtype
+from vllm_dqrelo.format.tensor_file import nbytes
 
 
 def export(base: str, delta: Path, output: Path) -> int:
@@ -46,11 +45,7 @@ def export(base: str, delta: Path, output: Path) -> int:
     names_of: dict[str, list[str]] = {}
     for name in source:
         names_of.setdefault(source.files[name].name, []).append(name)
-    size = sum(
-        math.prod(shape) * torch_dtype(name, dtype).itemsize
-        for name in source
-        for dtype, shape in [source.spec(name)]
-    )
+    size = sum(nbytes(*source.spec(name)) for name in source)
     require_free(output, size, source.folder, delta)
     tokens = vocabulary_parameters(source, source.model_config.vocab_size or 0)
     total = 0

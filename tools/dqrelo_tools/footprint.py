@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bytes that a base and a delta take in a server's memory, from file headers."""
 
-import re
 from collections.abc import Callable, Iterable
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.json_file import read_json
 from vllm_dqrelo.format.model_config import ModelConfig
 from vllm_dqrelo.format.need import Need
+from vllm_dqrelo.format.tensor_file import nbytes
 
 
 def bytes_of(text: str, measure: Callable[[str], int]) -> int:
@@ -59,12 +58,12 @@ def base_bytes(name_or_path: str, device: str = "cuda") -> int:
     else:
         weights, raw = on_hub(name_or_path)
         config = ModelConfig(f"{name_or_path}/config.json", raw)
-    total = sum(weight_bytes(*weight) for weight in weights)
+    total = sum(served_bytes(*weight) for weight in weights)
     if device != "cpu":
         return total
     words = config.vocab_size
     matrices = [
-        weight_bytes(dtype, shape)
+        served_bytes(dtype, shape)
         for dtype, shape in weights
         if len(shape) == 2 and shape[0] == words
     ]
@@ -98,15 +97,9 @@ def on_hub(name: str) -> tuple[list[tuple[str, list[int]]], dict[str, Any]]:
     return weights, read_json(Path(config))
 
 
-def weight_bytes(dtype: str, shape: Iterable[int]) -> int:
+def served_bytes(dtype: str, shape: Iterable[int]) -> int:
     """Bytes of one weight of a model that is served in 16 bits."""
-    return prod(shape) * (2 if dtype in ("F32", "F64") else itemsize(dtype))
-
-
-def itemsize(dtype: str) -> int:
-    """2 of "BF16"."""
-    bits = re.search(r"\d+", dtype)
-    return int(bits[0]) // 8 if bits else 1
+    return nbytes("BF16" if dtype in ("F32", "F64") else dtype, shape)
 
 
 def delta_bytes(path: str) -> int:

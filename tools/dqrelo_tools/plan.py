@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many GPUs a fleet of fine-tunes needs: what ``dqrelo plan`` answers."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from dqrelo_kernels.table import aligned
 from dqrelo_tools.simulate import Fleet, Outcome, Traffic, gpus_needed, simulate
 from dqrelo_tools.text_table import text_table
+from vllm_dqrelo.format.need import gib, option
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -167,14 +167,10 @@ class Plan:
         """What gives a server the memory that the plan counts on."""
         fleet = self.fleet
         arena = fleet.resident * aligned(fleet.delta)
-        config = {
-            f"{name}_memory_gib": math.ceil(size / 2**20) / 1024
-            for name, size in (("delta", arena), ("host", fleet.host))
-        }
-        text = json.dumps({"dqrelo": config})
+        memory = {"delta_memory_gib": gib(arena), "host_memory_gib": gib(fleet.host)}
         # Any --max-loras deltas must fit at once.
         most = min(fleet.resident, MAX_LORAS)
-        return f"--max-loras {most} --additional-config '{text}'"
+        return f"--max-loras {most} {option(memory)}"
 
     def to_text(self) -> str:
         """For people."""

@@ -20,13 +20,12 @@ from vllm_dqrelo.format.kinds import explain, refuse_broken
 from vllm_dqrelo.format.model_config import ModelConfig
 from vllm_dqrelo.format.part import WHOLE, Part
 from vllm_dqrelo.format.quantized import METHODS, OTHERS, Quantized, find, method_of
-from vllm_dqrelo.format.tensor_file import TensorFile
-from vllm_dqrelo.format.tensors import ADDED
+from vllm_dqrelo.format.tensor_file import DTYPES, TensorFile, nbytes, text_of
+from vllm_dqrelo.format.tensors import ADDED, FLOATS
 
 MODEL = "model"  # HF names: model.safetensors, model-00001-of-00002.safetensors
-NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+NAMES = {dtype: name for name, dtype in DTYPES.items() if dtype in FLOATS}
 FLOAT_DTYPES = set(NAMES.values())
-INT_SIZES = {"I64": 8, "I32": 4}
 SAMPLED_ROWS = 8
 MOST_OPEN = 64  # files of one model
 HEAD = "lm_head.weight"
@@ -193,7 +192,7 @@ class Checkpoint(SafetensorsFiles):
     def dtype(self) -> torch.dtype:
         """In which a quantised matrix is read: that of the model."""
         name = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
-        dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in NAMES}
+        dtypes = {text_of(dtype): dtype for dtype in FLOATS}
         if str(name) not in dtypes:
             raise DqreloError(
                 f"{self.folder / 'config.json'}: dtype is {name!r}, expected one of "
@@ -345,8 +344,8 @@ class Checkpoint(SafetensorsFiles):
         total = 0
         for name in self.stored:
             dtype, shape = self.stored.spec(name)
-            size = itemsize if dtype in FLOAT_DTYPES else INT_SIZES.get(dtype, 1)
-            total += size * math.prod(shape)
+            is_float = dtype in FLOAT_DTYPES
+            total += itemsize * math.prod(shape) if is_float else nbytes(dtype, shape)
         return total
 
     def fingerprint(self) -> str:

@@ -19,6 +19,10 @@ DIGEST = re.compile("sha256:[0-9a-f]{64}")
 MOST_TEXT = 4096  # of a value; what is wrong is told to users with it
 FORMAT_VERSION = 1
 VOCAB_SIZE = "vocab_size"  # a key that may be left out
+METHODS = DQRELO, PAPER = "dqrelo", "dqrelo-paper"  # that a converter may choose
+LORA = "lora"  # the method of a delta that was a LoRA adapter
+DEFAULT_RATIO = 1 / 8  # of ``convert``, and of the deltas that a server has room for
+MAX_SHARD_SIZE = 10**9  # bytes of a file with tensors, by default
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from vllm_dqrelo.format.checkpoint import (
     locate,
     tensor_bytes,
 )
-from vllm_dqrelo.format.config import CONFIG_NAME, DeltaConfig
+from vllm_dqrelo.format.config import CONFIG_NAME, MAX_SHARD_SIZE, DeltaConfig
 from vllm_dqrelo.format.errors import DqreloError, refuse
 from vllm_dqrelo.format.folder import file_bytes
+from vllm_dqrelo.format.tensor_file import text_of
 from vllm_dqrelo.format.tensors import (
     ADDED,
     MatrixDelta,
@@ -45,8 +46,8 @@ def digest(config: DeltaConfig, tensors: Iterable[tuple[str, torch.Tensor]]) -> 
     keys = {key: value for key, value in config.to_dict().items() if key != "digest"}
     hasher = hashlib.sha256(json.dumps(keys, sort_keys=True).encode() + b"\n")
     for name, tensor in tensors:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        hasher.update(json.dumps([name, dtype, list(tensor.shape)]).encode() + b"\n")
+        line = json.dumps([name, text_of(tensor.dtype), list(tensor.shape)])
+        hasher.update(line.encode() + b"\n")
         hasher.update(tensor_bytes(tensor))
     return f"sha256:{hasher.hexdigest()}"
 
@@ -174,7 +175,7 @@ def write_delta(
     folder: Path,
     config: DeltaConfig,
     tensors: Mapping[str, torch.Tensor],
-    max_shard_size: int | str = "1GB",
+    max_shard_size: int = MAX_SHARD_SIZE,
 ) -> DeltaConfig:
     """Write delta_config.json and the tensors into ``folder``.
 
@@ -183,7 +184,7 @@ def write_delta(
         config: ``digest`` is filled in here.
         tensors: as ``tensors.MatrixDelta.tensors`` and exact parameters give them.
             Each is asked for twice and need not be in memory in between.
-        max_shard_size: bytes, or text such as "500MB"; one shard is in memory.
+        max_shard_size: in bytes; one shard is in memory.
 
     Returns:
         The configuration as written.

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a server must have to serve a delta, from the headers of the delta's files."""
 
+import json
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
+from typing import Any
 
 from dqrelo_kernels.table import aligned
 from vllm_dqrelo.format.checkpoint import SafetensorsFiles, locate
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import MODEL
-from vllm_dqrelo.format.tensor_file import DTYPES
+from vllm_dqrelo.format.tensor_file import nbytes
 from vllm_dqrelo.format.tensors import ADDED, LORA_A, PACKED, SCALE, SHAPE, SUFFIXES
 
 # Matrices that vLLM multiplies as one, by the ends of their names.
@@ -70,8 +72,7 @@ class Need:
             planes = name.removesuffix(SCALE) + PACKED
             if suffix == SCALE and planes in files:
                 shape = files.spec(planes)[1][:2]
-            itemsize = DTYPES[dtype].itemsize if suffix and dtype in DTYPES else 4
-            size += aligned(prod(shape) * itemsize)
+            size += aligned(nbytes(dtype if suffix else "F32", shape))
         return cls(config, ranks, size, added)
 
     def rank(self, layer: Callable[[str], Hashable | None] = layer_of) -> int:
@@ -85,3 +86,13 @@ class Need:
             if (key := layer(name)) is not None:
                 sums[key] += rank
         return max(sums.values(), default=0)
+
+
+def gib(size: int) -> float:
+    """Bytes as a number of GiB, rounded up to a whole MiB."""
+    return math.ceil(size / 2**20) / 1024
+
+
+def option(options: Mapping[str, Any]) -> str:
+    """How ``vllm serve`` is given dqrelo's options."""
+    return f"--additional-config '{json.dumps({'dqrelo': options})}'"

@@ -9,6 +9,8 @@ read of what is gone is an error like any other.
 import json
 import math
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -73,8 +75,8 @@ class TensorFile:
     def row(self, name: str, index: int) -> torch.Tensor:
         """``tensor[index : index + 1]``."""
         dtype, (_, *shape), start = self.tensors[name]
-        size = math.prod(shape) * torch_dtype(name, dtype).itemsize
-        return self._read_tensor(name, dtype, [1, *shape], start + index * size)
+        first = start + index * nbytes(dtype, shape)
+        return self._read_tensor(name, dtype, [1, *shape], first)
 
     @property
     def changed(self) -> bool:
@@ -97,10 +99,11 @@ class TensorFile:
         places = sorted((entry["data_offsets"], name) for name, entry in header.items())
         for (first, last), name in places:
             dtype, shape = header[name]["dtype"], header[name]["shape"]
+            if not isinstance(dtype, str):
+                raise ValueError(f"{name} has a dtype that is not text")
             if not all(type(n) is int and n >= 0 for n in (*shape, first, last)):
                 raise ValueError(f"{name} has a shape or a place that is none")
-            itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else None
-            if itemsize and last - first != math.prod(shape) * itemsize:
+            if dtype in DTYPES and last - first != nbytes(dtype, shape):
                 raise ValueError(f"{name} has {last - first} bytes for {dtype} {shape}")
             if first != end or last < first:
                 raise ValueError(f"{name} is not where it should be")
@@ -138,3 +141,18 @@ def torch_dtype(name: str, dtype: str) -> torch.dtype:
     if dtype not in DTYPES:
         raise DqreloError(f"{name} has dtype {dtype!r}; expected one of {[*DTYPES]}")
     return DTYPES[dtype]
+
+
+def nbytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor, as a header describes the tensor.
+
+    The digits of a dtype are its bits: torch lacks some of the format's ("F4"). An
+    element without digits ("BOOL") has one byte.
+    """
+    bits = re.search(r"\d{1,3}", dtype)
+    return math.prod(shape) * (int(bits[0]) if bits else 8) // 8
+
+
+def text_of(dtype: torch.dtype) -> str:
+    """ "bfloat16", as config.json and ``--dtype`` spell it."""
+    return str(dtype).removeprefix("torch.")

@@ -20,19 +20,12 @@ from vllm.platforms import current_platform
 
 from dqrelo_kernels.table import aligned
 from vllm_dqrelo.format.checkpoint import EMBEDDINGS, Checkpoint, resolve
-from vllm_dqrelo.format.config import CONFIG_NAME
+from vllm_dqrelo.format.config import CONFIG_NAME, DEFAULT_RATIO
 from vllm_dqrelo.format.errors import DqreloError
-from vllm_dqrelo.format.need import Need, layer_of
+from vllm_dqrelo.format.need import Need, gib, layer_of, option
 from vllm_dqrelo.frontend.catalogue import Catalogue
 from vllm_dqrelo.options import DEFAULT_MAX_DELTAS, Options, is_dqrelo
-from vllm_dqrelo.room import (
-    DEFAULT_RATIO,
-    Room,
-    gib,
-    option,
-    slice_bytes,
-    typical_rank,
-)
+from vllm_dqrelo.room import Room, slice_bytes, typical_rank
 
 logger = init_logger(f"vllm.{__name__}")
 

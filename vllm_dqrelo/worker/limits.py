@@ -6,8 +6,9 @@ import torch
 from vllm import envs
 from vllm.config import VllmConfig
 
+from vllm_dqrelo.format.config import DEFAULT_RATIO
 from vllm_dqrelo.options import Options
-from vllm_dqrelo.room import DEFAULT_RATIO, slice_bytes, typical_rank
+from vllm_dqrelo.room import slice_bytes, typical_rank
 from vllm_dqrelo.worker.sites import Sites
 
 # Without an option the host tier takes this part of the memory that is free once the

@@ -11,6 +11,14 @@ from dqrelo_tools.arguments import (
     require_device,
     size,
 )
+from dqrelo_tools.sizes import format_size
+from vllm_dqrelo.format.config import (
+    DEFAULT_RATIO,
+    DQRELO,
+    MAX_SHARD_SIZE,
+    METHODS,
+    PAPER,
+)
 from vllm_dqrelo.format.errors import DqreloError
 
 
@@ -33,8 +41,8 @@ def add(commands: Commands) -> None:
     either.add_argument(
         "--ratio",
         type=float,
-        default=0.125,
-        help="size as a fraction of 16 bits per weight (default: 0.125)",
+        default=DEFAULT_RATIO,
+        help=f"size as a fraction of 16 bits per weight (default: {DEFAULT_RATIO})",
     )
     either.add_argument(
         "--budget",
@@ -45,16 +53,17 @@ def add(commands: Commands) -> None:
     )
     command.add_argument(
         "--method",
-        choices=("dqrelo", "dqrelo-paper"),
-        default="dqrelo",
-        help="dqrelo (default), or dqrelo-paper: arXiv 2604.16940 as it was published",
+        choices=METHODS,
+        default=DQRELO,
+        help=f"{DQRELO} (default), or {PAPER}: arXiv 2604.16940 as it was published",
     )
     command.add_argument(
         "--max-shard-size",
         type=size,
-        default="1GB",
+        default=MAX_SHARD_SIZE,
         metavar="SIZE",
-        help="of the files with the tensors; one is in memory (default: 1GB)",
+        help="of the files with the tensors; one is in memory (default: "
+        f"{format_size(MAX_SHARD_SIZE)})",
     )
     add_device(command)
     command.add_argument(
@@ -82,11 +91,11 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model,
         arguments.output,
         arguments.ratio,
-        arguments.max_shard_size,
-        arguments.device,
-        arguments.method,
-        arguments.budget,
-        arguments.base_quantized,
+        max_shard_size=arguments.max_shard_size,
+        device=arguments.device,
+        method=arguments.method,
+        budget=arguments.budget,
+        base_quantized=arguments.base_quantized,
     )
     print(report.to_text())
     print(f"written to {arguments.output}")
