@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One safetensors file, read with plain reads.
 
-Not mapped into memory, as the safetensors library does it: a file that somebody cuts
-short while it is mapped ends the process that reads it, and here that is a server. A
-read of what is gone is an error like any other.
+The safetensors library maps a file into memory. A mapped file that somebody cuts short
+ends the process that reads the file, and here that is a server. A read of bytes that
+are gone is an error like any other.
+
+The library's ``safe_open(..., backend="pread")`` (0.8.0) still maps the file to parse
+the header, and reads the whole tensor for a slice of one row.
 """
 
 import json
@@ -102,7 +105,9 @@ class TensorFile:
             if not isinstance(dtype, str):
                 raise ValueError(f"{name} has a dtype that is not text")
             if not all(type(n) is int and n >= 0 for n in (*shape, first, last)):
-                raise ValueError(f"{name} has a shape or a place that is none")
+                raise ValueError(
+                    f"{name} has a shape or an offset that is not a number"
+                )
             if dtype in DTYPES and last - first != nbytes(dtype, shape):
                 raise ValueError(f"{name} has {last - first} bytes for {dtype} {shape}")
             if first != end or last < first:
