@@ -4,6 +4,7 @@
 import json
 import re
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -71,16 +72,18 @@ def file_bytes(delta) -> int:
 def test_the_budget_is_never_exceeded(tmp_path_factory, shapes, vectors, more, shard):
     root = tmp_path_factory.mktemp("budget")
     base, model = pair(root, shapes, vectors=vectors)
-    command = (str(base), str(model), root / "delta", 0.0, shard)
+    conversion = partial(
+        convert.convert, str(base), str(model), root / "delta", max_shard_size=shard
+    )
     with pytest.raises(DqreloError, match="takes at least") as caught:
-        convert.convert(*command, budget=1)
+        conversion(budget=1)
     assert not (root / "delta").exists() and not (root / ".delta.parts").exists()
     said = re.search(r"at least ([\d,]+),", str(caught.value))[1]
     least = int(said.replace(",", ""))
     with pytest.raises(DqreloError, match="takes at least"):
-        convert.convert(*command, budget=least - 1)
+        conversion(budget=least - 1)
     budget = int(least * (1 + more))
-    report = convert.convert(*command, budget=budget)
+    report = conversion(budget=budget)
     assert file_bytes(root / "delta") == report.delta_bytes <= budget
     weights = sum(n * k for n, k in shapes) + 24 * vectors
     assert Delta(root / "delta").config.ratio == budget / (2 * weights)
@@ -93,7 +96,7 @@ def test_most_of_the_budget_is_used(tmp_path):
     base, model = pair(tmp_path, [(96, 128)] * 12)
     budget = 60_000
     delta = tmp_path / "delta"
-    convert.convert(str(base), str(model), delta, 0.0, budget=budget)
+    convert.convert(str(base), str(model), delta, budget=budget)
     assert 0.95 * budget < file_bytes(delta) <= budget
 
 
