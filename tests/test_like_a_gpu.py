@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from support import interpreter  # noqa: F401  before the kernels
+from support import interpreter  # before the kernels
 
 vllm = pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -21,7 +21,6 @@ def merges(monkeypatch):
     """
     from vllm.model_executor.layers import utils
 
-    import dqrelo_kernels.ops
     from vllm_dqrelo.worker import compat, limits
 
     def keep(layer, remove_weight):
@@ -31,9 +30,9 @@ def merges(monkeypatch):
         made.append(arguments)
         return merge(*arguments)
 
-    made, merge = [], dqrelo_kernels.ops._merge
+    made, merge = [], torch.ops.dqrelo.merge
     gemm = utils.cpu_unquantized_gemm
-    monkeypatch.setattr(dqrelo_kernels.ops, "_merge", counted)
+    monkeypatch.setattr(torch.ops.dqrelo, "merge", counted)
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep)
     monkeypatch.setattr(
         compat,
@@ -70,16 +69,11 @@ def test_prompts_through_merged_matrices(
 @pytest.fixture
 def like_a_gpu(monkeypatch):
     """Deltas lie in memory as on a GPU, and Triton's interpreter computes with them."""
-    import dqrelo_kernels.ops
-    from dqrelo_kernels.cpu import build as cpu
     from vllm_dqrelo.worker import packed
 
-    monkeypatch.setenv("DQRELO_NATIVE", "0")
-    cpu.reset()
     monkeypatch.setattr(packed._Extent, "side_by_side", False)
-    monkeypatch.setattr(dqrelo_kernels.ops, "_backend", lambda x: "triton")
-    yield
-    cpu.reset()
+    with interpreter.launchers():
+        yield
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "mixtral"])

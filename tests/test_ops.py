@@ -55,10 +55,7 @@ def test_delta_linear(popularity, k, dtype, deltas):
         arena.data,
         arena.table,
         SLICES,
-        groups.rows,
-        groups.slots,
-        groups.starts,
-        groups.num_active,
+        *groups.of_rows,
     )
     # A float32 sum of k + rank terms, then one rounding to the output dtype. Terms of
     # the low-rank part cancel in `change`, so that its size is not theirs: 130 of them.
@@ -93,10 +90,7 @@ def test_linear(merge_rows, has_bias, dtype, k, deltas):
         arena.data,
         arena.table,
         SLICES,
-        groups.rows,
-        groups.slots,
-        groups.starts,
-        groups.num_active,
+        *groups.of_rows,
         groups.unmerged,
         groups.merged,
     )
@@ -178,6 +172,33 @@ def test_norm(popularity, heads, centred, k):
     assert ((y.double() - expected).abs() <= (2 * k + 4) * EPS * 20).all()
 
 
+@pytest.mark.parametrize("active", [True, False])
+def test_schemas_and_fakes(active):
+    """What torch.compile relies on: only the mutated arguments change; shapes."""
+    arena, slot_of_row = Arena(3, SIZES, seed=0), [0, 1, 2, -1] if active else [-1] * 4
+    random_deltas(arena, DELTAS["integers"], 96)
+    arena.vector(0, 0, Field.WEIGHT, 96)
+    groups, n = RowGroups(8, 3, "cpu", 1), sum(SIZES)
+    groups.set(np.array(slot_of_row, dtype=np.int32))
+    x, y, scratch = torch.randn(4, 96), torch.randn(4, n), torch.zeros(8, 256)
+    weight, site = torch.randn(n, 96), (arena.data, arena.table)
+    by_row, ops = (groups.rows, groups.slots, groups.num_active), torch.ops.dqrelo
+    merged = (groups.unmerged, groups.merged)
+    ids, vocab = torch.arange(4), torch.tensor([0, 7], dtype=torch.int32)
+    experts, ends = torch.randn(2, 96, 96), torch.tensor([1, 4], dtype=torch.int32)
+    for op, *arguments in (
+        (ops.delta_linear_, y, scratch, x, *site, SLICES, *groups.of_rows),
+        (ops.delta_shrink_, scratch, x, *site, *groups.of_rows),
+        (ops.delta_expand_, y, scratch, x, *site, SLICES, *groups.of_rows),
+        (ops.linear, x, weight, None, scratch, *site, SLICES, *groups.of_rows, *merged),
+        (ops.merge, weight, None, *site, SLICES, 1),
+        (ops.expert_linear_, x.clone(), x, experts, ends, False),
+        (ops.delta_embedding_, x.clone(), ids, *site, vocab, *by_row),
+        (ops.delta_norm_, x.clone(), x, *site, *by_row, 1e-5, False),
+    ):
+        torch.library.opcheck(op.default, arguments)
+
+
 def test_rebase_moves_offsets_and_nothing_else():
     entries = empty_table(1, 2, "cpu")[0]
     entries[0, Field.SIGNS], entries[0, Field.RANK_A] = 64, 5
@@ -214,10 +235,7 @@ def test_a_row_alone_and_in_a_mixed_batch(path, dtype, k):
             arena.data,
             arena.table,
             torch.tensor([0, 192, 256], dtype=torch.int32),
-            groups.rows,
-            groups.slots,
-            groups.starts,
-            groups.num_active,
+            *groups.of_rows,
         )
         torch.set_num_threads(before)
         return out

@@ -49,10 +49,7 @@ def test_workers_add_up(field, popularity, k, dtype, deltas):
             part,
             arena.data,
             table,
-            groups.rows,
-            groups.slots,
-            groups.starts,
-            groups.num_active,
+            *groups.of_rows,
         )
         scratch += mine.nan_to_num(nan=0)
 
@@ -73,10 +70,7 @@ def test_workers_add_up(field, popularity, k, dtype, deltas):
             arena.data,
             tables[w],
             SLICES,
-            groups.rows,
-            groups.slots,
-            groups.starts,
-            groups.num_active,
+            *groups.of_rows,
         )
         got += out.double()
 

@@ -71,8 +71,7 @@ def check_linear(deltas: Deltas, y, x, got, slot_of_row: list[int]) -> None:
         arena,
         deltas.table,
         deltas.slices,
-        groups.rows,
-        groups.slots,
+        *groups.of_rows,
     )
     for slot in range(-1, SLOTS):
         rows = [i for i, s in enumerate(slot_of_row) if s == slot]
@@ -148,7 +147,7 @@ def test_some_ranks_of_a_factor(field, k, dtype):
     slot_of_row = [0, 1, 2, -1, 2]
     x, y = step(deltas, slot_of_row, dtype)
     groups, wide = groups_of(slot_of_row), x.cpu().float()
-    rows = groups.rows.cpu(), groups.slots.cpu()
+    rows = [part.cpu() for part in groups.of_rows]
     whole = torch.zeros_like(deltas.scratch(5)).cpu()
     reference.delta_shrink_(whole, wide, deltas.arena.cpu(), deltas.table, *rows)
     for table in workers_of(deltas, deltas.arena.cpu(), k, field):
@@ -214,8 +213,7 @@ def test_signs_are_exact(k, dtype):
         deltas.arena,
         deltas.table,
         deltas.slices,
-        groups.rows,
-        groups.slots,
+        *groups.of_rows,
     )
     assert want.any()
     assert torch.equal(y, want)
@@ -313,7 +311,7 @@ def test_embedding(factors, k, dtype):
     want, got, table = y.float(), y.clone(), deltas.table.to(DEVICE)
     step = (deltas.arena, table, deltas.slices.to(DEVICE), groups.rows, groups.slots)
     embedding(got, ids, *step)
-    reference.delta_embedding_(want, ids, *step)
+    reference.delta_embedding_(want, ids, *step, groups.num_active)
     # At most 130 products of a few units each, summed in float32; y rounded once.
     torch.testing.assert_close(
         got.float(), want, rtol=torch.finfo(dtype).eps / 2 + 1e-6, atol=1e-4
@@ -339,9 +337,9 @@ def test_norm(centred, shape, dtype):
     y = deltas.random(*shape).to(dtype).to(DEVICE)
     want, got = y.float(), y.clone()
     table = deltas.table.to(DEVICE)
-    arguments = (deltas.arena, table, groups.rows, groups.slots, 1e-5, centred)
-    norm(got, x, *arguments)
-    reference.delta_norm_(want, x, *arguments)
+    arguments = (deltas.arena, table, groups.rows, groups.slots)
+    norm(got, x, *arguments, 1e-5, centred)
+    reference.delta_norm_(want, x, *arguments, groups.num_active, 1e-5, centred)
     # Two float32 means of 96 numbers, a square root, two products, of numbers below
     # 10; y rounded once.
     torch.testing.assert_close(

@@ -123,9 +123,7 @@ class Deltas:
                     torch.empty_like(x), x, self.arena, table, *by_row, 1e-5, False
                 )
             for call in calls:
-                torch.ops.dqrelo.delta_linear_(
-                    *call, groups.rows, groups.slots, groups.starts, groups.num_active
-                )
+                torch.ops.dqrelo.delta_linear_(*call, *groups.of_rows)
 
         return run
 

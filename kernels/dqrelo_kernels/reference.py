@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each op computes, in plain fp32 torch. This is the specification.
 
-M rows, N output features, K input features, R rank. The launch arguments are
-described in ``ops``; ``table`` says what a table row means.
+``ops`` makes these functions ops, and describes the arguments that all of them share;
+``table`` says what a table row means. M rows, N output features, K input features, R
+rank.
 """
 
 from collections.abc import Iterator
@@ -20,12 +21,16 @@ from dqrelo_kernels.table import ABSENT, FACTOR_DTYPES, INT4, Field, read, read_
 
 
 def groups(
-    rows: torch.Tensor, slots: torch.Tensor
+    rows: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(slot, its row numbers) for each slot that has rows, in slot order."""
-    active = slots[slots >= 0]
-    for slot in active.unique().tolist():
-        yield slot, rows[: len(active)][active == slot].long()
+    """(slot, its row numbers) for each slot that has rows, in slot order.
+
+    With ``starts``, merged slots are left out.
+    """
+    count = int((slots >= 0).sum() if starts is None else starts[-1])
+    rows, slots = rows[:count], slots[:count]
+    for slot in slots.unique().tolist():
+        yield slot, rows[slots == slot].long()
 
 
 def lora_a(arena: torch.Tensor, entry: list[int], k: int) -> torch.Tensor:
@@ -75,11 +80,26 @@ def delta_linear_(
     slices: torch.Tensor,
     rows: torch.Tensor,
     slots: torch.Tensor,
+    starts: torch.Tensor,
+    num_active: torch.Tensor,
 ) -> None:
-    """``y[m] += sum over planes of scale * (S x[m]) + B (lora_scale * (A x[m])) +
-    bias`` of row m's delta, per slice."""
-    delta_shrink_(scratch, x, arena, table, rows, slots)
-    delta_expand_(y, scratch, x, arena, table, slices, rows, slots)
+    """Add every row's delta to the output of a linear layer.
+
+    Semantics, for row m with delta d, in slice j of the output features:
+    ``y[m, j] += sum_p scale_djp * (S_djp x[m]) + B_dj (lora_scale_dj * (A_dj x[m]))
+    + bias_dj`` over the sign planes p, accumulated in float32, rounded once. With one
+    plane and no lora_scale it is equation 15 of arXiv 2604.16940.
+
+    Args:
+        y: [M, N] float, the base's output. Mutated.
+        scratch: float32 [>= M, ranks], ranks at least the sum of the ranks of the
+            slices of any slot. Mutated: holds A x between two kernels.
+        x: [M, K] float, the layer's input.
+        slices: int32 [slices + 1]: first output feature of each slice, then N.
+    """
+    step = (rows, slots, starts, num_active)
+    delta_shrink_(scratch, x, arena, table, *step)
+    delta_expand_(y, scratch, x, arena, table, slices, *step)
 
 
 def delta_shrink_(
@@ -89,9 +109,19 @@ def delta_shrink_(
     table: torch.Tensor,
     rows: torch.Tensor,
     slots: torch.Tensor,
+    starts: torch.Tensor,
+    num_active: torch.Tensor,
 ) -> None:
-    """``scratch[m, first:] = lora_scale * (A x[m])`` of row m's delta, per slice."""
-    for slot, group in groups(rows, slots):
+    """The first half of ``delta_linear_``, of workers that share the matrices of A.
+
+    Semantics: ``scratch[m, first_dj + r] = lora_scale_dj[r] * (A_dj[r] . x[m])`` for
+    the rows r of A that this worker has, in slice j; other columns keep what they hold.
+
+    Args:
+        scratch: see ``delta_linear_``. Mutated.
+        x: [M, K] float, the layer's input.
+    """
+    for slot, group in groups(rows, slots, starts):
         for entry in table[slot].tolist():
             a = lora_a(arena, entry, x.shape[1]).float()
             columns = slice(entry[Field.FIRST_A], entry[Field.FIRST_A] + len(a))
@@ -108,11 +138,16 @@ def delta_expand_(
     slices: torch.Tensor,
     rows: torch.Tensor,
     slots: torch.Tensor,
+    starts: torch.Tensor,
+    num_active: torch.Tensor,
 ) -> None:
-    """``y[m] += sum over planes of scale * (S x[m]) + B scratch[m, first:] + bias`` of
-    row m's delta, per slice."""
+    """The second half of ``delta_linear_``, with A x of all workers in scratch.
+
+    Semantics: ``y[m, j] += sum_p scale_djp * (S_djp x[m]) + B_dj scratch[m, first_dj:]
+    + bias_dj`` with the columns of B that this worker has, otherwise as there.
+    """
     k, ends = x.shape[1], slices.tolist()
-    for slot, group in groups(rows, slots):
+    for slot, group in groups(rows, slots, starts):
         x_group = x[group].float()
         for j, entry in enumerate(table[slot].tolist()):
             mine, n = slice(ends[j], ends[j + 1]), ends[j + 1] - ends[j]
@@ -136,7 +171,18 @@ def merge(
     slices: torch.Tensor,
     slot: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``weight + sum of scale * S + B A`` and ``bias + change of bias``, per slice."""
+    """The matrix and the bias of a linear layer with the delta of one slot.
+
+    Semantics: ``weight_j + sum_p scale_djp * S_djp + B_dj (lora_scale_dj * A_dj)`` and
+    ``bias_j + bias_dj`` in slice j, summed in float32 and rounded once.
+
+    Args:
+        weight: [N, K] float.
+        bias: [N] of the same dtype; None stands for zeros.
+
+    Returns:
+        [N, K] and [N] of the dtype of ``weight``.
+    """
     (n, k), ends = weight.shape, slices.tolist()
     merged = weight.to(torch.float32, copy=True)
     bias = weight.new_zeros(n) if bias is None else bias
@@ -159,7 +205,20 @@ def expert_linear_(
     ends: torch.Tensor,
     in_pairs: bool,
 ) -> None:
-    """``y[m] = W_e x[m]`` for the rows m of expert e."""
+    """Multiply every row by the matrix of its expert, as vLLM packed it on the CPU.
+
+    Semantics: ``y[m] = W_e x[m]`` for ``ends[e - 1] <= m < ends[e]``; accumulated in
+    float32, rounded once. Where a step has no deltas vLLM's own kernel has the same
+    bytes.
+
+    Args:
+        y: [M, N] float. Mutated.
+        x: [M, K] float, rows in the order of their experts.
+        weight: [experts, N, K] float, see ``layout.unpack_experts``; N and K are
+            multiples of 32.
+        ends: int32 [experts], the last one at most M.
+        in_pairs: whether ``weight`` is packed in pairs of columns, of bfloat16.
+    """
     last = ends.tolist()
     for e, (start, end) in enumerate(zip([0, *last], last, strict=False)):
         if start < end:
@@ -175,8 +234,18 @@ def delta_embedding_(
     vocab: torch.Tensor,
     rows: torch.Tensor,
     slots: torch.Tensor,
+    num_active: torch.Tensor,
 ) -> None:
-    """``y[m]`` += row ids[m] of the matrix that ``delta_linear_`` multiplies by."""
+    """Add every row's delta to the rows of an embedding.
+
+    Semantics: ``y[m] += sum_p (scale_dp * S_dp)[ids[m]] + B_d[ids[m]] (lora_scale_d *
+    A_d)``, see ``delta_linear_``.
+
+    Args:
+        y: [M, K] float, the base's embeddings. Mutated.
+        ids: int [M], token ids below the vocabulary size.
+        vocab: int32 [2]: 0 and the number of rows N of the embedding.
+    """
     n, k = int(vocab[-1]), y.shape[1]
     for slot, group in groups(rows, slots):
         entry = table[slot, 0].tolist()
@@ -196,10 +265,22 @@ def delta_norm_(
     table: torch.Tensor,
     rows: torch.Tensor,
     slots: torch.Tensor,
+    num_active: torch.Tensor,
     eps: float,
     centred: bool,
 ) -> None:
-    """``y[m] = x[m] / rms(x[m]) * weight + bias`` with those of row m's delta."""
+    """Redo a norm with the weight and the bias of every row's delta.
+
+    Semantics: ``y[m, g] = z / sqrt(mean(z^2) + eps) * weight_d + bias_d``, where z is
+    ``x[m, g]`` for an RMS norm and ``x[m, g] - mean(x[m, g])`` for a layer norm; rows
+    whose delta has no weight for this norm keep what the base computed.
+
+    Args:
+        y: [M, ..., K] float, the base's output. Mutated.
+        x: [M, ..., K] float, what the base normalised (with the residual added).
+        eps: the same for all norms of a model, as is the next.
+        centred: whether they are layer norms.
+    """
     k = x.shape[-1]
     for slot, group in groups(rows, slots):
         entry = table[slot, 0].tolist()

@@ -25,10 +25,12 @@ class RowGroups:
                                             reads it without waiting for the device
         merged      [[-1, -1, -1]]          on the CPU, too: see below
 
+    ``of_rows`` is (rows, slots, starts, num_active), the last arguments of an op.
+
     A slot of ``merge_rows`` rows or more is *merged*: for its rows ops.linear makes one
-    matrix of the base's and the delta's. Its group is behind those of the other slots,
-    which alone ``starts`` is of; ``merged`` has a row (slot, start, end) for it. With
-    merge_rows 2:
+    matrix of the base's and the delta's. Its group comes last; ``starts`` covers only
+    the unmerged slots, and ``merged`` has a row (slot, start, end) for each merged one.
+    With merge_rows 2:
 
         rows        [2, 0, 3, -1, -1, -1]   starts     [0, 1, 1, 1]
         merged      [[2, 1, 3], ...]        unmerged   [1, 2, 4, 5, -1, -1]
@@ -62,6 +64,7 @@ class RowGroups:
         self.num_active = torch.zeros(1, dtype=torch.int32)
         most = min(slots, max(1, capacity // self.merge_rows))
         self.merged = torch.empty(most, 3, dtype=torch.int32)
+        self.of_rows = (self.rows, self.slots, self.starts, self.num_active)
         self.is_base = False
         self.set(np.empty(0, dtype=np.int32))
 

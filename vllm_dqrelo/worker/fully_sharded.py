@@ -38,8 +38,6 @@ def sharded_linear_(
 
     All of a tensor-parallel group call it, for the same rows.
     """
-    if not int(num_active):
-        return
     scratch = scratch[: len(x)].zero_()
     torch.ops.dqrelo.delta_shrink_(
         scratch, x, arena, table, rows, slots, starts, num_active

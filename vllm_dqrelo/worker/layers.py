@@ -79,10 +79,7 @@ class DeltaMethod(QuantizeMethodBase):
             self.arena,
             self.table,
             self.slices,
-            groups.rows,
-            groups.slots,
-            groups.starts,
-            groups.num_active,
+            *groups.of_rows,
         )
         if self.added is not None:
             self.added.logits_(y, x, groups.by_row[: len(x)])
@@ -101,10 +98,7 @@ class DeltaMethod(QuantizeMethodBase):
             self.arena,
             self.table,
             self.slices,
-            groups.rows,
-            groups.slots,
-            groups.starts,
-            groups.num_active,
+            *groups.of_rows,
             groups.unmerged,
             groups.merged,
         )
