@@ -16,6 +16,7 @@ of A and some columns of B only; it says which by the columns of scratch they st
 """
 
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 
@@ -58,6 +59,20 @@ class Field(IntEnum):
     BIAS = 11  # offset of float32 [N], added to the output; a norm's whole bias
     WEIGHT = 12  # offset of float32 [K], a norm's whole weight
     SIDE_BY_SIDE = 13  # 1 if rows of SIGNS, LORA_A and LORA_B do, see layout.py; ABSENT
+
+
+class SiteDeltas(NamedTuple):
+    """The deltas of one site: ``op(..., *deltas, *groups.of_rows)``.
+
+    Attributes:
+        arena: uint8 [bytes], shared by all sites.
+        table: int64 [slots, slices, Field]; never moves.
+        slices: int32 [slices + 1], the first output feature of each slice, then N.
+    """
+
+    arena: torch.Tensor
+    table: torch.Tensor
+    slices: torch.Tensor
 
 
 OFFSETS = (

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 
 from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
 from dqrelo_kernels.rows import ExpertGroups
+from dqrelo_kernels.table import SiteDeltas
 from vllm_dqrelo.worker import compat
 from vllm_dqrelo.worker.step import Step
 
@@ -42,7 +43,7 @@ class DeltaExperts(QuantizeMethodBase):
     def __init__(self, inner: QuantizeMethodBase, step: Step) -> None:
         self.inner = inner
         self.step = step
-        self.deltas: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.deltas: dict[str, SiteDeltas] = {}
         self.add: dict[str, Callable[..., None]] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -51,25 +52,18 @@ class DeltaExperts(QuantizeMethodBase):
     def create_weights(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("deltas are put on a model that has its weights")
 
-    def install(
-        self,
-        part: str,
-        arena: torch.Tensor,
-        table: torch.Tensor,
-        slices: torch.Tensor,
-        add: Callable[..., None],
-    ) -> None:
+    def install(self, part: str, deltas: SiteDeltas, add: Callable[..., None]) -> None:
         """Put the deltas behind one of the two matrices of all experts.
 
         Args:
             part: GATE_UP or DOWN.
-            arena: uint8 [bytes], see dqrelo_kernels.ops.
-            table: int64 [slots, experts * slices of one expert, Field].
-            slices: int32 [slices of one expert + 1].
+            deltas: table [slots, experts * slices of one expert, Field], slices
+                [slices of one expert + 1].
             add: the op, dqrelo::delta_linear_ or one with its arguments.
         """
-        entries = table.view(-1, len(slices) - 1, table.shape[-1])
-        self.deltas[part] = arena, entries, slices
+        slices = len(deltas.slices) - 1
+        entries = deltas.table.view(-1, slices, deltas.table.shape[-1])
+        self.deltas[part] = deltas._replace(table=entries)
         self.add[part] = add
 
     def apply(
@@ -96,7 +90,7 @@ class DeltaExperts(QuantizeMethodBase):
         count = len(layer.w2_weight)
         numbers = torch.arange(count, device=x.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
-        slots = self.deltas[DOWN][1].shape[0] // count
+        slots = len(self.deltas[DOWN].table) // count
         by_row = self.step.tokens.by_row[rows]
         groups = ExpertGroups.of(by_row, experts, slots, count)
 
@@ -116,17 +110,12 @@ class DeltaExperts(QuantizeMethodBase):
     ) -> torch.Tensor:
         """``multiply``, and then the deltas."""
         y = multiply(part, layer, x, ends)
-        arena, table, slices = self.deltas[part]
         self.add[part](
             y,
             x.new_empty(len(x), self.step.scratch.shape[1], dtype=torch.float32),
             x,
-            arena,
-            table,
-            slices,
-            groups.rows,
-            groups.slots,
-            groups.starts,
+            *self.deltas[part],
+            *groups,
             self.step.tokens.num_active,
         )
         return y

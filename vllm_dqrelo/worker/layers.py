@@ -9,6 +9,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
 from dqrelo_kernels.rows import RowGroups
+from dqrelo_kernels.table import SiteDeltas
 from vllm_dqrelo.worker import compat
 from vllm_dqrelo.worker.experts import GATE_UP, DeltaExperts
 from vllm_dqrelo.worker.fully_sharded import linear_of
@@ -26,8 +27,7 @@ class DeltaMethod(QuantizeMethodBase):
     Args:
         inner: the layer's method.
         site: the layer as a site.
-        arena: uint8 [bytes], see dqrelo_kernels.ops.
-        table: int64 [slots, slices, Field] of this site.
+        deltas: of this site.
         step: which rows belong to which delta.
         added: rows of tokens that are not the base's, in a vocabulary matrix.
     """
@@ -36,15 +36,12 @@ class DeltaMethod(QuantizeMethodBase):
         self,
         inner: QuantizeMethodBase,
         site: Site,
-        arena: torch.Tensor,
-        table: torch.Tensor,
+        deltas: SiteDeltas,
         step: Step,
         added: AddedRows | None = None,
     ) -> None:
         self.inner = inner
-        self.arena = arena
-        self.table = table
-        self.slices = site.slices(arena.device)
+        self.deltas = deltas
         self.step = step
         self.added = added
         self.is_head = isinstance(site.module, ParallelLMHead)
@@ -76,9 +73,7 @@ class DeltaMethod(QuantizeMethodBase):
             _rows(y),
             self.step.scratch,
             _rows(x),
-            self.arena,
-            self.table,
-            self.slices,
+            *self.deltas,
             *groups.of_rows,
         )
         if self.added is not None:
@@ -95,9 +90,7 @@ class DeltaMethod(QuantizeMethodBase):
             weight,
             bias,
             self.step.scratch,
-            self.arena,
-            self.table,
-            self.slices,
+            *self.deltas,
             *groups.of_rows,
             groups.unmerged,
             groups.merged,
@@ -108,7 +101,7 @@ class DeltaMethod(QuantizeMethodBase):
         y = self.inner.embedding(layer, ids)
         known = ids if self.added is None else ids.clamp_max(self.added.start - 1)
         groups = self.step.tokens
-        _embed(y, known, self.arena, self.table, self.slices, groups)
+        _embed(y, known, self.deltas, groups)
         if self.added is not None:
             rows = ids.reshape(-1)
             self.added.embed_(_rows(y), rows, groups.by_row[: len(rows)])
@@ -122,14 +115,12 @@ class DeltaEmbedding(torch.nn.Embedding):
     sees the numbers that the class looks up, whatever it makes of its input.
     """
 
-    arena: torch.Tensor
-    table: torch.Tensor
-    slices: torch.Tensor
+    deltas: SiteDeltas
     step: Step
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         y = super().forward(ids)
-        _embed(y, ids, self.arena, self.table, self.slices, self.step.tokens)
+        _embed(y, ids, self.deltas, self.step.tokens)
         return y
 
 
@@ -137,14 +128,13 @@ class NormDeltas(NamedTuple):
     """What a norm needs for its deltas.
 
     Attributes:
-        arena, table, step: as for DeltaMethod.
+        site, step: deltas and step, as for DeltaMethod.
         eps: of the norm.
         centred: whether it subtracts the mean.
         batched: whether activations are [1, M, ...] and not [M, ...].
     """
 
-    arena: torch.Tensor
-    table: torch.Tensor
+    site: SiteDeltas
     step: Step
     eps: float
     centred: bool
@@ -169,12 +159,12 @@ class DeltaNorm(torch.nn.Module):
         return self._redo(y, residual), residual
 
     def _redo(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        arena, table, step, eps, centred, batched = self.deltas
+        site, step, eps, centred, batched = self.deltas
         torch.ops.dqrelo.delta_norm_(
             y[0] if batched else y,
             x[0] if batched else x,
-            arena,
-            table,
+            site.arena,
+            site.table,
             step.tokens.rows,
             step.tokens.slots,
             step.tokens.num_active,
@@ -197,18 +187,14 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def _embed(
     y: torch.Tensor,
     ids: torch.Tensor,
-    arena: torch.Tensor,
-    table: torch.Tensor,
-    slices: torch.Tensor,
+    deltas: SiteDeltas,
     groups: RowGroups,
 ) -> None:
     """Add every row's delta to embeddings [M, K] of ids [M], or [1, M, K] of [1, M]."""
     torch.ops.dqrelo.delta_embedding_(
         _rows(y),
         ids.reshape(-1),
-        arena,
-        table,
-        slices,
+        *deltas,
         groups.rows,
         groups.slots,
         groups.num_active,
@@ -218,8 +204,7 @@ def _embed(
 def install(
     model: torch.nn.Module,
     site: Site,
-    arena: torch.Tensor,
-    table: torch.Tensor,
+    deltas: SiteDeltas,
     step: Step,
     added: AddedRows | None,
 ) -> None:
@@ -229,25 +214,24 @@ def install(
     unless its vocabulary has room for added tokens.
     """
     if site.is_norm:
-        _install_norm(model, site, arena, table, step)
+        _install_norm(model, site, deltas, step)
     elif isinstance(site, ExpertSite):
-        _install_experts(model, site, arena, table, step)
+        _install_experts(model, site, deltas, step)
     elif hasattr(site.module, "quant_method"):
-        _install_method(site, arena, table, step, added)
+        _install_method(site, deltas, step, added)
     else:
-        _install_embedding(site, arena, table, step)
+        _install_embedding(site, deltas, step)
 
 
 def _install_method(
     site: Site,
-    arena: torch.Tensor,
-    table: torch.Tensor,
+    deltas: SiteDeltas,
     step: Step,
     added: AddedRows | None,
 ) -> None:
     """A linear layer, the embedding of the vocabulary or the LM head."""
     module = site.module
-    method = DeltaMethod(module.quant_method, site, arena, table, step, added)
+    method = DeltaMethod(module.quant_method, site, deltas, step, added)
     # The base's rows do not have the added tokens, so that their method stays.
     put = step.put if added is None else setattr
     put(module, "quant_method", method)
@@ -259,8 +243,7 @@ def _install_method(
 def _install_experts(
     model: torch.nn.Module,
     site: ExpertSite,
-    arena: torch.Tensor,
-    table: torch.Tensor,
+    deltas: SiteDeltas,
     step: Step,
 ) -> None:
     """One of the two matrices of all experts of a layer."""
@@ -272,33 +255,28 @@ def _install_experts(
         step.put(runner, *compat.opaque_experts(runner))
         if (shared := runner.shared_experts) is not None:
             step.put(shared, *compat.experts_in_turn(shared))
-    slices, add = site.slices(arena.device), linear_of(site)
-    module.quant_method.install(site.part, arena, table, slices, add)
+    module.quant_method.install(site.part, deltas, linear_of(site))
 
 
 def _install_norm(
     model: torch.nn.Module,
     site: Site,
-    arena: torch.Tensor,
-    table: torch.Tensor,
+    deltas: SiteDeltas,
     step: Step,
 ) -> None:
     module = site.module
     eps = module.eps if site.is_layer_norm else module.variance_epsilon
     batched = compat.adds_batch_dimension(model)
     _derive(step, module, DeltaNorm, type(module))
-    module.deltas = NormDeltas(arena, table, step, eps, site.is_layer_norm, batched)
+    module.deltas = NormDeltas(deltas, step, eps, site.is_layer_norm, batched)
 
 
-def _install_embedding(
-    site: Site, arena: torch.Tensor, table: torch.Tensor, step: Step
-) -> None:
+def _install_embedding(site: Site, deltas: SiteDeltas, step: Step) -> None:
     """A table that is not the vocabulary's."""
     module = site.module
     own = () if type(module) is torch.nn.Embedding else (type(module),)
     _derive(step, module, *own, DeltaEmbedding)
-    module.arena, module.table, module.step = arena, table, step
-    module.slices = site.slices(arena.device)
+    module.deltas, module.step = deltas, step
 
 
 def _derive(step: Step, module: torch.nn.Module, *classes: type) -> None:

@@ -117,10 +117,10 @@ class DeltaManager:
             self.device,
             limits.merge_rows(vllm_config, self.device),
         )
-        data, added = self.residency.arena.data, self.residency.added
+        added = self.residency.added
         for name, site in self.sites.by_name.items():
-            table = self.residency.table(site)
-            install(model, site, data, table, self.step, added.get(name))
+            deltas = self.residency.deltas(site)
+            install(model, site, deltas, self.step, added.get(name))
         if hasattr(model, "compute_logits"):
             # The base's rows do not have the added tokens.
             put = setattr if self.options.added_tokens else self.step.put

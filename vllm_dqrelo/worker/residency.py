@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dqrelo_kernels.table import ABSENT, empty_table, rebase
+from dqrelo_kernels.table import ABSENT, SiteDeltas, empty_table, rebase
 from vllm_dqrelo.worker.arena import Arena
 from vllm_dqrelo.worker.host import HostTier
 from vllm_dqrelo.worker.packed import PackedDelta
@@ -84,6 +84,11 @@ class Residency:
     def table(self, site: Site) -> torch.Tensor:
         """int64 [slots, slices, Field] of one site; never moves."""
         return self._sites[site.name]
+
+    def deltas(self, site: Site) -> SiteDeltas:
+        """What the layer of a site passes to its ops; never moves."""
+        device = self.arena.data.device
+        return SiteDeltas(self.arena.data, self.table(site), site.slices(device))
 
     def use(self, digests: Collection[str]) -> dict[str, int]:
         """Make deltas resident together.
