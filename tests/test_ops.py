@@ -172,29 +172,30 @@ def test_norm(popularity, heads, centred, k):
     assert ((y.double() - expected).abs() <= (2 * k + 4) * EPS * 20).all()
 
 
-@pytest.mark.parametrize("active", [True, False])
-def test_schemas_and_fakes(active):
+@pytest.mark.parametrize("slot_of_row", [[0, 1, 2, -1, 1], [-1] * 5], ids=str)
+def test_schemas_and_fakes(slot_of_row):
     """What torch.compile relies on: only the mutated arguments change; shapes."""
-    arena, slot_of_row = Arena(3, SIZES, seed=0), [0, 1, 2, -1] if active else [-1] * 4
-    random_deltas(arena, DELTAS["integers"], 96)
-    arena.vector(0, 0, Field.WEIGHT, 96)
-    groups, n = RowGroups(8, 3, "cpu", 1), sum(SIZES)
+    arena, n, k = Arena(3, SIZES, seed=0), sum(SIZES), 96
+    random_deltas(arena, DELTAS["integers"], k)
+    arena.vector(0, 0, Field.WEIGHT, k)
+    groups = RowGroups(8, 3, "cpu", 2)  # slot 1 is merged
     groups.set(np.array(slot_of_row, dtype=np.int32))
-    x, y, scratch = torch.randn(4, 96), torch.randn(4, n), torch.zeros(8, 256)
-    weight, site = torch.randn(n, 96), (arena.data, arena.table)
-    by_row, ops = (groups.rows, groups.slots, groups.num_active), torch.ops.dqrelo
-    merged = (groups.unmerged, groups.merged)
-    ids, vocab = torch.arange(4), torch.tensor([0, 7], dtype=torch.int32)
-    experts, ends = torch.randn(2, 96, 96), torch.tensor([1, 4], dtype=torch.int32)
+    site, ops = (arena.data, arena.table), torch.ops.dqrelo
+    by_row, merged = groups.of_rows, (groups.unmerged, groups.merged)
+    few = (groups.rows, groups.slots, groups.num_active)
+    ids, vocab = torch.arange(5), torch.tensor([0, 7], dtype=torch.int32)
+    x, y, weight = torch.randn(5, k), torch.randn(5, n), torch.randn(n, k)
+    experts, ends = torch.randn(2, k, k), torch.tensor([1, 5], dtype=torch.int32)
     for op, *arguments in (
-        (ops.delta_linear_, y, scratch, x, *site, SLICES, *groups.of_rows),
-        (ops.delta_shrink_, scratch, x, *site, *groups.of_rows),
-        (ops.delta_expand_, y, scratch, x, *site, SLICES, *groups.of_rows),
-        (ops.linear, x, weight, None, scratch, *site, SLICES, *groups.of_rows, *merged),
+        (ops.delta_linear_, y, torch.zeros(8, 256), x, *site, SLICES, *by_row),
+        (ops.delta_shrink_, torch.zeros(8, 256), x, *site, *by_row),
+        (ops.delta_expand_, y, torch.ones(8, 256), x, *site, SLICES, *by_row),
+        (ops.linear, x, weight, None, torch.zeros(8, 256), *site, SLICES, *by_row)
+        + merged,
         (ops.merge, weight, None, *site, SLICES, 1),
         (ops.expert_linear_, x.clone(), x, experts, ends, False),
-        (ops.delta_embedding_, x.clone(), ids, *site, vocab, *by_row),
-        (ops.delta_norm_, x.clone(), x, *site, *by_row, 1e-5, False),
+        (ops.delta_embedding_, x.clone(), ids, *site, vocab, *few),
+        (ops.delta_norm_, x.clone(), x, *site, *few, 1e-5, False),
     ):
         torch.library.opcheck(op.default, arguments)
 
