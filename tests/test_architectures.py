@@ -226,7 +226,7 @@ def test_experts_as_on_a_gpu(save_model, tmp_path, monkeypatch):
         (BASE, SharedExpertsOrder.MULTI_STREAM_OVERLAPPED),
     ):
         rows = np.array([slot], dtype=np.int32)
-        runner.lora_manager.step.set(rows, rows)
+        runner.lora_manager.step.set(rows)
         assert experts._determine_shared_experts_order(torch.zeros(1, 96)) == order
 
 
