@@ -16,7 +16,7 @@ demo: .venv/ready
 	$(BIN)/python -m benchmarks.demo
 
 test: .venv/ready
-	$(BIN)/pytest -n 2 --dist loadfile -m "not timing"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not timing"
 	$(BIN)/pytest -m timing
 	$(V2) $(BIN)/pytest -n 2 --dist loadfile -m v2
 

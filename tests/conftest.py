@@ -43,6 +43,24 @@ from dqrelo_tools.export import export
 
 pytest_plugins = [f"support.{n}" for n in ("servers", "engines", "renamed", "wide")]
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files of slow tests first, then those of many tests.
+
+    Workers of xdist take files in this order, and so end at about the same time.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+
+    def order(item: pytest.Item) -> tuple[bool, int]:
+        found = files[item.path]
+        slow = all(other.get_closest_marker("slow") for other in found)
+        return not slow, -len(found)
+
+    items.sort(key=order)
+
+
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama-tied": LlamaConfig(**GROUPED, **TIED),
     "llama": LlamaConfig(**GROUPED, **UNTIED),
@@ -129,6 +147,25 @@ def family(tmp_path_factory: pytest.TempPathFactory):
         return made[kind]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory):
+    """``base(kind)``: a base of that kind, made once."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def get(kind: str) -> Path:
+        folder = root / kind
+        return folder if folder.is_dir() else save_model(kind, folder, seed=1)
+
+    return get
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Path, Path]:
+    """A base and its fine-tune, to be changed or damaged."""
+    base = save_model("llama-tied", tmp_path / "base", seed=1)
+    return base, save_model("llama-tied", tmp_path / "model", seed=2)
 
 
 @dataclass(frozen=True)

@@ -30,18 +30,6 @@ FIRST = 320  # of those that are added
 UNTIED_TIED = ("llama", "llama-tied")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, save_model):
-    """``base(kind)``: a base of that kind, made once."""
-    root = tmp_path_factory.mktemp("bases")
-
-    def get(kind):
-        folder = root / kind
-        return folder if folder.is_dir() else save_model(kind, folder, seed=1)
-
-    return get
-
-
 FACTORS = {
     "linears": ("llama", {"target_modules": LINEARS}),
     "rslora": ("llama", {"target_modules": ["q_proj", "v_proj"], "use_rslora": True}),

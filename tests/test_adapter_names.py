@@ -26,18 +26,6 @@ from vllm_dqrelo.format.delta import Delta
 Q = ["q_proj"]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, save_model):
-    """``base(kind)``: a base of that kind, made once."""
-    root = tmp_path_factory.mktemp("bases")
-
-    def get(kind):
-        folder = root / kind
-        return folder if folder.is_dir() else save_model(kind, folder, seed=1)
-
-    return get
-
-
 def renamed(old, new):
     """An adapter's tensors with another spelling in their names."""
     return lambda tensors: {n.replace(old, new): v for n, v in tensors.items()}

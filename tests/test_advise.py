@@ -12,9 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.command import run
 from support.killed import killed
 
-from dqrelo_tools import cli, convert
+from dqrelo_tools import convert
 from dqrelo_tools.advise import Advice, figure, survey
 from dqrelo_tools.compress import Method
 from dqrelo_tools.spectrum import EPS, RHO
@@ -22,10 +23,6 @@ from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError
 
 MB = 10**6
-
-
-def run(*arguments) -> int:
-    return cli.main([str(argument) for argument in arguments])
 
 
 def noisy(n: int, k: int, seed: int) -> torch.Tensor:
@@ -47,13 +44,6 @@ def pair(root, shapes, seed=0, vectors=1):
         held = {n: t * (side == "model") for n, t in after.items()}
         save_file(held, folder / "model.safetensors")
     return root / "base", root / "model"
-
-
-@pytest.fixture
-def models(tmp_path, save_model):
-    """A base and its fine-tune."""
-    base = save_model("llama-tied", tmp_path / "base", seed=1)
-    return base, save_model("llama-tied", tmp_path / "model", seed=2)
 
 
 def file_bytes(delta) -> int:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each architecture: one mixed batch against transformers running each checkpoint."""
 
-import gc
 import itertools
 import shutil
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.engines import free
 from support.shapes import GROUPED, SHAPE, TIED, UNTIED
 from torch.nn.functional import silu
 from transformers import (
@@ -90,8 +90,7 @@ def free_engines():
     from vllm.distributed import cleanup_dist_env_and_memory
 
     yield
-    gc.unfreeze()
-    gc.collect()
+    free()
     cleanup_dist_env_and_memory()  # of a mixture of experts there are more groups
 
 

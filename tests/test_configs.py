@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.command import run
 from support.configs import (
     ABSENT,
     NOT_BUILT,
@@ -17,7 +18,6 @@ from support.configs import (
     compare,
     logits,
     parsed,
-    run,
     said,
     save,
     saved_again,

@@ -8,22 +8,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.command import run
 from transformers import AutoModelForCausalLM
 
-from dqrelo_tools import cli
 from vllm_dqrelo.format.checkpoint import Checkpoint
 from vllm_dqrelo.format.delta import Delta
-
-
-def run(*arguments) -> int:
-    return cli.main([str(argument) for argument in arguments])
-
-
-@pytest.fixture
-def models(tmp_path, save_model):
-    """A base and its fine-tune, to be damaged."""
-    base = save_model("llama-tied", tmp_path / "base", seed=1)
-    return base, save_model("llama-tied", tmp_path / "model", seed=2)
 
 
 def edit(folder, change) -> None:

@@ -4,7 +4,6 @@
 docs/reliability.md has the table.
 """
 
-import gc
 import os
 import resource
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.engines import free
 
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError
@@ -143,8 +143,7 @@ def test_a_file_that_is_cut_short_after_it_was_registered(
     for i, model in enumerate((0, 2, 3, 2)):
         assert difference(got[i][:2] + ([],), expected[model][i]) <= 1e-4
     del llm
-    gc.unfreeze()
-    gc.collect()
+    free()
 
 
 @pytest.mark.vllm

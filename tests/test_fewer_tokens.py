@@ -1,27 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tunes that lack the last tokens of their base, as after a trainer's resize."""
 
-import gc
 import json
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.command import run
+from support.engines import free
 from support.shapes import GROUPED, SHAPE, TIED
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, PhiConfig
 
-from dqrelo_tools import cli
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import Delta, write_delta
 from vllm_dqrelo.format.side_files import TOKENIZER_FILES
 
 TOKENS, FEWER = 320, 12
 OWN = TOKENS - FEWER
-
-
-def run(*arguments) -> int:
-    return cli.main([str(argument) for argument in arguments])
 
 
 def phi() -> PhiConfig:
@@ -260,8 +256,7 @@ def test_a_mixed_batch_equals_each_model_alone(
         llm = engine(folder, max_logprobs=-1)
         expected.append(distributions(llm, prompts))
         del llm
-        gc.unfreeze()
-        gc.collect()
+        free()
     options = {"dqrelo": {"delta_memory_gib": 0.001, "added_tokens": room}}
     llm = engine(
         base, quantization="dqrelo", max_logprobs=-1, additional_config=options

@@ -10,6 +10,7 @@ import os
 import shutil
 
 import pytest
+from support.engines import free
 
 from vllm_dqrelo.format.errors import DqreloError
 
@@ -24,8 +25,7 @@ TEXT = "w7 w8 w9 w300 w12"
 @pytest.fixture(autouse=True)
 def free_engines():
     yield
-    gc.unfreeze()
-    gc.collect()
+    free()
 
 
 @pytest.fixture

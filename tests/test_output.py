@@ -11,22 +11,12 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from support.command import run
 
-from dqrelo_tools import cli, convert
+from dqrelo_tools import convert
 from vllm_dqrelo.format import folder
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError
-
-
-def run(*arguments) -> int:
-    return cli.main([str(argument) for argument in arguments])
-
-
-@pytest.fixture
-def models(tmp_path, save_model):
-    """A base and its fine-tune, to be damaged."""
-    base = save_model("llama-tied", tmp_path / "base", seed=1)
-    return base, save_model("llama-tied", tmp_path / "model", seed=2)
 
 
 @pytest.fixture(params=["convert", "export"])

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several workers, each with some layers of the base and of every delta."""
 
-import gc
 import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
+from support.engines import free
 
 from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
@@ -84,8 +84,7 @@ def test_a_tied_head_that_is_stored_as_well(
     llm = engine(tmp_path / "merged")
     expected.append(answers(llm, prompts, prompt_logprobs=1))
     del llm
-    gc.unfreeze()
-    gc.collect()
+    free()
     base = shutil.copytree(made.base, tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.configs import ABSENT, TOKENS, build, changed, run, save, saved_again
+from support.command import run
+from support.configs import ABSENT, TOKENS, build, changed, save, saved_again
 from support.published import PUBLISHED
 from transformers import (
     AutoModelForCausalLM,

@@ -9,10 +9,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.command import run
 from support.shapes import SHAPE, UNTIED
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dqrelo_tools import cli, fidelity
+from dqrelo_tools import fidelity
 from dqrelo_tools.export import export
 from vllm_dqrelo.format.checkpoint import Checkpoint
 from vllm_dqrelo.format.delta import Delta
@@ -243,10 +244,6 @@ def models(save_model, tmp_path):
         return base, quantised, deltas
 
     return make
-
-
-def run(*arguments):
-    return cli.main([str(argument) for argument in arguments])
 
 
 def test_a_copy_without_what_is_not_a_parameter(models, tmp_path):

@@ -4,36 +4,16 @@
 import dataclasses
 
 import pytest
-import torch
+from support.engines import reference
 from support.shapes import SHAPE, UNTIED
 from support.wide import DEFAULT, TOLERANCE, made_room, suggested
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
 from vllm_dqrelo.format.need import Need
 
 vllm = pytest.importorskip("vllm")
-
-
-def reference(folder, prompts):
-    """Greedy tokens and their logprobs of transformers, as ``answers`` gives them."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = []
-    for prompt in prompts:
-        output = model.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=8,
-            do_sample=False,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        tokens = output.sequences[0, len(prompt) :].tolist()
-        logprobs = [logits[0].log_softmax(-1) for logits in output.logits]
-        pairs = zip(logprobs, tokens, strict=True)
-        found.append((tokens, [float(one[token]) for one, token in pairs], []))
-    return found
 
 
 @pytest.mark.vllm

@@ -26,6 +26,7 @@ def runtime() -> str:
     return found.strip()
 
 
+@pytest.mark.slow
 def test_native_ops_under_the_address_sanitizer(tmp_path):
     """Also what they take from their own workspace, of which the rest is poisoned."""
     compiler = tmp_path / "g++-asan"

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts in chunks, from the prefix cache and after a preemption: each is itself."""
 
-import gc
-
 import numpy as np
 import pytest
 import torch
+from support.engines import free
 
 vllm = pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.v2]
@@ -26,8 +25,7 @@ def llm(family, start_engine):
     )
     yield llm
     llm.llm_engine.engine_core.shutdown()
-    gc.unfreeze()
-    gc.collect()
+    free()
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixed batches in one engine against each merged checkpoint run alone, in fp32."""
 
-import gc
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.engines import free
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dqrelo_tools.convert import convert
@@ -261,8 +261,7 @@ def test_a_fine_tune_that_untied_the_lm_head(
     llm = engine(tmp_path / "merged")
     untied = answers(llm, prompts, prompt_logprobs=1)
     del llm
-    gc.unfreeze()
-    gc.collect()
+    free()
     llm = engine(made.base, quantization="dqrelo")
     requests = [None, load(llm, "tied", made.deltas[0])]
     requests.append(load(llm, "untied", tmp_path / "delta"))
@@ -334,8 +333,7 @@ def test_an_engine_without_deltas_is_vllms_own(family, engine, manager_of):
     made = family("llama")
     llm = engine(made.base, quantization="dqrelo")  # patches this process
     del llm
-    gc.unfreeze()
-    gc.collect()
+    free()
     llm = engine(made.base, enable_lora=True)
     assert type(manager_of(llm)) is LRUCacheWorkerLoRAManager
 

@@ -4,20 +4,8 @@
 import json
 
 import pytest
+from support.command import run
 from transformers import AutoTokenizer
-
-from dqrelo_tools import cli
-
-
-def run(*arguments) -> int:
-    return cli.main([str(argument) for argument in arguments])
-
-
-@pytest.fixture
-def models(tmp_path, save_model):
-    """A base and its fine-tune, to be changed."""
-    base = save_model("llama-tied", tmp_path / "base", seed=1)
-    return base, save_model("llama-tied", tmp_path / "model", seed=2)
 
 
 def test_a_tokenizer_of_its_own_travels_whole(models, tmp_path):

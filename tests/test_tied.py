@@ -4,13 +4,13 @@
 The oracle is transformers, which loads the fine-tune from its folder.
 """
 
-import gc
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from support.engines import free
 from support.renamed import build, edit, logits, renaming, tuned
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -210,8 +210,7 @@ def test_served_base_with_a_head(
         llm = engine(tied / name)
         known.append(answers(llm, prompts, prompt_logprobs=1))
         del llm
-        gc.unfreeze()
-        gc.collect()
+        free()
     llm = engine(tied / "base", quantization="dqrelo")
     deltas = [load(llm, n, tied / f"delta-{n}") for n in ("model", "untied")]
     for request, expected in zip([None, *deltas], known, strict=True):

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token ids that only another model of the server has."""
 
-import gc
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import openai
 import pytest
+from support.engines import free
 
 from dqrelo_tools.convert import convert
 from vllm_dqrelo.format.side_files import TOKENIZER_FILES
@@ -67,8 +67,7 @@ def served(folders):
     answer.load = lambda name, folder: load_delta(llm, name, str(folder))
     yield answer
     llm.llm_engine.engine_core.shutdown()
-    gc.unfreeze()  # an engine has frozen all that there was at its start
-    gc.collect()
+    free()
 
 
 @pytest.mark.parametrize("model", SIZES)

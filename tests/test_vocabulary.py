@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.command import run
 from transformers import AutoModelForCausalLM
 
-from dqrelo_tools import cli
 from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
 from vllm_dqrelo.format.config import DeltaConfig
@@ -17,10 +17,6 @@ from vllm_dqrelo.format.errors import DqreloError
 
 ADDED = 5
 TOLERANCE = 1e-4  # as in test_serving.py
-
-
-def run(*arguments) -> int:
-    return cli.main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(params=["llama-tied", "llama"])

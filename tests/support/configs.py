@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForImageTextToText,
 )
 
-from dqrelo_tools import cli
 from dqrelo_tools.configs import config_differences
 from vllm_dqrelo.format.model_config import INERT, ModelConfig
 
@@ -83,10 +82,6 @@ def build(config: dict) -> torch.nn.Module:
 def logits(config: dict) -> torch.Tensor:
     output = build(config)(TOKENS)
     return output[0] if isinstance(output, tuple) else output.logits
-
-
-def run(*arguments) -> int:
-    return cli.main([str(argument) for argument in arguments])
 
 
 def save(model, folder: Path, config: dict | None = None) -> Path:

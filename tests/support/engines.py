@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``engine(model)``: vLLM in this process, what it is asked and what it answers."""
 
+import atexit
 import gc
 import inspect
 import sys
@@ -31,11 +32,22 @@ def engine_fixture():
     yield engine
     for core in list(CORES):  # of a test that failed: its traceback has the engine
         core.shutdown()
-    gc.unfreeze()  # an engine has frozen all that there was at its start
-    gc.collect()
+    free()
 
 
 CORES: weakref.WeakSet = weakref.WeakSet()
+atexit.register(gc.unfreeze)  # nanobind calls frozen objects leaked
+
+
+def free() -> None:
+    """Free the engines that nothing refers to any more.
+
+    All modules are frozen then: vLLM collects garbage six times for an engine, and each
+    time would look at all of their objects.
+    """
+    gc.unfreeze()  # an engine has frozen all that there was at its start
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +78,7 @@ def engine(model, **options):
     options.setdefault("max_model_len", 128)
     options.setdefault("block_size", 32)  # a CPU's 128 would be more than any prompt
     options.setdefault("enforce_eager", True)
+    options.setdefault("num_gpu_blocks_override", 1024)  # 1 GiB takes time to clear
     llm = LLM(
         str(model),
         skip_tokenizer_init=True,

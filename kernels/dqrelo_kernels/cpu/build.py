@@ -74,8 +74,7 @@ def build() -> Path:
         raise RuntimeError("no C++ compiler; install g++ or set CXX")
     command = [compiler, *FLAGS, f"-I{TORCH / 'include'}", *libraries_of_torch()]
     key = hashlib.sha256("\n".join([*command, torch.__version__]).encode())
-    target = [compiler, "-march=native", "-E", "-dM", "-x", "c++", os.devnull]
-    key.update(subprocess.run(target, check=True, capture_output=True).stdout)
+    key.update(macros(compiler))
     for source in SOURCES:
         key.update(source.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -88,6 +87,13 @@ def build() -> Path:
         subprocess.run(command, check=True, capture_output=True, text=True)
         scratch.rename(built)
     return built
+
+
+@functools.cache
+def macros(compiler: str) -> bytes:
+    """The macros by which a compiler describes this CPU; asked for once a process."""
+    command = [compiler, "-march=native", "-E", "-dM", "-x", "c++", os.devnull]
+    return subprocess.run(command, check=True, capture_output=True).stdout
 
 
 def libraries_of_torch() -> list[str]:
