@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 import zipfile
@@ -24,6 +25,18 @@ ROOT = Path(__file__).parent.parent
 def bench():
     """``bench(name)``: a module of benchmarks/."""
     return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+def test_every_module_can_be_imported():
+    """In a process of its own: some set variables of the environment."""
+    for package in ("vllm", "gguf"):
+        pytest.importorskip(package)
+    found = sorted((ROOT / "benchmarks").glob("**/*.py"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found]
+    code = f"import importlib\nfor name in {names}: importlib.import_module(name)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")
