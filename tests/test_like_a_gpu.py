@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What serving does on a GPU only, here: merged matrices, and the Triton kernels."""
 
+import os
+
 import pytest
 import torch
 from support import interpreter  # before the kernels
@@ -93,3 +95,64 @@ def test_the_kernels_of_a_gpu(
         tokens, logprobs, _ = expected[m][p]
         assert difference(got, (tokens[:2], logprobs[:2])) <= TOLERANCE, (p, m)
     assert len({slot for *_, slot in merges}) == 3
+
+
+@pytest.fixture
+def graphs(like_a_gpu, merges, engine, family, load, monkeypatch):
+    """``graphs(kind, **options)``: an engine whose small steps replay graphs."""
+    from vllm_dqrelo.worker import limits
+
+    # Steps of up to 8 tokens replay a graph; what has 9 rows or more is merged.
+    monkeypatch.setattr(limits, "merge_rows", lambda *_: 9)
+
+    def make(kind, **options):
+        from support.graphs import Graphs
+
+        made = family(kind)
+        llm = engine(made.base, quantization="dqrelo", max_loras=3)
+        core = llm.llm_engine.engine_core.engine_core
+        runner = core.model_executor.driver_worker.worker.model_runner
+        graphs = Graphs(runner, (4, 8), **options)
+        graphs.install(monkeypatch)
+        requests = [load(llm, d.name, d) for d in made.deltas]
+        return llm, graphs, [None, *requests]
+
+    return make
+
+
+V2_ONLY = pytest.mark.skipif(
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0",
+    reason="graphs are those of Model Runner V2: make test-slow",
+)
+
+
+@V2_ONLY
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_graphs_are_replayed_for_other_rows_and_deltas(
+    graphs, merges, alone, answers, difference, prompts, kind
+):
+    llm, captured, requests = graphs(kind)
+    assert captured.cases == [0, 4]
+    for (_, case), graph in captured.graphs.items():
+        assert not graph.reads  # nothing waits for the device
+        assert bool(graph.triton) == bool(case)  # steps of the base launch nothing
+    # Prompts of 8 and 5 tokens, a merged one of 42; one token of up to five requests.
+    mixed = [(0, 0), (0, 1), (1, 2), (1, 3), (3, 2)]
+    for chosen in (mixed, [(0, 2), (1, 1), (1, 0)], [(0, 0)]):
+        asked = [prompts[p] for p, _ in chosen], [requests[m] for _, m in chosen]
+        for (p, m), got in zip(chosen, answers(llm, *asked, max_tokens=4), strict=True):
+            tokens, logprobs, _ = alone(kind)[m][p]
+            assert difference(got, (tokens[:4], logprobs[:4])) <= TOLERANCE, (p, m)
+    assert set(captured.graphs) <= set(captured.used), captured.used
+    assert merges
+
+
+@V2_ONLY
+def test_a_graph_that_was_captured_without_deltas_is_seen(
+    graphs, alone, answers, difference, prompts
+):
+    """The control of the test above: such a graph answers as the base."""
+    llm, _, requests = graphs("llama", dummies={4: 0})
+    (got,) = answers(llm, prompts[:1], [requests[1]], max_tokens=4)
+    tokens, logprobs, _ = alone("llama")[1][0]
+    assert not difference(got, (tokens[:4], logprobs[:4])) <= TOLERANCE
