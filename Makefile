@@ -18,10 +18,10 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not timing"
 	$(BIN)/pytest -m timing
-	$(V2) $(BIN)/pytest -n 2 --dist loadfile -m v2
+	$(V2) $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m v2
 
 test-slow: .venv/ready
-	$(V2) $(BIN)/pytest -n 2 --dist loadfile -m "vllm and not timing"
+	$(V2) $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "vllm and not timing"
 
 # Measured anew into .cache/bench; the documents have benchmarks/results.
 bench: .venv/ready
