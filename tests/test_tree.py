@@ -99,3 +99,10 @@ def test_a_name_that_is_not_in_the_tree_is_seen():
     assert (
         absent("tests/test_tree.py, cpu/ops.cpp, `README.md`, -m benchmarks.demo") == []
     )
+
+
+def test_files_are_short():
+    """Python 400 lines at most; a kernel 500."""
+    lines = {name: (ROOT / name).read_bytes().count(b"\n") for name in SOURCES}
+    most = {name: 400 if name.endswith(".py") else 500 for name in lines}
+    assert {name: n for name, n in lines.items() if n > most[name]} == {}

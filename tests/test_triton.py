@@ -11,9 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from support import interpreter  # noqa: F401  before the kernels
 from support.deltas import (
-    BIASES,
     DEVICE,
     EMPTY,
     HAS_DEVICE,
@@ -24,12 +22,11 @@ from support.deltas import (
     step,
     workers_of,
 )
+from support.interpreter import DTYPES, SKIPPED  # before the kernels
 
 import dqrelo_kernels.ops  # noqa: F401  registers torch.ops.dqrelo
 from dqrelo_kernels import reference
 from dqrelo_kernels.gpu.low_rank import low_rank
-from dqrelo_kernels.gpu.merge import merge
-from dqrelo_kernels.gpu.rowwise import embedding, norm
 from dqrelo_kernels.gpu.sign_matmul import sign_matmul
 from dqrelo_kernels.rows import ExpertGroups, RowGroups
 from dqrelo_kernels.table import (
@@ -40,9 +37,6 @@ from dqrelo_kernels.table import (
     rebase,
 )
 
-SKIPPED = pytest.mark.skipif(not HAS_DEVICE, reason="needs a CUDA device")
-FLOAT32, FLOAT16 = torch.float32, torch.float16
-BFLOAT16 = pytest.param(torch.bfloat16, marks=(pytest.mark.gpu, SKIPPED))
 # The interpreter multiplies tiles with BLAS, whose bits depend on the tile's shape.
 TALL = pytest.param(300, marks=(pytest.mark.gpu, SKIPPED))
 
@@ -84,7 +78,7 @@ def check_linear(deltas: Deltas, y, x, got, slot_of_row: list[int]) -> None:
             assert (error <= deltas.slack(x[rows], slot, dtype) + rounding).all()
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("rows", "sizes", "k", "law"),
     [
@@ -109,7 +103,7 @@ def test_linear(rows, sizes, k, law, dtype):
     check_linear(deltas, y, x, got, slot_of_row)
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_experts(dtype):
     """Rows of three slots that chose one of four experts: twelve matrices a slice."""
     deltas = Deltas([48, 20], 96).fill()
@@ -124,7 +118,7 @@ def test_experts(dtype):
     check_linear(deltas, y, x, got, slot_of_row)
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("factors", FACTOR_DTYPES, ids=str)
 @pytest.mark.parametrize("k", [5, 64, 299])
 @pytest.mark.parametrize("ranks", [(1, 52, 130), (5, 64, 192)], ids=str)
@@ -138,7 +132,7 @@ def test_every_factor_dtype(ranks, k, factors, dtype):
     check_linear(deltas, y, x, got, slot_of_row)
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [5, 64, 299])
 @pytest.mark.parametrize("field", [Field.LORA_A, Field.LORA_B], ids=lambda f: f.name)
 def test_some_ranks_of_a_factor(field, k, dtype):
@@ -161,7 +155,7 @@ def test_some_ranks_of_a_factor(field, k, dtype):
             some = ~want.isnan()
             assert some.any()
             # float32 sums of k products in another order; on a device A is TF32, too.
-            unit = 4 * k**0.5 * torch.finfo(FLOAT32).eps + 2**-10 * HAS_DEVICE
+            unit = 4 * k**0.5 * torch.finfo(torch.float32).eps + 2**-10 * HAS_DEVICE
             for row, slot in enumerate(slot_of_row):
                 for entry in table[slot].tolist() if slot >= 0 else ():
                     a = reference.lora_a(arena.cpu(), entry, k).float()
@@ -190,7 +184,7 @@ def test_some_ranks_of_a_factor(field, k, dtype):
             assert ((got[i].cpu().float() - want[i]).abs() <= slack + rounding).all()
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [5, 250, 256, 272, 300])
 def test_signs_are_exact(k, dtype):
     """Integers whose sums stay below 2^8 and scales of 1 leave nothing to round."""
@@ -219,7 +213,7 @@ def test_signs_are_exact(k, dtype):
     assert torch.equal(y, want)
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [40, TALL])
 def test_a_row_does_not_depend_on_its_neighbours(rows, dtype):
     deltas = Deltas([70], 300).fill()
@@ -236,7 +230,7 @@ def test_a_row_does_not_depend_on_its_neighbours(rows, dtype):
 def test_tensors_may_be_parts_of_wider_ones():
     deltas = Deltas([48, 20], 96).fill()
     slot_of_row = popularity("uniform", 9)
-    x, y = step(deltas, slot_of_row, FLOAT32)
+    x, y = step(deltas, slot_of_row, torch.float32)
     wide_x = torch.full((9, 200), torch.nan, device=DEVICE)
     wide_y = torch.full((9, 100), torch.nan, device=DEVICE)
     wide_table = torch.full((SLOTS, 5, len(Field)), 7, device=DEVICE)
@@ -251,7 +245,7 @@ def test_tensors_may_be_parts_of_wider_ones():
 @SKIPPED
 def test_offsets_beyond_two_gib():
     deltas = Deltas([20], 64).fill()
-    x, y = step(deltas, [0, 1, 2], FLOAT32)
+    x, y = step(deltas, [0, 1, 2], torch.float32)
     got = y.clone()
     start = 2**31 + ALIGNMENT
     arena = torch.zeros(start + deltas.size, dtype=torch.uint8, device=DEVICE)
@@ -259,94 +253,6 @@ def test_offsets_beyond_two_gib():
     entries = rebase(deltas.table.flatten(0, 1), start).view_as(deltas.table)
     linear(deltas, got, x, groups_of([0, 1, 2]), entries.to(DEVICE), arena)
     check_linear(deltas, y, x, got, [0, 1, 2])
-
-
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize(("sizes", "k"), [([1], 5), ([48, 1, 70], 299)], ids=str)
-def test_merge(sizes, k, has_bias, dtype):
-    deltas = Deltas(sizes, k).fill()
-    n, eps, unit = sum(sizes), torch.finfo(FLOAT32).eps, torch.finfo(dtype).eps / 2
-    lost = 2**-8 if HAS_DEVICE and dtype != FLOAT32 else 0  # B and A as bf16
-    weight = deltas.random(n, k + 8).to(dtype)[:, :k]
-    bias = deltas.random(n).to(dtype) if has_bias else None
-    for slot in range(SLOTS):
-        parts = deltas.arena.cpu(), deltas.table, deltas.slices, slot
-        got = merge(
-            weight.to(DEVICE),
-            bias if bias is None else bias.to(DEVICE),
-            *(p.to(DEVICE) if isinstance(p, torch.Tensor) else p for p in parts),
-        )
-        wide = None if bias is None else bias.float()
-        want = reference.merge(weight.float(), wide, *parts)
-        if slot == EMPTY:
-            assert torch.equal(got[0].cpu(), weight)
-        start = 0
-        for j, size in enumerate(sizes):
-            rows, start = slice(start, start + size), start + size
-            entry = deltas.table[slot, j].tolist()
-            planes = reference.planes(parts[0], entry, size, k)
-            terms = weight[rows].float().abs() + sum(scale.abs() for scale, _ in planes)
-            slack = 4 * eps * terms
-            if entry[Field.RANK_A] != ABSENT:
-                a = reference.lora_a(parts[0], entry, k)
-                b = reference.lora_b(parts[0], entry, size)
-                product = b.float().abs() @ a.float().abs()
-                slack += product * (4 * entry[Field.RANK_A] ** 0.5 * eps + lost)
-            error = (got[0].cpu()[rows].float() - want[0][rows]).abs()
-            assert (error <= slack + want[0][rows].abs() * unit).all()
-        error = (got[1].cpu().float() - want[1]).abs()
-        assert (error <= want[1].abs() * unit + 2 * eps).all()
-
-
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
-@pytest.mark.parametrize("k", [5, 96, 300])
-@pytest.mark.parametrize("factors", FACTOR_DTYPES, ids=str)
-def test_embedding(factors, k, dtype):
-    deltas = Deltas([40], k).fill(ranks=(1, 52, 130), dtypes=(factors,), biases=False)
-    slot_of_row = popularity("uniform", 17)
-    groups = groups_of(slot_of_row)
-    y = deltas.random(17, k).to(dtype).to(DEVICE)
-    ids = torch.randint(0, 40, (17,), generator=deltas.generator).to(DEVICE)
-    want, got, table = y.float(), y.clone(), deltas.table.to(DEVICE)
-    step = (deltas.arena, table, deltas.slices.to(DEVICE), groups.rows, groups.slots)
-    embedding(got, ids, *step)
-    reference.delta_embedding_(want, ids, *step, groups.num_active)
-    # At most 130 products of a few units each, summed in float32; y rounded once.
-    torch.testing.assert_close(
-        got.float(), want, rtol=torch.finfo(dtype).eps / 2 + 1e-6, atol=1e-4
-    )
-    base = [i for i, slot in enumerate(slot_of_row) if slot in (-1, EMPTY, BIASES)]
-    assert torch.equal(got[base], y[base])
-
-
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
-@pytest.mark.parametrize("shape", [(9, 96), (9, 3, 20)], ids=str)
-@pytest.mark.parametrize("centred", [False, True])
-def test_norm(centred, shape, dtype):
-    deltas = Deltas([shape[-1]], shape[-1])
-    for slot in (0, 1):
-        weight = deltas.random(shape[-1])
-        deltas.table[slot, 0, Field.WEIGHT] = deltas.put(weight)
-    deltas.table[1, 0, Field.BIAS] = deltas.put(deltas.random(shape[-1]))
-    slot_of_row = popularity("uniform", 9)
-    groups = groups_of(slot_of_row)
-    # x is a part of a wider tensor, as q is of the fused q/k/v.
-    wide = deltas.random(*shape[:-1], 3 * shape[-1]).to(dtype).to(DEVICE)
-    x = wide[..., shape[-1] : 2 * shape[-1]]
-    y = deltas.random(*shape).to(dtype).to(DEVICE)
-    want, got = y.float(), y.clone()
-    table = deltas.table.to(DEVICE)
-    arguments = (deltas.arena, table, groups.rows, groups.slots)
-    norm(got, x, *arguments, 1e-5, centred)
-    reference.delta_norm_(want, x, *arguments, groups.num_active, 1e-5, centred)
-    # Two float32 means of 96 numbers, a square root, two products, of numbers below
-    # 10; y rounded once.
-    torch.testing.assert_close(
-        got.float(), want, rtol=torch.finfo(dtype).eps / 2 + 2e-6, atol=2e-6
-    )
-    kept = ~torch.isin(torch.tensor(slot_of_row), torch.tensor([0, 1]))
-    assert torch.equal(got[kept], y[kept])
 
 
 @pytest.mark.slow

@@ -28,6 +28,11 @@ if not HAS_DEVICE and isinstance(tl.sum, triton.JITFunction):
             setattr(tl, name, value)
 
 
+SKIPPED = pytest.mark.skipif(not HAS_DEVICE, reason="needs a CUDA device")
+BFLOAT16 = pytest.param(torch.bfloat16, marks=(pytest.mark.gpu, SKIPPED))
+DTYPES = [torch.float32, torch.float16, BFLOAT16]
+
+
 @contextmanager
 def launchers() -> Iterator[None]:
     """Have Triton's launchers compute the ops on CPU tensors, as they do on a GPU.
