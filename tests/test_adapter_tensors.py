@@ -137,12 +137,12 @@ DAMAGED = {
     "an original without factors": (
         put(**{f"{P}lm_head.base_layer.weight": ones(320, 96)}),
         "lm_head.base_layer.weight",
-        "PEFT has no place for it",
+        "PEFT does not load it",
     ),
     "other values below factors": (
         put(**{f"{P}{Q}.weight": ones(96, 96)}),
         f"{Q}.weight",
-        "PEFT has no place for it",
+        "PEFT does not load it",
     ),
     "no tensor": (lambda known: {}, "it has no tensors", ""),
 }

@@ -180,7 +180,7 @@ def test_a_ratio_or_a_budget(tmp_path, capsys):
     assert "not allowed with" in capsys.readouterr().err
     paper = ["--method", "dqrelo-paper", "--budget", "1GB"]
     assert run("convert", *options, *paper) == 1
-    assert "--budget is of --method dqrelo" in capsys.readouterr().err
+    assert "--budget needs --method dqrelo" in capsys.readouterr().err
 
 
 def test_an_adapter_has_its_own_rank(tmp_path, capsys):

@@ -214,7 +214,7 @@ def test_a_convolution_must_be_the_bases(models, tmp_path, capsys):
     assert run("convert", "--base", base, "--model", model, "--output", made) == 0
     assert "conv" not in Delta(made).exact
     edit(model, replace("conv", lambda t: t * 2))
-    message = "conv is [4, 3, 2] and was changed: only vectors and matrices can be"
+    message = "conv is [4, 3, 2] and was changed: a delta has only vectors and"
     refused(tmp_path, capsys, message, base, model)
 
 

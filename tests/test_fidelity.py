@@ -211,5 +211,5 @@ def test_plot_is_saved(family, tmp_path, capsys, measured):
 
 def test_a_report_of_another_version(family, tmp_path):
     (tmp_path / "report.json").write_text('{"parameters": [{"colour": 1}]}')
-    with pytest.raises(ValueError, match="is no report of this version"):
+    with pytest.raises(ValueError, match="is not a report of this version"):
         read_report(tmp_path)

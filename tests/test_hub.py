@@ -80,7 +80,7 @@ def no_token(api):
         (["--push-to-hub", "a/b/c"], "--push-to-hub a/b/c: Repo id must be"),
         (["--push-to-hub", "no spaces"], "--push-to-hub no spaces: Repo id must"),
         (["--push-to-hub", "me/mine"], "accept a token (Token is required)"),
-        (["--private"], "--private is of the repository: it needs --push-to-hub"),
+        (["--private"], "--private needs --push-to-hub"),
     ],
 )
 def test_what_cannot_be_pushed_is_not_converted(

@@ -137,4 +137,4 @@ def test_base_with_experts_side_by_side(pair, tmp_path, capsys):
     assert "the base has its experts side by side" in capsys.readouterr().err
     edit(tmp_path / "model", lambda tensors: fused(tensors, model, False))
     assert convert(tmp_path) == 1
-    assert "was changed: only vectors and matrices can be" in capsys.readouterr().err
+    assert "was changed: a delta has only vectors and" in capsys.readouterr().err

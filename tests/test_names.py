@@ -84,7 +84,7 @@ def test_other_generation(kind, side, pair, tmp_path, capsys):
     if side == "base":
         edit(tmp_path / "plain", renaming(*GENERATIONS[kind]))
     check(tmp_path, model)
-    said = "beside the language model changed" in capsys.readouterr().err
+    said = "outside of the language model changed" in capsys.readouterr().err
     assert said == (kind != "gpt-neox")
 
 

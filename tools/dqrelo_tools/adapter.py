@@ -25,7 +25,7 @@ from vllm_dqrelo.format.errors import refuse
 from vllm_dqrelo.format.tensors import ADDED, SUFFIXES, MatrixDelta
 
 STEM = "adapter_model"
-# Weights that others leave beside it. vLLM had the first for added tokens, TRL and
+# Weights that others leave in its folder. vLLM had the first for added tokens, TRL and
 # LLaMA-Factory have the second for training with rewards.
 NEW_ROWS = ("new_embeddings.safetensors", "new_embeddings.bin")
 VALUE_HEAD = "value_head.safetensors"
@@ -132,7 +132,7 @@ class Adapter:
             elif path.name == VALUE_HEAD:
                 logger.warning("%s is left out: no model generates with it", path)
             elif path.name not in used and path.name not in NEW_ROWS:
-                logger.warning("%s is left out: it is no part of the adapter", path)
+                logger.warning("%s is left out: it is not a part of the adapter", path)
 
     def _sort(self) -> Iterator[str]:
         """Give each tensor to the parameter that it is for."""
@@ -155,7 +155,7 @@ class Adapter:
             if change is None:
                 yield f"{stored}: the base has no {name.parameter}{why(name)}"
             elif is_ignored(name, has) and not self._is_of_base(stored, parameter):
-                yield f"{stored}: PEFT has no place for it beside the other tensors"
+                yield f"{stored}: PEFT does not load it together with the other tensors"
             else:
                 yield from change.add(name.role, stored)
         for what, read in (
@@ -291,8 +291,8 @@ class Adapter:
             beside = BESIDE.search(parameter)
             if len(change.shape) > 2 and change.touches and not beside:
                 yield (
-                    f"{parameter} is {change.shape} and was changed: only vectors and "
-                    "matrices can be"
+                    f"{parameter} is {change.shape} and was changed: a delta has only "
+                    "vectors and matrices"
                 )
 
     def _tell(self, names: Sequence[str]) -> None:

@@ -69,7 +69,7 @@ REASONS = {
     "use_qalora": "the factors act on groups of a quantised matrix",
     "velora_config": "the file has more than factors",
 }
-UNKNOWN = "this vllm-dqrelo knows no such option of PEFT"
+UNKNOWN = "this vllm-dqrelo does not know this option of PEFT"
 
 
 def is_rank(value: Any) -> bool:

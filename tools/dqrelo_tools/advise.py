@@ -128,7 +128,7 @@ class Survey:
 
     @property
     def weights(self) -> int:
-        """Of the whole fine-tune."""
+        """The number of weights of the whole fine-tune."""
         return sum(e.weights for e in [*self.others, *(x.entry for x in self.looks)])
 
     def groups(self) -> dict[str, list[Look]]:
@@ -167,7 +167,7 @@ class Survey:
 
 
 def survey(base: str, model: str, device: str = "cpu") -> Survey:
-    """Look at every parameter, one by one.
+    """Every parameter of a fine-tune, measured one by one.
 
     Args:
         base: the base model, a folder or a Hub id.
@@ -176,13 +176,13 @@ def survey(base: str, model: str, device: str = "cpu") -> Survey:
 
     Raises:
         DqreloError: the two do not fit together, or do not differ.
-        FileNotFoundError: one of them is not there.
+        FileNotFoundError: one of the two is not there.
     """
     before, folder = Checkpoint(resolve(base)), resolve(model)
     if is_adapter(folder):
         raise DqreloError(
-            f"{model} is a LoRA adapter, which is stored at its own rank: there is "
-            "nothing to choose"
+            f"{model} is a LoRA adapter, and a delta has its factors at their own "
+            "rank: there is nothing to choose"
         )
     after = fine_tune(model, folder, base, before)
     looks, others = [], []
@@ -201,7 +201,7 @@ def survey(base: str, model: str, device: str = "cpu") -> Survey:
 
 
 class Advice:
-    """What follows from a survey.
+    """The recommendation that follows from a survey.
 
     Attributes:
         survey: as it was made.
@@ -226,7 +226,7 @@ class Advice:
 
     @property
     def command(self) -> str:
-        """What to run."""
+        """The command to run."""
         size = ["--ratio", f"{self.ratio:g}"]
         if self.budget is not None:
             size = ["--budget", format_size(self.budget)]
@@ -234,7 +234,7 @@ class Advice:
         return shlex.join(["dqrelo", "convert", *pair, *size, "--output", "DELTA"])
 
     def reasons(self) -> list[str]:
-        """Why, in sentences."""
+        """The reasons, in sentences."""
         if self.budget is not None:
             same = self.survey.uniform(self.ratio)
             first = (
@@ -256,7 +256,7 @@ class Advice:
         return [first, *self.remarks()]
 
     def remarks(self) -> list[str]:
-        """Which matrices stand out: embeddings, a type of module, early layers."""
+        """A sentence for each group of matrices with a large error or change."""
         said = []
         planned = {entry.name: entry for entry in self.report.entries}
         average = mean(self.survey.looks, "mean_change")
@@ -276,7 +276,7 @@ class Advice:
         return said
 
     def to_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The content of ``--json``."""
         return {
             "matrices": {x.entry.name: x.numbers() for x in self.survey.looks},
             "groups": {
@@ -302,7 +302,7 @@ class Advice:
         }
 
     def to_text(self) -> str:
-        """For people."""
+        """The text for people."""
         groups = [["mean of", "matrices", *COLUMNS.values()]]
         for group, looks in self.survey.groups().items():
             values = [f"{mean(looks, column):.4g}" for column in COLUMNS]
@@ -317,7 +317,7 @@ class Advice:
 
 
 def mean(looks: list[Look], column: str) -> float:
-    """Of one of COLUMNS over matrices; each counts the same. 0 of none."""
+    """The mean of one of COLUMNS over matrices, each of equal weight; or 0."""
     return fmean(look.numbers()[column] for look in looks) if looks else 0.0
 
 

@@ -11,7 +11,7 @@ from dqrelo_tools.spectrum import Spectrum
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.tensors import INT4, LORA_SCALE
 
-RANKS = 128  # considered beside each number of planes, or a few more
+RANKS = 128  # considered for each number of planes, or a few more
 # Upper bounds of what safetensors adds to the tensors: a file's length, metadata and
 # padding, and the widest offset.
 FILE_BYTES = 64
@@ -94,7 +94,7 @@ def allocate(
 def options(name: str, spectrum: Spectrum) -> list[Option]:
     """All sizes that are considered for the matrix called ``name``.
 
-    Sign planes only beside a low-rank part of LOW_RANK_BITS bits a weight.
+    Sign planes need a low-rank part of at least LOW_RANK_BITS bits a weight.
     """
     n, k = spectrum.shape
     largest = min(n, k)
@@ -130,30 +130,30 @@ def gain(here: Option, there: Option) -> float:
 
 
 def low_rank_bytes(n: int, k: int, rank: int) -> int:
-    """Of INT4 factors and their scales."""
+    """Bytes of INT4 factors and their scales."""
     return Size(0, rank, INT4).bytes(n, k) - Size(0, 0, INT4).bytes(n, k)
 
 
 def matrix_bytes(name: str, n: int, k: int, size: Size) -> int:
-    """Of a matrix's tensors and their part of a header, an upper bound."""
+    """An upper bound of a matrix's tensors and their part of a header, in bytes."""
     tensors = 1 + 2 * bool(size.planes) + 3 * bool(size.rank)
     header = header_bytes(name + LORA_SCALE, MAX_PLANES, n, k)
     return size.bytes(n, k) + tensors * header
 
 
 def exact_bytes(exact: Mapping[str, int]) -> int:
-    """Of parameters stored as they are, likewise; ``exact`` is name -> bytes."""
+    """The same of parameters stored as they are; ``exact`` is name -> bytes."""
     return sum(size + header_bytes(name, size) for name, size in exact.items())
 
 
 def header_bytes(name: str, *shape: int) -> int:
-    """Of a tensor's entry in a header: that of no smaller shape at the last offset."""
+    """Bytes of a tensor's entry in a header, if it is at the last offset."""
     entry = {"dtype": "BF16", "shape": shape, "data_offsets": [OFFSET, OFFSET]}
     return len(json.dumps({name: entry}, separators=(",", ":")))
 
 
 def files_bytes(content: int, max_shard_size: int) -> int:
-    """Of the files that hold ``content`` bytes of tensors and entries.
+    """Bytes of the files that hold ``content`` bytes of tensors and entries.
 
     Semantics: ``content + FILE_BYTES * (1 + 2 content / max_shard_size)``, because
     any two files in a row hold more than ``max_shard_size``.

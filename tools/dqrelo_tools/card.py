@@ -79,18 +79,20 @@ def read_report(folder: Path) -> Report:
     """The report of the conversion, from the folder of its delta.
 
     Raises:
-        FileNotFoundError: there is none.
-        DqreloError: another version wrote it, or something else.
+        FileNotFoundError: the folder lacks the report.
+        DqreloError: another version wrote the report, or it is damaged.
     """
     path = folder / REPORT
     try:
         return Report.from_dict(json.loads(path.read_text()))
     except (KeyError, TypeError, ValueError) as error:
-        raise DqreloError(f"{path} is no report of this version: {error!r}") from error
+        raise DqreloError(
+            f"{path} is not a report of this version: {error!r}"
+        ) from error
 
 
 def licence_of(model: Path) -> str | None:
-    """What the card of the fine-tune says, or None."""
+    """The licence that the card of the fine-tune names, or None."""
     card = model / CARD
     if not card.is_file():
         return None

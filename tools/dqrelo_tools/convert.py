@@ -67,27 +67,29 @@ def convert(
 ) -> Report:
     """Write the delta from ``base`` to ``model`` into the new folder ``output``.
 
-    Parameters are converted one by one and kept in a folder beside ``output`` (inside
-    of an empty one) until all is written. When the process is killed, the disk is full
-    or a last step fails, the same command goes on from there and writes the same bytes.
+    Parameters are converted one by one. Until the delta is whole, they are kept in a
+    folder next to ``output``, or inside of an empty ``output``. When the process is
+    killed, the disk is full or a last step fails, the same command continues from that
+    folder and writes the same bytes.
 
     Args:
         base: the base model, a folder or a Hub id.
         model: the fine-tune or a LoRA adapter in PEFT's format, a folder or a Hub id.
-        output: must not exist, or be empty; on any error it is left as it was. Not
-            inside of what is read.
+        output: must not exist, or be empty; an error leaves it as it was. Not inside
+            of ``base`` or ``model``.
         ratio: size of the delta as a fraction of 16 bits per weight, at most 1.
         max_shard_size: of the files with the tensors, in bytes.
         device: where to compute.
         method: a name in ``compress.METHODS``.
         budget: in place of ``ratio``: bytes of all files with tensors, for
             ``allocate`` to divide.
-        base_quantized: a quantised copy of the base, to serve the delta with: it is
-            made from what that computes with, and so repairs its error as well.
+        base_quantized: a quantised copy of the base, to serve the delta with. The
+            delta is made from the numbers that the copy stands for. So the delta also
+            repairs the quantisation error.
 
     Raises:
         DqreloError: the two do not fit together, or cannot be converted.
-        FileNotFoundError: one of them is not there.
+        FileNotFoundError: one of the two is not there.
     """
     how = METHODS[method]
     least = (how.planes or 0) / BITS
@@ -98,7 +100,7 @@ def convert(
         )
     if budget is not None and method != DQRELO:
         raise DqreloError(
-            f"--budget is of --method {DQRELO}, {method} has --ratio only"
+            f"--budget needs --method {DQRELO}: {method} takes --ratio only"
         )
     output = check_output(output)
     before, folder = Checkpoint(resolve(base)), resolve(model)
@@ -109,9 +111,9 @@ def convert(
             raise DqreloError(f"{base_quantized} is not quantised: give it as --base")
         match_names(before, plain, ("quantised copy", "base"))
         refuse(
-            f"{base_quantized} is no copy of {base}:",
+            f"{base_quantized} is not a copy of {base}:",
             config_differences(plain.model_config, before.model_config)
-            + [f"{name} is in one of them only" for name in {*plain} ^ {*before}],
+            + [f"{name} is in one of the two only" for name in {*plain} ^ {*before}],
         )
         base = base_quantized
         names.append(base)
@@ -126,8 +128,8 @@ def convert(
     if is_adapter(folder):
         if budget is not None:
             raise DqreloError(
-                f"{model} is a LoRA adapter, which is stored at its own rank: leave "
-                "--budget out"
+                f"{model} is a LoRA adapter, and a delta has its factors at their own "
+                "rank: leave --budget out"
             )
         after = Adapter(folder, before, names)
         config = replace(
@@ -179,16 +181,16 @@ def write(
     others: Mapping[str, bytes],
     max_shard_size: int,
 ) -> None:
-    """Write the whole delta folder; ``report`` learns its size.
+    """Write the whole delta folder, and its size into ``report``.
 
     Args:
-        others: content of the files beside the tensors, by name.
+        others: content of the tokenizer and settings, by file name.
     """
     changed = [entry.name for entry in report.entries if entry.kind != "unchanged"]
     if beside := [name for name in changed if BESIDE.search(name)]:
         logger.warning(
-            "%d parameters beside the language model changed, for instance %s: a "
-            "server refuses this delta, dqrelo export takes it",
+            "%d parameters outside of the language model changed, for instance %s: a "
+            "server refuses this delta, dqrelo export accepts it",
             len(beside),
             beside[0],
         )
@@ -208,7 +210,7 @@ def planned(
     budget: int,
     max_shard_size: int,
 ) -> dict[str, Size]:
-    """The size of each matrix under ``budget``; made once, and kept in ``journal``."""
+    """The size of each matrix under ``budget``; made once and kept in ``journal``."""
     path = journal.folder / "plan.json"
     if not path.is_file():
         spectra: dict[str, Spectrum] = {}
@@ -240,7 +242,7 @@ def convert_all(
     journal: Journal,
     plan: Mapping[str, Size],
 ) -> list[Entry]:
-    """Convert what ``journal`` does not have yet; the entries of all parameters."""
+    """The entries of all parameters; converts those that ``journal`` lacks."""
     names = dict(enumerate(after))
     entries = {number: journal.entry(number) for number in names}
     missing = {n: name for n, name in names.items() if entries[n] is None}
@@ -283,8 +285,8 @@ def convert_parameter(
         change: fine-tune minus base, float32, on the device to compute on.
         ratio: as for :func:`convert`.
         method: how to compress a matrix.
-        size: of a matrix, where the ratio is not to say it.
-        keep: store it even if it did not change.
+        size: of a matrix; None where ``ratio`` decides.
+        keep: store the parameter even if it did not change.
     """
     counts = (tensor.numel(), tensor.nbytes)
     if not bool(change.any()) and not keep:
@@ -305,10 +307,10 @@ def identity(
     device: str,
     limits: tuple[int, int] | None,
 ) -> str:
-    """Equal for two conversions that would write the same bytes.
+    """Text that is equal for two conversions that would write the same bytes.
 
     Args:
-        limits: with a budget, that and the largest size of a file.
+        limits: budget and largest size of a file; None without a budget.
     """
     files = {
         str(path): [path.stat().st_size, path.stat().st_mtime_ns]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What keeps one checkpoint from being a fine-tune of another."""
+"""Why a checkpoint is not a fine-tune of another."""
 
 import torch
 
@@ -11,10 +11,10 @@ from vllm_dqrelo.format.tensors import ADDED, SUFFIXES
 
 
 def differences(base: Checkpoint, model: Checkpoint) -> list[str]:
-    """Everything that keeps ``model`` from being a fine-tune of ``base``."""
+    """All reasons why ``model`` is not a fine-tune of ``base``."""
     found = []
     if model.quantization:
-        found += [f"{model.folder} is quantised; convert from the 16-bit checkpoint"]
+        found += [f"{model.folder} is quantised. Convert the 16-bit checkpoint"]
     found += config_differences(base.model_config, model.model_config)
     found += missing(base, model)
     for name in sorted(set(model) & set(base)):
@@ -27,7 +27,8 @@ def differences(base: Checkpoint, model: Checkpoint) -> list[str]:
             )
         if len(shape) > 2 and not BESIDE.search(name) and changed(name, base, model):
             found.append(
-                f"{name} is {shape} and was changed: only vectors and matrices can be"
+                f"{name} is {shape} and was changed: a delta has only vectors and "
+                "matrices"
             )
         if name.endswith((*SUFFIXES, ADDED)):
             found.append(f"{name} ends like a tensor of the delta format")
@@ -35,18 +36,18 @@ def differences(base: Checkpoint, model: Checkpoint) -> list[str]:
 
 
 def refuse_placeholders(base: Checkpoint, model: Checkpoint) -> None:
-    """Refuse what DeepSpeed ZeRO-3 writes where it did not gather the parameters."""
+    """Refuse the empty tensors that DeepSpeed ZeRO-3 saves for sharded parameters."""
     both = sorted(set(model) & set(base))
     empty = [n for n in both if 0 in model.spec(n)[1] and 0 not in base.spec(n)[1]]
     if empty:
         raise DqreloError(
             f"{model.folder}: {len(empty)} parameters of the fine-tune are empty, for "
-            f"instance {empty[0]}: DeepSpeed ZeRO-3 has saved them without gathering "
-            "them. Run its zero_to_fp32.py, or set "
-            "stage3_gather_16bit_weights_on_model_save"
+            f"instance {empty[0]}: DeepSpeed ZeRO-3 saved the parameters without "
+            "gathering them. Run DeepSpeed's zero_to_fp32.py, or set "
+            "stage3_gather_16bit_weights_on_model_save and save again"
         )
 
 
 def changed(name: str, base: Checkpoint, model: Checkpoint) -> bool:
-    """Whether the fine-tune has other values there; reads both."""
+    """Whether base and fine-tune have different values of ``name``; reads both."""
     return not torch.equal(base.get(name).float(), model.get(name).float())

@@ -48,7 +48,7 @@ def experts_of(
         name = whole[next(iter(experts)).parameter]
         raise DqreloError(
             f"{name} of the fine-tune is {model.spec(name)[1]}: its matrices are "
-            "square, so that it cannot be seen whether they are transposed. Save the "
+            "square. Their shape does not say whether they are transposed. Save the "
             "fine-tune with save_pretrained of transformers 5, one expert by one"
         )
     parts = {}

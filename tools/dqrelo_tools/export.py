@@ -28,16 +28,16 @@ from vllm_dqrelo.format.tensor_file import nbytes
 def export(base: str, delta: Path, output: Path) -> int:
     """Write base + delta into the new folder ``output``, in the base's dtypes.
 
-    The files are split as the base's are, so that one of them is in memory at a
-    time. Everything else in the base's folder is copied, then the delta's own
-    tokenizer in the place of the base's and its settings over them.
+    The files are split as the base's files are; memory holds one file at a time.
+    Other files of the base's folder are copied. Then the delta's tokenizer and settings
+    replace those of the base.
 
     Returns:
         The bytes of all its tensors.
 
     Raises:
         DqreloError: the delta is damaged or belongs to another base.
-        FileNotFoundError: one of them is not there.
+        FileNotFoundError: one of the two is not there.
     """
     output = check_output(output)
     source = Checkpoint(resolve(base))
@@ -75,7 +75,7 @@ def export(base: str, delta: Path, output: Path) -> int:
 
 
 def update_config(path: Path, base: Checkpoint, delta: Delta) -> None:
-    """Say in a base's config.json what is otherwise: LM head, vocabulary, 16 bits.
+    """Change a base's config.json: LM head, vocabulary, 16 bits.
 
     Args:
         path: of the file.

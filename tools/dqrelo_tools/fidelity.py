@@ -61,7 +61,7 @@ class Fidelity:
     base: Distance = field(default_factory=Distance)
 
     def to_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The content of ``--json``."""
         return {
             "prompts": self.prompts,
             "tokens": self.delta.tokens,
@@ -70,7 +70,7 @@ class Fidelity:
         }
 
     def to_text(self) -> str:
-        """For people."""
+        """The text for people."""
         counts = f"{self.prompts:,} prompts, {self.delta.tokens:,} tokens"
         rows = [(counts, "KL per token", "top-1 agreement")]
         for name, distance in (("base + delta", self.delta), ("base", self.base)):
@@ -205,7 +205,7 @@ def load(folder: Path, delta: Delta | None = None) -> Any:
 def log_probabilities(
     models: list[Any], tokens: torch.Tensor
 ) -> Iterator[list[torch.Tensor]]:
-    """Of each next token by each model, float32 [WINDOW or less, vocabulary].
+    """Those of each next token by each model, float32 [WINDOW or less, vocabulary].
 
     The vocabulary is that of the first model, the fine-tune.
     """

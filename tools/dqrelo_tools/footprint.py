@@ -69,8 +69,9 @@ def base_bytes(name_or_path: str, device: str = "cuda") -> int:
     ]
     if not matrices:
         raise DqreloError(
-            f"{name_or_path} has no matrix of {words} rows, its config.json's "
-            "vocab_size: what vLLM packs of it on the CPU is not known. Give its size"
+            f"{name_or_path} has no matrix of {words} rows, the vocab_size of its "
+            "config.json. So the bytes that vLLM packs on the CPU are not known. Give "
+            "the base's size, such as 16GB"
         )
     return total + 2 * max(matrices)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a conversion has finished, on disk, so that it can be interrupted."""
+"""The finished part of a conversion, on disk: a conversion can be interrupted."""
 
 import json
 import logging
@@ -115,7 +115,7 @@ def journal_of(output: Path, identity: str) -> Iterator[Journal]:
                 raise
             kept = (
                 f"{size_of(folder):,} bytes that are converted already are kept in "
-                f"{folder}: the same command goes on from there"
+                f"{folder}: the same command continues from there"
             )
             if not isinstance(error, Exception):
                 logger.info(kept)

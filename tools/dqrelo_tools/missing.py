@@ -45,7 +45,7 @@ TOLD_BY: tuple[tuple[str, str], ...] = (
 )
 
 FUSED = {
-    "base": "A delta is of matrices: such a base cannot have deltas of its experts",
+    "base": "A delta has matrices only: such a base cannot have deltas of its experts",
     "fine-tune": "Save it with save_pretrained of transformers 5",
 }
 

@@ -40,15 +40,15 @@ class Parameters(Protocol):
 
 
 def fine_tune(model: str, folder: Path, base: str, before: Checkpoint) -> Checkpoint:
-    """Open ``folder``; it and ``before`` have the same parameters from then on.
+    """The fine-tune in ``folder``, with the same parameters as ``before``.
 
-    But for those of added tokens, which only the fine-tune has.
+    Added tokens are parameters that only the fine-tune has. Both are changed.
 
     Args:
         model, base: how the two were named.
 
     Raises:
-        DqreloError: it is no fine-tune of ``before``.
+        DqreloError: ``folder`` is not a fine-tune of ``before``.
     """
     after = Checkpoint(folder)
     if after.config.get("quantization_config") and not after.quantization:
@@ -61,14 +61,14 @@ def fine_tune(model: str, folder: Path, base: str, before: Checkpoint) -> Checkp
     refuse_placeholders(before, after)
     settle_heads(before, after)
     match_vocabularies(before, after)
-    refuse(f"{model} is no fine-tune of {base}:", differences(before, after))
+    refuse(f"{model} is not a fine-tune of {base}:", differences(before, after))
     return after
 
 
 def read_ahead(
     before: Checkpoint, after: Parameters, names: list[str]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each parameter of the fine-tune and its change; the next is read meanwhile."""
+    """Each parameter of the fine-tune and its change; reads the next one ahead."""
 
     def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         tensor = after.get(name)
@@ -108,16 +108,16 @@ def refuse_not_finite(
     raise DqreloError(
         f"{name} of the {side} has a NaN or an infinity in {len(rows)} of its "
         f"{first + len(finite)} rows: {', '.join(map(str, rows[:5]))}"
-        f"{', ...' if rows[5:] else ''}. Rows that a trainer left uninitialised "
-        "can be set to zero; others need the checkpoint to be fetched or trained again"
+        f"{', ...' if rows[5:] else ''}. Set rows that a trainer left "
+        "uninitialised to zero. For other rows, fetch the checkpoint or train again"
     )
 
 
 def always_stored(name: str, before: Checkpoint) -> bool:
-    """Whether it is stored even if it did not change.
+    """Whether a delta has the parameter even if it did not change.
 
-    An untied LM head that is not there would be taken for the embedding, and an added
-    token for one that the model does not have.
+    Without an untied LM head, a server would take the embedding for the head. Without
+    an added token, a server would take the token for one that the model lacks.
     """
     return (name == HEAD and before.tied) or name.endswith(ADDED)
 

@@ -152,7 +152,7 @@ class Plan:
     cases: list[Case]
 
     def to_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The content of ``--json``."""
         return {
             "fleet": asdict(self.fleet),
             "popularity": self.traffic.popularity.text,
@@ -173,7 +173,7 @@ class Plan:
         return f"--max-loras {most} {option(memory)}"
 
     def to_text(self) -> str:
-        """For people."""
+        """The text for people."""
         fleet, traffic = self.fleet, self.traffic
         gb = {name: f"{value / 1e9:.4g} GB" for name, value in asdict(fleet).items()}
         titles = ["", *(case.name for case in self.cases)]

@@ -45,7 +45,7 @@ class Popularity:
         """Read a law such as "zipf:1.0", or the trace in a file.
 
         Raises:
-            DqreloError: it is neither.
+            DqreloError: ``text`` is neither.
         """
         law, _, value = text.partition(":")
         if text in ("identical", "distinct", "uniform"):
@@ -75,7 +75,9 @@ class Popularity:
         """
         traced = 1 + max(self.trace, default=-1)
         if asked is None and not traced:
-            raise DqreloError(f"popularity {self.text}: --models N says of how many")
+            raise DqreloError(
+                f"popularity {self.text} does not say how many models: add --models N"
+            )
         if asked is not None and asked < traced:
             raise DqreloError(f"{self.text} names {traced} models, more than {asked}")
         return traced if asked is None else asked

@@ -102,7 +102,7 @@ class Report:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The content of ``--json``."""
         measured = {"fidelity": self.fidelity.to_dict()} if self.fidelity else {}
         return {
             "delta_bytes": self.delta_bytes,
@@ -122,7 +122,7 @@ class Report:
         return cls([Entry(**entry) for entry in raw["parameters"]], raw["delta_bytes"])
 
     def to_text(self) -> str:
-        """For people."""
+        """The text for people."""
         rows = [("module", "matrices", "planes", "rank", "relative error")]
         for module, entries in self.modules().items():
             planes = span(entry.planes for entry in entries)

@@ -46,7 +46,8 @@ def side_files(base: Path, model: Path, vocabulary: int | None) -> dict[str, byt
             raise DqreloError(
                 f"{model} has {', '.join(own)}, but not the tokenizer that belongs to "
                 f"them: expected one of {', '.join(VOCABULARIES)}. Copy the files of "
-                "the base's tokenizer beside them, or remove them to use the base's"
+                f"the base's tokenizer into {model}, or remove {', '.join(own)} to use "
+                "the base's tokenizer"
             )
         files = {name: read_bytes(path, MOST_BYTES) for name, path in own.items()}
         check_tokenizer(files, base, model, vocabulary)

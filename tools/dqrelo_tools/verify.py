@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check a delta against its base and, when it is at hand, the fine-tune."""
+"""Check a delta against its base and its fine-tune."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from vllm_dqrelo.format.tensors import ADDED
 
 
 def open_for_base(delta: Path, base: Checkpoint) -> Delta:
-    """Open a delta and make sure that it fits ``base``, tensor by tensor."""
+    """The delta in a folder; refused if a tensor does not fit ``base``."""
     opened = Delta(delta)
     opened.config.check_base(base.fingerprint(), str(base.folder), str(delta))
     if base.tied and HEAD in opened.matrices:
@@ -61,7 +61,7 @@ def verify(
     Raises:
         DqreloError: the delta is damaged, or belongs to another base, or is not
             what a conversion of ``model`` gives; or ``prompts`` cannot be used.
-        FileNotFoundError: one of them is not there.
+        FileNotFoundError: one of the folders is not there.
     """
     if prompts and not model:
         raise DqreloError("--prompts needs --model, the fine-tune to compare with")
@@ -69,7 +69,7 @@ def verify(
         texts = read_prompts(prompts)
     if model and is_adapter(resolve(model)):
         raise DqreloError(
-            f"{model} is a LoRA adapter, and a delta is compared with a whole model: "
+            f"{model} is a LoRA adapter, and verify compares with a whole model: "
             "leave --model out, or merge the adapter into its base and give that"
         )
     before = Checkpoint(resolve(base))
@@ -80,7 +80,7 @@ def verify(
     added = {name for name in opened.exact if name.endswith(ADDED)}
     if model:
         refuse(
-            f"{delta} is no delta of {after.folder}, parameters that differ:",
+            f"{delta} is not a delta of {after.folder}, parameters that differ:",
             sorted((set(before) | added) ^ set(after)),
         )
         if (own := smaller_vocabulary(before, after)) != opened.config.vocab_size:
@@ -106,7 +106,7 @@ def verify(
 def check_parameter(
     name: str, before: torch.Tensor, after: torch.Tensor, delta: Delta
 ) -> Entry:
-    """What the delta makes of one parameter, against ``after``."""
+    """The entry of one parameter: base + delta compared with ``after``."""
     change = after.float() - before.float()
     if name in delta.matrices:
         return matrix_entry(name, after, change, delta.matrix(name))

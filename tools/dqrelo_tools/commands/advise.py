@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
         "--budget",
         type=size,
         metavar="SIZE",
-        help="of the files with the tensors, as for convert",
+        help="size of all files with tensors, as for convert",
     )
     add_plot(command, "predicted error and singular values")
     command.add_argument("--json", action="store_true")

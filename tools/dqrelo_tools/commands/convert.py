@@ -31,8 +31,8 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--base-quantized",
         metavar="MODEL",
-        help="a quantised copy of the base: the delta is served with it, and repairs "
-        "its quantisation error as well",
+        help="a quantised copy of the base, to serve the delta with: the delta repairs "
+        "the quantisation error as well",
     )
     command.add_argument(
         "--output", type=Path, required=True, metavar="DELTA", help="a new folder"
@@ -48,7 +48,7 @@ def add(commands: Commands) -> None:
         "--budget",
         type=size,
         metavar="SIZE",
-        help="of the files with the tensors, such as 1.2GB: divided among the "
+        help="size of all files with tensors, such as 1.2GB: divided among the "
         "matrices by predicted error; reads the models twice",
     )
     command.add_argument(
@@ -62,7 +62,7 @@ def add(commands: Commands) -> None:
         type=size,
         default=MAX_SHARD_SIZE,
         metavar="SIZE",
-        help="of the files with the tensors; one is in memory (default: "
+        help="largest size of a file with tensors; memory holds one file (default: "
         f"{format_size(MAX_SHARD_SIZE)})",
     )
     add_device(command)
@@ -70,7 +70,7 @@ def add(commands: Commands) -> None:
         "--push-to-hub", metavar="REPO_ID", help="upload the delta to the Hub as well"
     )
     command.add_argument(
-        "--private", action="store_true", help="make the repository a private one"
+        "--private", action="store_true", help="make the repository private"
     )
     command.set_defaults(run=run)
 
@@ -85,7 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
     if repo_id:
         require_access(repo_id)
     elif arguments.private:
-        raise DqreloError("--private is of the repository: it needs --push-to-hub")
+        raise DqreloError(
+            "--private needs --push-to-hub: it makes the repository private"
+        )
     report = convert(
         arguments.base,
         arguments.model,

@@ -15,12 +15,14 @@ def add(commands: Commands) -> None:
         "deltas", help="list, load, unload or pin the deltas of a running server"
     )
     command.add_argument("action", choices=("list", "load", "unload", "pin"))
-    command.add_argument("name", nargs="?", metavar="NAME", help="but for list")
+    command.add_argument(
+        "name", nargs="?", metavar="NAME", help="of a delta, unless list"
+    )
     command.add_argument("--url", default="http://localhost:8000")
     command.add_argument(
         "--api-key",
         default=os.environ.get("VLLM_API_KEY"),
-        help="the server's (default: VLLM_API_KEY)",
+        help="of the server (default: VLLM_API_KEY)",
     )
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=run)

@@ -29,8 +29,8 @@ def add(commands: Commands) -> None:
         "--device",
         choices=("cuda", "cpu"),
         default="cuda",
-        help="what serves it; on the CPU vLLM packs the vocabulary's matrices as well "
-        "(default: cuda)",
+        help="device that serves the base; on the CPU vLLM packs the vocabulary's "
+        "matrices as well (default: cuda)",
     )
     command.add_argument(
         "--delta",
@@ -41,18 +41,18 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--models",
         type=count,
-        help="fine-tunes (default: those of a trace)",
+        help="number of fine-tunes (default: those that a trace names)",
     )
     command.add_argument("--gpus", type=count, default=1, help="replicas (default: 1)")
     command.add_argument(
         "--popularity",
         default="zipf:1",
         metavar="LAW",
-        help="of the models, see below (default: zipf:1)",
+        help="share of requests for each model, see below (default: zipf:1)",
     )
     for option, default, text in (
-        ("--gpu-memory", "80GB", "of one GPU"),
-        ("--kv", "20GB", "of it for KV cache and activations"),
+        ("--gpu-memory", "80GB", "memory of one GPU"),
+        ("--kv", "20GB", "of that, for KV cache and activations"),
         ("--host", "64GB", "host memory for the deltas of one replica"),
         ("--disk", "2GB/s", "speed of reading a delta from disk"),
         ("--link", "20GB/s", "speed of copying it to the device"),
@@ -73,7 +73,7 @@ def add(commands: Commands) -> None:
         "--hit-rate",
         type=share,
         default=0.99,
-        help="share of requests that ought to find their delta on the device "
+        help="share of requests that should find their delta on the device "
         "(default: 0.99)",
     )
     command.add_argument("--seed", type=int, default=0)

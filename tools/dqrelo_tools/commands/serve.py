@@ -42,7 +42,7 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--delta-endpoints",
         action="store_true",
-        help="add /v1/dqrelo/deltas, which dqrelo deltas uses",
+        help="add /v1/dqrelo/deltas, which the command dqrelo deltas uses",
     )
     command.set_defaults(run=run)
 

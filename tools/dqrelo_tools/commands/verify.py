@@ -11,7 +11,7 @@ from dqrelo_tools.arguments import Commands, add_models, add_plot
 def add(commands: Commands) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
-        "verify", help="check a delta against its base, and its error"
+        "verify", help="check a delta against its base, and measure its error"
     )
     add_models(command, "--base", "--delta")
     command.add_argument("--model", help="the fine-tune, to measure the error")
@@ -20,11 +20,11 @@ def add(commands: Commands) -> None:
         type=Path,
         metavar="FILE",
         help="measure KL divergence and top-1 agreement on this text: one prompt a "
-        'line, or .jsonl with "prompt", "text" or "messages"; takes 12 bytes of '
+        'line, or .jsonl with "prompt", "text" or "messages"; needs 12 bytes of '
         "memory a weight",
     )
     add_plot(
-        command, "the error of each layer, without --model as the conversion found it"
+        command, "the error of each layer; without --model, as convert measured it"
     )
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=run)
