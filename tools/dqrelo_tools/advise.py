@@ -181,8 +181,8 @@ def survey(base: str, model: str, device: str = "cpu") -> Survey:
     before, folder = Checkpoint(resolve(base)), resolve(model)
     if is_adapter(folder):
         raise DqreloError(
-            f"{model} is a LoRA adapter, and a delta has its factors at their own "
-            "rank: there is nothing to choose"
+            f"{model} is a LoRA adapter, which a delta stores at its own rank: there "
+            "is nothing to choose"
         )
     after = fine_tune(model, folder, base, before)
     looks, others = [], []

@@ -128,8 +128,8 @@ def convert(
     if is_adapter(folder):
         if budget is not None:
             raise DqreloError(
-                f"{model} is a LoRA adapter, and a delta has its factors at their own "
-                "rank: leave --budget out"
+                f"{model} is a LoRA adapter, which a delta stores at its own rank: "
+                "leave --budget out"
             )
         after = Adapter(folder, before, names)
         config = replace(

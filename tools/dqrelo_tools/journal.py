@@ -115,7 +115,7 @@ def journal_of(output: Path, identity: str) -> Iterator[Journal]:
                 raise
             kept = (
                 f"{size_of(folder):,} bytes that are converted already are kept in "
-                f"{folder}: the same command continues from there"
+                f"{folder}: the same command goes on from there"
             )
             if not isinstance(error, Exception):
                 logger.info(kept)
