@@ -21,14 +21,15 @@ HOUR = 3600
 MAX_LORAS = 8  # the server's default
 POINTS = 12  # of the figure
 ASSUMED = """\
-Assumed: one replica a GPU, and one size for all deltas. Requests take no time: none
-waits for another, and none keeps its delta from being evicted. The least recently used
-delta makes room, on the device for host memory, and there for good; replicas do not
-share host memory. Nobody asks for the base. With affinity a request goes to the replica
-that has its delta on the device or in host memory, however busy that is; else to the
-one with the fewest on its device, among equals the one that had the fewest requests.
-Full copies: as many to a GPU as fit beside one KV cache of the same size, swapped as
-deltas are."""
+Assumed: one replica a GPU, and one size for all deltas. Requests take no time: a
+request does not wait for another, and does not keep its delta from being evicted. The
+device evicts the least recently used delta to host memory, which drops the least
+recently used one. Replicas do not share host memory. Nobody asks for the base. With
+affinity a request goes to the replica that has its delta on the device or in host
+memory, however busy that replica is. Without such a replica, the request goes to the
+replica with the fewest deltas on its device, and of several to the one that had the
+fewest requests. Full copies: a GPU holds as many as fit next to one KV cache of the
+same size, and swaps them as it swaps deltas."""
 
 
 @dataclass(frozen=True)
