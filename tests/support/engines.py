@@ -69,9 +69,9 @@ def own_classes():
 
 def engine(model, **options):
     """A model alone, or with quantization="dqrelo" a base with room for its deltas."""
-    from vllm import LLM, envs
+    from vllm import LLM
 
-    envs.disable_envs_cache()  # by an engine before, whose variables were others
+    model_runner.prepare()
     if "quantization" in options:
         room = {"dqrelo": {"delta_memory_gib": 0.001}}
         options.setdefault("additional_config", room)

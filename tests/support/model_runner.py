@@ -47,6 +47,16 @@ def _cast_masks() -> None:
         setattr(InterpreterBuilder, name, casting(access, position))
 
 
+def prepare() -> None:
+    """Undo what an engine before, or the interpreter, would do to the next engine."""
+    from vllm import envs
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    envs.disable_envs_cache()  # a test may have set variables since
+    # The interpreter counts the rows of the kernel for top-k in Python's integers.
+    topk_topp_sampler.HAS_TRITON = False
+
+
 def check(llm) -> None:
     """See that an engine has the runner of this session, or one is tested twice."""
     modules = llm.llm_engine.engine_core.engine_core.collective_rpc(
