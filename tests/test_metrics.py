@@ -67,7 +67,7 @@ def test_an_engine_s_metrics_are_what_it_did(
         additional_config={"dqrelo": options},
     )
     manager = manager_of(llm)
-    reads, steps = spies(llm, manager)
+    reads, steps = spies(manager)
     requests = [load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)]
     answers(llm, prompts, [None, requests[0], requests[1], requests[0]])
     assert value("num_deltas_registered") == 3
@@ -106,19 +106,18 @@ def test_an_engine_s_metrics_are_what_it_did(
     assert value("iteration_deltas_sum") == sum(steps)
 
 
-def spies(llm, manager):
+def spies(manager):
     """Lists that grow: the deltas that are read, the number of deltas of each step."""
     reads, steps = [], []
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    runner = executor.driver_worker.worker.model_runner
-    read, prepare = manager.loader._read, runner._prepare_inputs
+    read, set_rows = manager.loader._read, manager.set_rows
 
-    def _prepare_inputs(*args):
-        steps.append(len(runner.input_batch.lora_id_to_lora_request))
-        return prepare(*args)
+    def counted(requests, *rows):
+        """The model runner calls it in each step, with the deltas of the step."""
+        steps.append(len(requests))
+        set_rows(requests, *rows)
 
     manager.loader._read = lambda *given: reads.append(given) or read(*given)
-    runner._prepare_inputs = _prepare_inputs
+    manager.set_rows = counted
     return reads, steps
 
 
