@@ -85,7 +85,7 @@ class Graph(TorchDispatchMode):
 def _python_of(func):
     """The function of an operator whose Python launches others; None for a launch."""
     if func.namespace == "dqrelo" and func._opname != ONE_LAUNCH:
-        return getattr(ops, func._opname)
+        return ops._launchers.get(func._opname) or getattr(ops, func._opname)
     return compat.experts_behind(func)
 
 
