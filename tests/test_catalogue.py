@@ -144,5 +144,5 @@ def test_the_environment_says_which(store, monkeypatch):
     known = Catalogue.from_environment()
     assert known.folders == [store, store.parent] and known.namespaces == {"one"}
     monkeypatch.setenv("DQRELO_DELTA_DIR", str(store / "none"))
-    with pytest.raises(DqreloError, match="none is no folder"):
+    with pytest.raises(DqreloError, match="none is not a folder"):
         Catalogue.from_environment()

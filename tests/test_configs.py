@@ -302,7 +302,7 @@ def test_undeclared_keys_that_are_read_anyway_are_refused():
 
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_all_keys_that_transformers_reads_are_known(kind):
-    """Of each class's own code: every ``getattr(config, "key")``."""
+    """The keys in each class's own code: every ``getattr(config, "key")``."""
     config = parsed(PUBLISHED[kind])
     module = importlib.import_module(
         inspect.getmodule(type(config)).__name__.replace("configuration_", "modeling_")

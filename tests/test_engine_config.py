@@ -155,7 +155,7 @@ def test_layers_that_deltas_cannot_be_put_on_are_refused():
         create_weights = apply = None
 
     for layer, message in ((RoutedExperts, "experts"), (ParallelLMHead, "LM heads")):
-        with pytest.raises(ValueError, match=f"has no quantised .*{message}"):
+        with pytest.raises(ValueError, match=f"does not serve quantised .*{message}"):
             under_deltas(layer.__new__(layer), Quantised())
 
 

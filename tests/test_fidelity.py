@@ -60,7 +60,7 @@ def distances(made, prompts: list[list[int]]) -> dict[str, dict[str, float]]:
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama", "qwen3", "mixtral"])
 def test_kl_and_agreement(family, kind, tmp_path, capsys, monkeypatch):
-    """Of different lengths, over several windows: the mean is over tokens."""
+    """Prompts of different lengths, over several windows: the mean is over tokens."""
     monkeypatch.setattr(fidelity, "WINDOW", 5)
     made = family(kind)
     generator = torch.Generator().manual_seed(3)

@@ -14,7 +14,7 @@ MODULES = "benchmarks.reliability"
 
 
 def rows(script, cases, output):
-    """Of the results of another seed than that of the long run."""
+    """The rows of a run with another seed than the long run's."""
     command = [sys.executable, "-m", f"{MODULES}.{script}", "--cases", str(cases)]
     command += ["--seed", "1", "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)

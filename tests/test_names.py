@@ -185,14 +185,14 @@ def test_buffers_in_a_wrapper(pair, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_other_dtype(dtype, pair, tmp_path, capsys):
-    """Of the fine-tune: read as it is."""
+    """The fine-tune is read in its own dtype."""
     pair("llama")
     edit(tmp_path / "model", lambda t: {k: v.to(dtype) for k, v in t.items()})
     assert convert(tmp_path) == 0
 
 
 def test_scalars_and_empty_parameters(pair, tmp_path):
-    """Of both: no matrix, nothing to divide by."""
+    """Base and fine-tune have them: not a matrix, and nothing to divide by."""
     pair("llama")
     for name, value in (("base", torch.ones(())), ("model", torch.zeros(()))):
         empty = {"model.scale": value, "model.nothing": torch.zeros(0, 96)}

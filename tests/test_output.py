@@ -302,7 +302,7 @@ def test_two_at_a_time(models, tmp_path, capsys, monkeypatch):
 
 
 def test_what_a_killed_process_left_is_no_content(models, tmp_path):
-    """Of an empty folder that was given: its parts lie inside."""
+    """In an empty folder that was given, the parts lie inside."""
     base, model = models
     output = tmp_path / "d"
     (output / ".partial").mkdir(parents=True)

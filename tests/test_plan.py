@@ -43,7 +43,7 @@ def traffic(law, requests=20_000, seed=0) -> Traffic:
 
 
 def four_sigma(p: float, draws: int) -> float:
-    """Of the mean of ``draws`` independent draws of probability ``p``."""
+    """Four standard deviations of the mean of independent draws of probability p."""
     return 4 * math.sqrt(p * (1 - p) / draws)
 
 

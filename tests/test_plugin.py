@@ -150,7 +150,7 @@ def test_without_vllm_serve_says_what_to_install(monkeypatch):
     [
         (["--delta", "math=/nowhere"], "is not a delta folder"),
         (["--delta", "/nowhere"], "expected NAME=DELTA"),
-        (["--delta-dir", "/nowhere"], "/nowhere is no folder"),
+        (["--delta-dir", "/nowhere"], "/nowhere is not a folder"),
     ],
 )
 def test_serve_ends_before_vllm_starts(family, arguments, message):

@@ -305,7 +305,7 @@ def test_what_is_no_quantised_copy_is_refused(
 
 
 def test_the_fingerprint_as_documented(save_model, tmp_path):
-    """Of the stored tensors; written after docs/format.md."""
+    """The fingerprint of the stored tensors, written after docs/format.md."""
     base, quantised = save_model(CONFIG, tmp_path / "base", 1), tmp_path / "quantised"
     quantize(base, quantised, "w4a16")
     config = json.loads((quantised / "config.json").read_text())["quantization_config"]
@@ -323,7 +323,7 @@ def test_the_fingerprint_as_documented(save_model, tmp_path):
 
 
 def logprobs(model, prompts):
-    """Of the tokens of each prompt but the first, one after another."""
+    """Logprobs of the tokens of each prompt but the first, one after another."""
     found = []
     for prompt in map(torch.tensor, prompts):
         with torch.no_grad():

@@ -80,7 +80,7 @@ def test_equal_head(tied, prefix, capsys):
 
 
 def test_trained_head(tied, capsys):
-    """Of other values, the fine-tune is untied, as transformers does it."""
+    """A head of other values unties the fine-tune, as transformers does it."""
     edit(tied / "model", lambda tensors: with_head(tensors, 0.05))
     assert HEAD in check(tied).matrices
     assert f"{HEAD} of the fine-tune has other values" in capsys.readouterr().err

@@ -89,7 +89,7 @@ def test_what_docstrings_and_comments_name_is_in_the_tree():
 
 
 def test_a_name_that_is_not_in_the_tree_is_seen():
-    """Of a file, of a folder, of a module; not of another project's, or an example."""
+    """Names of files, folders and modules; not another project's, nor an example's."""
     text = "`gone.py` and cpu/gone.h, kernels/gone/, `python -m benchmarks.gone`"
     assert absent(text) == ["gone.py", "cpu/gone.h", "kernels/gone/", "benchmarks.gone"]
     assert (

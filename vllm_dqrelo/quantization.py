@@ -33,7 +33,7 @@ class DqreloConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
-        """Of a base that is quantised: its own configuration, with our layers in it."""
+        """The own configuration of a quantised base, with our layers in it."""
         own = get_quantization_config(config["quant_method"])
         return _class_of(own).from_config(config)
 

@@ -53,7 +53,7 @@ def _problems(vllm_config: VllmConfig, device: torch.device) -> Iterator[str]:
         parallel.enable_expert_parallel or parallel.data_parallel_size > 1
     ):
         yield (
-            "has no mixtures of experts with --enable-expert-parallel or with "
+            "does not serve mixtures of experts with --enable-expert-parallel or with "
             "--data-parallel-size: a worker's experts would get rows of others"
         )
     if parallel.use_ubatching:
@@ -88,13 +88,13 @@ def _problems(vllm_config: VllmConfig, device: torch.device) -> Iterator[str]:
         )
     if model.supports_multimodal_inputs:
         yield (
-            "has no deltas for images or sound: use --limit-mm-per-prompt with 0 for "
+            "does not serve images or sound: use --limit-mm-per-prompt with 0 for "
             "each kind of input"
         )
     if model.is_encoder_decoder:
-        yield "has no deltas for encoder-decoder models"
+        yield "does not serve encoder-decoder models"
     if model.is_diffusion:
-        yield "has no deltas for diffusion language models"
+        yield "does not serve diffusion language models"
     if model.enable_prompt_embeds:
         yield (
             "cannot be used with --enable-prompt-embeds, which passes some rows by the "

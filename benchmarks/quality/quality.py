@@ -192,7 +192,7 @@ class FineTune:
 
     @cached_property
     def log_p(self) -> torch.Tensor:
-        """Of every next token, by the fine-tune itself."""
+        """The fine-tune's own log-probabilities of every next token."""
         return self.bench.log_probabilities(self.state, self.task)
 
 
@@ -291,7 +291,7 @@ def predictions(model: FineTune) -> Iterator[dict[str, object]]:
 
 
 def entropy(matrices: list[torch.Tensor]) -> float:
-    """Of the values, in bits, in bins of 2^-16 (a fine-tune's smallest step or so)."""
+    """Bits a value, in bins of 2^-16 (a fine-tune's smallest step or so)."""
     bins = torch.cat([(m.flatten() * 2**16).round().int() for m in matrices])
     share = bins.unique(return_counts=True)[1].double() / len(bins)
     return float(-(share * share.log2()).sum())

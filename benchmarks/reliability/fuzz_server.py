@@ -146,7 +146,7 @@ class Client:
 
 
 def memory() -> float:
-    """Of the processes that this one started, in MiB."""
+    """MiB of the processes that this process started."""
     used = 0
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):

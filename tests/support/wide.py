@@ -64,7 +64,7 @@ def adapter(base, folder):
 
 
 def arguments(base, deltas=(), **options):
-    """Of ``vllm serve``, as far as make_room looks at them."""
+    """The arguments of ``vllm serve`` that make_room looks at."""
     modules = [SimpleNamespace(name=n, path=str(path)) for n, path in deltas]
     given = {
         "quantization": "dqrelo",

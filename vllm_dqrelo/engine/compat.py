@@ -57,7 +57,7 @@ def check_scheduler(scheduler: Any) -> None:
     if not issubclass(scheduler, Scheduler):
         raise ValueError(
             f"--quantization dqrelo cannot be used with --scheduler-cls {scheduler}: "
-            "it is no subclass of vLLM's Scheduler"
+            "give a subclass of vLLM's Scheduler"
         )
 
 

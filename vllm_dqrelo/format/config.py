@@ -74,7 +74,7 @@ class DeltaConfig:
             elif kind is float and not abs(raw[key]) < math.inf:
                 problems.append(f"{key} must be finite, got {raw[key]}")
             elif kind is str and not _is_text(raw[key]):
-                problems.append(f"{key} is no text of at most {MOST_TEXT} characters")
+                problems.append(f"{key} must be text of at most {MOST_TEXT} characters")
             elif key == "digest" and not DIGEST.fullmatch(raw[key]):
                 got = reprlib.repr(raw[key])
                 problems.append(f"digest must be sha256: and 64 hex digits, got {got}")

@@ -20,14 +20,14 @@ class Part:
     transposed: bool = False
 
     def shape(self, stored: list[int]) -> list[int]:
-        """Of the part, from that of the stored tensor."""
+        """The shape of the part, from the shape of the stored tensor."""
         shape = stored if self.expert is None else stored[1:]
         shape = shape[::-1] if self.transposed else shape
         rows = range(shape[0] if shape else 0)[self.start : self.stop]
         return [len(rows), *shape[1:]] if shape else shape
 
     def of(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Of a stored tensor, or of the expert's matrix: in memory of its own."""
+        """The part of a tensor or of an expert's matrix, in memory of its own."""
         matrix = matrix.T if self.transposed else matrix
         if not matrix.ndim:
             return matrix

@@ -53,7 +53,7 @@ class Quantized:
 
     @property
     def names(self) -> list[str]:
-        """Of its tensors."""
+        """The names of the matrix's tensors."""
         return [self.module + part for part in sorted(self.parts)]
 
     def shape(self, spec: Spec, get: Get) -> list[int]:

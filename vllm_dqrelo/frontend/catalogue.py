@@ -63,7 +63,7 @@ class Catalogue:
         paths = [Path(folder).expanduser() for folder in folders]
         for path in paths:
             if not path.is_dir():
-                raise DqreloError(f"{path} is no folder: expected one of deltas")
+                raise DqreloError(f"{path} is not a folder: give a folder of deltas")
         self.folders = [path.resolve() for path in paths]
         self.namespaces = set(namespaces)
         self._given: list[Path] = []
@@ -96,7 +96,7 @@ class Catalogue:
         return self._inside(found[0])
 
     def names(self) -> list[str]:
-        """Of all folders that have a delta_config.json; they are not read."""
+        """The names of all folders that have a delta_config.json, which is not read."""
         found = set()
         for folder in self.folders:
             with suppress(OSError):  # it is gone

@@ -36,7 +36,7 @@ def under_deltas(
     if isinstance(layer, RoutedExperts):
         if own is not None and not isinstance(own, UnquantizedFusedMoEMethod):
             raise ValueError(
-                "--quantization dqrelo has no quantised mixtures of experts"
+                "--quantization dqrelo does not serve quantised mixtures of experts"
             )
         experts.refuse(layer)
         return compat.method_of_experts(layer.moe_config)
@@ -45,7 +45,7 @@ def under_deltas(
     unquantized = UnquantizedEmbeddingMethod, UnquantizedLinearMethod
     if own is not None and type(own) not in unquantized:
         raise ValueError(
-            "--quantization dqrelo has no quantised embeddings or LM heads"
+            "--quantization dqrelo does not serve quantised embeddings or LM heads"
         )
     options = Options.of(get_current_vllm_config().additional_config)
     return EnlargedEmbedding(options.added_tokens)

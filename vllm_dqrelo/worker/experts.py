@@ -163,4 +163,6 @@ def refuse(layer: Any) -> None:
         activation = layer.moe_config.activation.value
         problem = f"with activation {activation}, only {known}"
     if problem:
-        raise ValueError(f"--quantization dqrelo has no mixtures of experts {problem}")
+        raise ValueError(
+            f"--quantization dqrelo does not serve mixtures of experts {problem}"
+        )

@@ -187,7 +187,7 @@ class Place:
 
     @property
     def rows(self) -> torch.Tensor:
-        """Of the checkpoint's, those that this worker has: int64."""
+        """The rows of the checkpoint's matrix that this worker has: int64."""
         return self.site.rows(self.index)
 
     @property
