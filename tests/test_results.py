@@ -128,6 +128,40 @@ def test_a_figure_shows_its_rows():
     assert right.lines[0].get_xydata().tolist() == [[1, 5], [4, 5]]
 
 
+def test_a_law_has_one_colour_in_all_panels_and_in_the_legend():
+    """Though the rows of each panel are in another order."""
+    laws = ["uniform", "zipf:1", "distinct"]
+    rows = [
+        {"arrivals": a, "popularity": p, "models": n}
+        | {"output_tokens_per_s": f"{10 * i}.{n}", "ttft_p99_ms": f"{20 * i}.{n}"}
+        for a, order in (("closed", laws), ("poisson", laws[::-1]))
+        for i, p in enumerate(["identical", *order])
+        for n in (["1"] if p == "identical" else ["2", "8"])
+    ]
+    figure = figures.serving_figure(rows)
+    (legend,) = figure.legends
+    handles, texts = legend.get_lines(), [text.get_text() for text in legend.texts]
+    colours = dict(zip(texts, [line.get_color() for line in handles], strict=True))
+    assert colours.keys() == set(laws) and len(set(colours.values())) == len(laws)
+    for axes, arrivals, key in zip(
+        figure.axes,
+        ("closed", "poisson"),
+        ("output_tokens_per_s", "ttft_p99_ms"),
+        strict=True,
+    ):
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "8"]
+        assert {text.get_text() for text in axes.texts} == set(laws)
+        for line in axes.lines:
+            law = line.get_label()
+            assert line.get_color() == colours[law]
+            assert line.get_xydata().tolist() == [
+                [int(row["models"]), float(row[key])]
+                for row in rows
+                if row["arrivals"] == arrivals
+                and row["popularity"] in ("identical", law)
+            ]
+
+
 def test_models_on_a_card_by_hand():
     """Weights of Llama-3.1-8B are 8,030,261,248; what is free, over a delta's bytes."""
     rows = {row["stored_as"]: row for row in cards()}

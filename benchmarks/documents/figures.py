@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 
 from matplotlib import rcParams
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.documents.documents import DOCUMENTS, rewritten
@@ -30,8 +31,18 @@ FIGURES = ROOT / "docs" / "figures"
 
 
 def serving_figure(rows: list[Row]) -> Figure:
-    """Throughput and time to first token against models, one line a popularity law."""
+    """Throughput and time to first token against models, one line a popularity law.
+
+    A law has one colour in all panels. The point of one model has one law only,
+    "identical", and all lines begin there.
+    """
     figure = Figure(figsize=(11, 4.5), layout="constrained")
+    laws = dict.fromkeys(row["popularity"] for row in rows)
+    laws.pop("identical", None)
+    styles = {
+        law: {"color": f"C{i}", "marker": marker}
+        for i, (law, marker) in enumerate(zip(laws, "osD^v<>pX*hP", strict=False))
+    }
     panels = zip(
         figure.subplots(1, 2),
         ("closed", "poisson"),
@@ -39,23 +50,49 @@ def serving_figure(rows: list[Row]) -> Figure:
         ("output tokens per second", "time to first token, p99, ms"),
         strict=True,
     )
+    shown = {}
     for axes, arrivals, key, label in panels:
         lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
         for row in rows:
             if row["arrivals"] == arrivals:
                 point = int(row["models"]), float(row[key])
                 lines[row["popularity"]].append(point)
-        (alone,) = lines.pop("identical", [None])
-        for (law, points), marker in zip(lines.items(), "osD^v<>pX*hP", strict=False):
-            shown = sorted([*([alone] if alone else []), *points])
-            axes.plot(*zip(*shown, strict=True), marker=marker, label=law)
-        axes.set(
-            xlabel="models", ylabel=label, ylim=(0, None), title=f"arrivals: {arrivals}"
-        )
-        axes.set_xscale("log", base=2)
-        axes.grid(alpha=0.3)
-    axes.legend()
+        alone = lines.pop("identical", [])
+        for law, points in lines.items():
+            x, y = zip(*sorted(alone + points), strict=True)
+            (shown[law],) = axes.plot(x, y, label=law, **styles[law])
+        axes.set(ylabel=label, ylim=(0, None), title=f"arrivals: {arrivals}")
+        count_models(axes, "models", rows)
+        label_ends(axes)
+    found = [shown[law] for law in laws if law in shown]
+    figure.legend(handles=found, loc="outside lower center", ncols=len(found))
     return figure
+
+
+def label_ends(axes: Axes) -> None:
+    """Write the name of each line where it ends, one name above another."""
+    left, right = axes.get_xlim()
+    axes.set_xlim(right=right * (right / left) ** 0.25)  # room for the names
+    height, least = 0.05 * axes.get_ylim()[1], 0.0
+    for line in sorted(axes.lines, key=lambda line: line.get_ydata()[-1]):
+        x, y = line.get_xydata()[-1]
+        least = max(y, least + height)
+        axes.annotate(
+            line.get_label(),
+            (x, least),
+            (8, 0),
+            textcoords="offset points",
+            va="center",
+        )
+
+
+def count_models(axes: Axes, label: str, rows: list[Row]) -> None:
+    """Let the x axis count models: 1, 2, 4, ... at equal distances."""
+    counts = sorted({int(row["models"]) for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.set_xlabel(label)
+    axes.grid(alpha=0.3)
 
 
 def quality_figure(rows: list[Row], fine_tunes: set[str]) -> Figure:
@@ -117,9 +154,8 @@ def memory_figure(rows: list[Row]) -> Figure:
         tokens = [1000 * int(r["models"]) / float(r["step_ms"]) for r in mine]
         speed.plot(models, tokens, marker=marker, label=system)
     for axes, label in ((memory, "weights, GB"), (speed, "tokens per second")):
-        axes.set(xlabel="fine-tunes served", ylabel=label, ylim=(0, None))
-        axes.set_xscale("log", base=2)
-        axes.grid(alpha=0.3)
+        axes.set(ylabel=label, ylim=(0, None))
+        count_models(axes, "fine-tunes served", rows)
     memory.legend()
     figure.suptitle(
         "SmolLM2-135M, bfloat16, two CPU cores, one sequence for each model"
@@ -138,9 +174,8 @@ def capacity_figure(rows: list[Row]) -> Figure:
         axes.plot(*zip(*points, strict=True), marker=marker, label=system)
     budget = float(rows[0]["budget_gib"])
     axes.axhline(budget, color="black", linestyle=":", label=f"{budget:g} GiB")
-    axes.set(xlabel="fine-tunes served", ylabel="memory, GiB", ylim=(0, None))
-    axes.set_xscale("log", base=2)
-    axes.grid(alpha=0.3)
+    axes.set(ylabel="memory, GiB", ylim=(0, None))
+    count_models(axes, "fine-tunes served", rows)
     axes.set_title("SmolLM2-135M, bfloat16: what all processes of the servers hold")
     axes.legend(loc="lower right")
     return figure
