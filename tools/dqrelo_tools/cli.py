@@ -21,7 +21,9 @@ from dqrelo_tools.commands import (
 )
 from vllm_dqrelo.format.errors import DqreloError
 
-COMMANDS = (advise, convert, inspect, verify, export, plan, serve, deltas)
+DESCRIPTION = "Serve full fine-tunes of one base as deltas of an eighth of their size."
+# Most users need the first three only.
+COMMANDS = (convert, verify, serve, advise, inspect, export, plan, deltas)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +80,7 @@ def log_to_stderr() -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    root = argparse.ArgumentParser(prog="dqrelo", description=__doc__)
+    root = argparse.ArgumentParser(prog="dqrelo", description=DESCRIPTION)
     version = metadata.version("vllm-dqrelo")
     root.add_argument("--version", action="version", version=version)
     commands = root.add_subparsers(required=True, metavar="COMMAND")
