@@ -8,6 +8,7 @@ from operator import attrgetter
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 vllm = pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -250,3 +251,17 @@ def test_what_is_compiled_on_the_cpu(family, options, compiled):
     config = arguments.create_engine_config()
     assert (config.compilation_config.mode != CompilationMode.NONE) is compiled
     assert config.lora_config is not None
+
+
+@pytest.mark.parametrize(
+    ("device", "graphs", "counts"),
+    [("cpu", 512, [1]), ("cuda", 512, [1, 512, 8192]), ("cuda", None, [1, 8192])],
+)
+def test_steps_in_which_every_layer_must_be_met(device, graphs, counts):
+    from vllm_dqrelo.worker.coverage import token_counts
+
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=graphs),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
+    )
+    assert token_counts(config, torch.device(device)) == counts

@@ -338,16 +338,27 @@ def test_an_engine_without_deltas_is_vllms_own(family, engine, manager_of):
     assert type(manager_of(llm)) is LRUCacheWorkerLoRAManager
 
 
-def test_a_model_that_passes_a_layer_by_is_not_served(family, engine, monkeypatch):
-    """Code that goes around a layer's method would leave the layer's deltas out."""
+@pytest.mark.parametrize("count", [1, 32])
+def test_a_model_that_passes_a_layer_by_is_not_served(
+    count, family, engine, monkeypatch
+):
+    """Code that goes around a layer's method would leave the layer's deltas out.
+
+    Code for a GPU may do so in large steps only.
+    """
     from vllm.model_executor.models.llama import LlamaMLP
+
+    from vllm_dqrelo.worker import coverage
 
     def forward(self, x):
         layer = self.gate_up_proj
-        x = layer.quant_method.inner.apply(layer, x)
-        return self.down_proj(self.act_fn(x))[0]
+        apply = layer.quant_method.apply
+        if len(x) == count:
+            apply = layer.quant_method.inner.apply
+        return self.down_proj(self.act_fn(apply(layer, x)))[0]
 
+    monkeypatch.setattr(coverage, "token_counts", lambda *_: [1, 32])
     monkeypatch.setattr(LlamaMLP, "forward", forward)
-    message = r"passes 2 of its layers by: model.layers.0.mlp.gate_up_proj, model"
-    with pytest.raises(ValueError, match=message):
+    message = f"passes 2 of its layers by in a step of {count} tokens: "
+    with pytest.raises(ValueError, match=f"{message}model.layers.0.mlp.gate_up_proj"):
         engine(family("llama").base, quantization="dqrelo")

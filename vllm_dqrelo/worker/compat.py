@@ -58,15 +58,16 @@ def add_worker_call(call: Callable[..., Any]) -> None:
     setattr(WorkerBase, call.__name__, call)
 
 
-def run_one_token(runner: Any) -> torch.Tensor:
-    """One token through a runner's model, as vLLM's profile run does.
+def run_tokens(runner: Any, count: int) -> torch.Tensor:
+    """Run ``count`` tokens through a runner's model, as vLLM's profile run does.
 
     Where: ``_dummy_run``, v1/worker/gpu_model_runner.py:5508.
 
     Returns:
-        Hidden states [1, K]; what a stage of a pipeline passes on is left out.
+        Hidden states [count, K]; what a stage of a pipeline passes on is left out.
     """
-    hidden_states: torch.Tensor = find(runner, "_dummy_run")(1, is_profile=True)[0]
+    run = find(runner, "_dummy_run")
+    hidden_states: torch.Tensor = run(count, is_profile=True)[0]
     return hidden_states
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.distributed import all_gather_object
 from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 
 from vllm_dqrelo.worker import compat
@@ -38,18 +39,36 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def token_counts(vllm_config: VllmConfig, device: torch.device) -> list[int]:
+    """The sizes of steps that are run: code for a GPU may choose a path by the size.
+
+    One token, the largest captured graph, and the largest step. On a CPU one token
+    only: the largest step takes seconds there.
+    """
+    if device.type == "cpu":
+        return [1]
+    graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 1
+    return sorted({1, graphs, vllm_config.scheduler_config.max_num_batched_tokens})
+
+
 def check_coverage(model_runner: Any, sites: Sites, residency: Residency) -> None:
-    """Run one token through the model and see whether every site is met.
+    """Run tokens through the model and see whether every site is met.
 
     Raises:
         ValueError: the code of the model passes a site by.
     """
+    for count in token_counts(model_runner.vllm_config, residency.arena.data.device):
+        _check(model_runner, sites, residency, count)
+
+
+def _check(model_runner: Any, sites: Sites, residency: Residency, count: int) -> None:
+    """Run ``count`` tokens; see ``check_coverage``."""
     stage = get_pp_group()
     with _Calls() as calls:
-        hidden_states = compat.run_one_token(model_runner)
+        hidden_states = compat.run_tokens(model_runner, count)
         if stage.is_last_rank and not model_runner.is_pooling_model:
             with torch.inference_mode():
-                model_runner.model.compute_logits(hidden_states)
+                model_runner.model.compute_logits(hidden_states[:1])
     met = {
         name
         for name, site in sites.by_name.items()
@@ -62,7 +81,8 @@ def check_coverage(model_runner: Any, sites: Sites, residency: Residency) -> Non
     if missed:
         model = type(model_runner.model).__name__
         raise ValueError(
-            f"vLLM's {model} passes {len(missed)} of its layers by: "
+            f"vLLM's {model} passes {len(missed)} of its layers by in a step of "
+            f"{count} tokens: "
             f"{', '.join(missed[:5])}{', ...' if missed[5:] else ''}. Deltas of these "
             "would be left out without a word, so that this model cannot be served "
             "with --quantization dqrelo; please report its architecture"
