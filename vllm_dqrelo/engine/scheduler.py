@@ -38,6 +38,8 @@ class DeltaScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self._failed: list[tuple[int, EngineCoreOutput]] = []
         self._held_back: dict[str, float] = {}  # request -> since when
+        # In this step: how many requests run, and their deltas.
+        self._counted: tuple[int, set[str]] | None = None
 
     def add_request(self, request: Request) -> None:
         new = request.request_id not in self.requests
@@ -74,6 +76,7 @@ class DeltaScheduler(Scheduler):
             if failure:
                 self._fail(failure)
         self.deltas.look()
+        self._counted = None
         output = super().schedule(*args, **kwargs)
         if output.total_num_scheduled_tokens:
             self.deltas.ran(self._rows(output) if self.deltas.users else {})
@@ -115,9 +118,16 @@ class DeltaScheduler(Scheduler):
         (v1/core/sched/scheduler.py:889). With a pipeline, a running request that is in
         another stage joins a later step. vLLM 0.33 counts all running requests.
         """
-        running = {r.lora_request.lora_name for r in self.running if r.lora_request}
-        running.add(bound.lora_name)
-        return len(running) > self.lora_config.max_loras
+        # While requests are admitted ``running`` only grows: its length tells a change,
+        # and a step with many waiting requests does not count for each of them.
+        if self._counted is None or self._counted[0] != len(self.running):
+            names = {r.lora_request.lora_name for r in self.running if r.lora_request}
+            self._counted = len(self.running), names
+        _, running = self._counted
+        return (
+            len(running) >= self.lora_config.max_loras
+            and bound.lora_name not in running
+        )
 
     def _started(self) -> set[str]:
         """The deltas of requests that run, or did and were preempted."""

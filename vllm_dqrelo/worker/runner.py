@@ -52,9 +52,9 @@ def attach(runner: Any, manager: Any) -> None:
 def _attach_v2(runner: Any, manager: Any) -> None:
     """Attach Model Runner V2.
 
-    Why: vLLM describes the rows of each step in tuples, one adapter a token, which
-        takes 1.6 ms for 8192 tokens; it describes one sampled row a request, where
-        drafts have rows, too; and it describes no rows of prompt logprobs.
+    Why: vLLM describes the rows of each step in tuples, one adapter a token; it
+        describes one sampled row a request, where drafts have rows, too; and it
+        does not describe the rows of prompt logprobs.
     Where: ``LoraState.make_lora_inputs``, v1/worker/gpu/lora_utils.py:93, and in
         v1/worker/gpu/model_runner.py ``execute_model`` (:1829), ``sample`` (:1615) and
         ``sample_tokens`` (:2151). ``lora_config`` stays: it is a key of captured graphs
@@ -94,8 +94,8 @@ def _attach_v2(runner: Any, manager: Any) -> None:
 def _attach_v1(runner: Any, manager: Any) -> None:
     """Attach Model Runner V1.
 
-    Why: as for V2; V1 does describe the rows of drafts. To ask for the adapters of a
-        step takes some 60 us, for which a step of the base need not wait.
+    Why: as for V2; V1 does describe the rows of drafts. A step of the
+        base need not wait for the question which adapters it has.
     Where: ``set_active_loras``, v1/worker/gpu_model_runner.py:2239, and in the same
         ``execute_model`` what is sampled (:4242); ``_get_prompt_logprobs_dict`` (:5306)
         in another call.
