@@ -13,8 +13,6 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 def check_decodes(message: Any, kind: type) -> None:
     """Encode and decode a message as vLLM will.
 
-    About 17 µs, and 0.04 µs for each token of a prompt (AMD EPYC).
-
     Raises:
         Exception: the engine could not decode it.
     """
