@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Did deltas become slower? Their time beside the base's and LoRA's, against history.
+"""Did deltas become slower? Their time against the base's and LoRA's, and history.
 
     python -m benchmarks.check [--record]
 
 The steps of ``ops/cpu.py``, by the default method. Deltas, the base's own matrix
-products and vLLM's LoRA at equal bytes are timed by turns in one process, and only the
-ratios of the shortest times are compared, with the last ones that this kind of CPU has
-in results/history.csv. A ratio may be ``BAND`` times what it was, a choice: record
-twice on a quiet machine to see what it is worth there. ``--record`` adds a line; a kind
-of CPU without one passes.
+products and vLLM's LoRA at equal bytes are timed by turns in one process. Only the
+ratios of the shortest times are compared, with the newest rows of the same kind of
+machine in results/history.csv. A ratio may be ``BAND`` times the old ratio, a choice:
+record twice on a quiet machine to see what ``BAND`` is worth there.
+
+``--record`` adds the new ratios to the history. A kind of machine without a history
+passes, and its ratios are added. Rows without a ``cpu_id`` are older than that column:
+they are compared only on machines that do not have one either.
 """
 
 import argparse
@@ -17,7 +20,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.machine import MACHINE, machine
+from benchmarks.machine import MACHINE, cpu_id, cpuinfo, machine
 from benchmarks.ops.cpu import Base, Deltas, Loras, best_ms
 from benchmarks.paths import RESULTS
 from benchmarks.table import Table
@@ -27,7 +30,7 @@ STEPS = [[8], [2] * 4, [1] * 8, [32]]  # rows of each delta
 TURNS, SECONDS = 5, 0.5  # of each, and for how long
 BAND = 1.25
 RATIOS = ("delta_to_base", "delta_to_lora")
-COLUMNS = ("rows", *RATIOS, "threads", *MACHINE)
+COLUMNS = ("rows", *RATIOS, "threads", *MACHINE, "cpu_id")
 
 
 def shortest(runs: list[Callable[[], None]]) -> list[float]:
@@ -46,22 +49,23 @@ def slower(new: dict[str, str], old: dict[str, str]) -> list[str]:
 
 
 def last(history: list[dict[str, str]], row: dict[str, str]) -> dict[str, str] | None:
-    """The newest line of the same step on the same kind of machine."""
-    same = ("cpu", "cores", "threads", "rows")
+    """The newest row of the same step on the same kind of machine."""
+    same = ("cpu", "cpu_id", "cores", "threads", "rows")
     found = [old for old in history if all(old[key] == row[key] for key in same)]
     return found[-1] if found else None
 
 
 def main() -> None:
-    """Measure, print, compare; exits with 1 if something became slower."""
+    """Measure, print, compare; exit with 1 if something became slower."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--record", action="store_true", help="add to the history")
+    parser.add_argument("--record", action="store_true", help="add to a history")
     record = parser.parse_args().record
     history = Table(HISTORY, ("commit", "rows"), COLUMNS)
     before = list(history.rows)
     about = {"threads": torch.get_num_threads(), **machine()}
+    about["cpu_id"] = cpu_id(cpuinfo())
     deltas, base, loras = Deltas(8, "dqrelo"), Base(), Loras(8)
-    problems = []
+    problems, unknown = [], False
     for step in STEPS:
         runs = [deltas.step(step), base.step(step), loras.step(step)]
         ours, theirs, lora = shortest(runs)
@@ -75,8 +79,12 @@ def main() -> None:
         shown = {name: (row[name], old[name] if old else "new") for name in RATIOS}
         print(f"{row['rows']:<18}", *(f"{n} {a} ({b})" for n, (a, b) in shown.items()))
         problems += slower(row, old) if old else []
-        if record:
+        unknown |= old is None
+        if record or old is None:
             history.add(row)
+    if unknown:
+        kind = f"{about['cpu']} ({about['cpu_id']}), {about['cores']} cores"
+        print(f"not a history of {kind} yet: measured, recorded")
     if problems:
         sys.exit("slower, by more than noise:\n" + "\n".join(problems))
 

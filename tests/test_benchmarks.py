@@ -217,7 +217,7 @@ def test_a_server_that_fails_is_shown_by_its_last_words(bench, tmp_path):
 def test_slower_than_history_is_said(bench):
     pytest.importorskip("vllm")
     check = bench("check")
-    machine = {"cpu": "A", "cores": "2", "threads": "2", "rows": "8"}
+    machine = {"cpu": "A", "cpu_id": "", "cores": "2", "threads": "2", "rows": "8"}
     now = machine | {"delta_to_base": "1.20", "delta_to_lora": "0.30"}
     old = machine | {"delta_to_base": "1.00", "delta_to_lora": "0.20", "commit": "abc"}
     (line,) = check.slower(now, old)
@@ -225,6 +225,61 @@ def test_slower_than_history_is_said(bench):
     other = old | {"cpu": "B"}
     assert check.last([old | {"commit": "first"}, old, other], now) == old
     assert check.last([other], now) is None
+    assert check.last([old], now | {"cpu_id": "25.17.1"}) is None  # of any "A"
+
+
+EPYC = """\
+processor\t: 0
+vendor_id\t: AuthenticAMD
+cpu family\t: 25
+model\t\t: {model}
+model name\t: AMD EPYC
+stepping\t: 1
+flags\t\t: fpu avx2 {flags}
+
+processor\t: 1
+model\t\t: 0
+"""
+
+
+def test_kinds_of_cpu_that_share_a_name_are_told_apart(bench):
+    cpu_id = bench("machine").cpu_id
+    milan = cpu_id(EPYC.format(model=1, flags=""))
+    genoa = cpu_id(EPYC.format(model=17, flags="avx512f avx512_bf16"))
+    assert milan == "25.1.1 avx2" and genoa == "25.17.1 avx2 avx512f avx512_bf16"
+    assert cpu_id(EPYC.format(model=17, flags="")) == "25.17.1 avx2"  # hidden
+    arm = "Features\t: fp asimddp sve\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n"
+    assert cpu_id(arm) == "0x41.0xd40 asimddp sve"
+    assert cpu_id("") == ""
+
+
+def test_an_unknown_kind_of_machine_is_measured_and_recorded(
+    bench, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("vllm")
+    check = bench("check")
+    history = tmp_path / "history.csv"
+    history.write_text((ROOT / "benchmarks" / "results" / "history.csv").read_text())
+    before = len(history.read_text().splitlines())
+    times = {"value": [1.0, 1.0, 1.0]}
+    steps = type("Steps", (), {"step": lambda *_: None})()
+    for name in ("Deltas", "Base", "Loras"):
+        monkeypatch.setattr(check, name, lambda *_: steps)
+    monkeypatch.setattr(check, "HISTORY", history)
+    monkeypatch.setattr(check, "shortest", lambda runs: times["value"])
+    monkeypatch.setattr(check, "cpuinfo", lambda: EPYC.format(model=99, flags=""))
+    monkeypatch.setattr(sys, "argv", ["check"])
+    check.main()
+    assert "25.99.1 avx2), 2 cores yet: measured, recorded" in re.sub(
+        r"\d+ cores", "2 cores", capsys.readouterr().out
+    )
+    recorded = len(history.read_text().splitlines())
+    assert recorded == before + len(check.STEPS)
+    times["value"] = [1.3, 1.0, 1.0]
+    with pytest.raises(SystemExit, match="delta_to_base is 1.300, was 1.000"):
+        check.main()
+    assert "recorded" not in capsys.readouterr().out
+    assert len(history.read_text().splitlines()) == recorded
 
 
 def test_the_report_of_a_release_of_vllm(bench, tmp_path):
