@@ -306,6 +306,38 @@ def test_the_report_of_a_release_of_vllm(bench, tmp_path):
     assert "OLDEST, FIRST_UNTESTED = (0, 0), (9, 0)" in compat
 
 
+def test_the_python_of_a_release_over_the_binaries_of_another(bench, tmp_path):
+    overlay = bench("reliability.overlay")
+    package, info = tmp_path / "vllm", tmp_path / "vllm-1.0+cpu.dist-info"
+    for path in ("old.py", "kept.so", "below/_C.so", "both.py"):
+        (package / path).parent.mkdir(parents=True, exist_ok=True)
+        (package / path).write_text("1.0")
+    with zipfile.ZipFile(tmp_path / "wheel.whl", "w") as wheel:
+        for name in ("both.py", "new.json", "cuda.so", "vllm-rs"):
+            wheel.writestr(f"vllm/{name}", "2.0")
+        wheel.writestr("vllm-2.0.dist-info/METADATA", "2.0")
+    overlay.replace_python(package, tmp_path / "wheel.whl", tmp_path / "aside")
+    found = {str(f.relative_to(package)): f.read_text() for f in package.rglob("*.*")}
+    assert found == {
+        "both.py": "2.0",
+        "new.json": "2.0",
+        "kept.so": "1.0",
+        "below/_C.so": "1.0",
+    }
+    info.mkdir()
+    (info / "METADATA").write_text("Version: 1.0+cpu")
+    overlay.rename_distribution(tmp_path, "2.0", "1.0")
+    assert (
+        tmp_path / "vllm-2.0+cpu.dist-info/METADATA"
+    ).read_text() == "Version: 2.0+cpu"
+    needed = overlay.new_requirements(
+        ["torch==3", "flash>=2", "numpy>2", "orjson"], ["flash>=1", "numpy"], ["numpy"]
+    )
+    assert needed == ["numpy>2", "orjson"]
+    extras = ['a; extra == "x"', "b", 'c; python_version > "3"']
+    assert overlay.without_extras(extras) == extras[1:]
+
+
 def test_a_model_in_several_wheels_is_joined_in_their_order(
     bench, tmp_path, monkeypatch
 ):

@@ -119,6 +119,25 @@ def test_a_hook_that_is_gone_is_named():
         find(__import__("math"), "pie")
 
 
+def test_what_a_release_does_by_itself():
+    """It counts the adapters of all running requests, and says why a request failed."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import output_processor
+
+    from vllm_dqrelo.compat import says_why
+    from vllm_dqrelo.engine.compat import counts_running, reason_of_failure
+
+    source = inspect.getsource(Scheduler.schedule)
+    counted = re.search(r"scheduled_loras = set\([^)]*?for req in ([\w.]+)\s", source)
+    assert counted and (counted[1] == "self.running") == counts_running()
+    source = inspect.getsource(output_processor.OutputProcessor.process_outputs)
+    assert ("put(error.to_exception())" in source) == says_why()
+    fields = reason_of_failure("gone")
+    assert fields.pop("stop_reason") == "gone"
+    errors = [error.to_exception() for error in fields.values()]
+    assert list(map(str, errors)) == ["gone"] * says_why()
+
+
 def test_plugin_not_installed_or_not_allowed(monkeypatch):
     from importlib import metadata
 

@@ -79,10 +79,15 @@ def test_tables():
         {"vllm": "0.9.0", "passed": "7", "failed": "0", "errors": "0"},
         {"vllm": "0.8.0", "passed": "7", "failed": "0", "errors": "2"},
     ]
-    about = {"torch": "2.1+cpu", "transformers": "5"}
-    shown = reliability.versions_table([row | about for row in versions])
-    assert "| 0.9.0 | 2.1 | 5 | 7 tests pass |" in shown
-    assert "| 0.8.0 | 2.1 | 5 | refused |" in shown
+    about = {"torch": "2.1+cpu", "transformers": "5", "build": "cpu"}
+    versions += [{**versions[0], "vllm": "0.10.0"}]
+    rows = [{**row, **about, "runner": "V1"} for row in versions]
+    rows += [{**rows[0], "runner": "V2", "passed": "3"}]
+    assert reliability.versions_table(rows).splitlines()[2:] == [
+        "| 0.10.0 | 2.1 | 5 | cpu | 7 tests pass |  |",
+        "| 0.9.0 | 2.1 | 5 | cpu | 7 tests pass | 3 tests pass |",
+        "| 0.8.0 | 2.1 | 5 | cpu | refused |  |",
+    ]
 
 
 def test_rows_measured_before_hits_were_counted_have_a_dash():

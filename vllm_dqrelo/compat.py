@@ -23,16 +23,30 @@ OLDEST, FIRST_UNTESTED = (0, 31), (0, 33)
 _PATCHED = "_dqrelo"
 
 
+def release() -> tuple[int, ...]:
+    """The first two numbers of vLLM's version."""
+    return tuple(int(part) for part in vllm.__version__.split(".")[:2])
+
+
 def version_problem() -> str | None:
     """Why this vLLM cannot be used, or None."""
-    version = tuple(int(part) for part in vllm.__version__.split(".")[:2])
-    if OLDEST <= version < FIRST_UNTESTED:
+    if OLDEST <= release() < FIRST_UNTESTED:
         return None
     tested = f">={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, FIRST_UNTESTED))}"
     return (
         f"vllm-dqrelo is tested with vLLM {tested}, this is {vllm.__version__}; "
         f'install it with pip install "vllm{tested}"'
     )
+
+
+def says_why() -> bool:
+    """Whether an engine's output has a field for the reason of a failure.
+
+    Where: ``EngineCoreOutput.error``, v1/engine/__init__.py:247 in 0.33.0.
+    """
+    from vllm.v1.engine import EngineCoreOutput
+
+    return "error" in EngineCoreOutput.__struct_fields__
 
 
 def find(owner: Any, name: str) -> Any:

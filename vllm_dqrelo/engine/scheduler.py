@@ -112,12 +112,9 @@ class DeltaScheduler(Scheduler):
         return super()._handle_blocked_waiting_request(request)
 
     def _would_exceed_max_loras(self, bound: LoRARequest) -> bool:
-        """Whether a later step could hold more than ``--max-loras`` deltas.
-
-        vLLM 0.32 counts the deltas of the requests in this step only
-        (v1/core/sched/scheduler.py:889). With a pipeline, a running request that is in
-        another stage joins a later step. vLLM 0.33 counts all running requests.
-        """
+        """Whether a later step could hold more than ``--max-loras`` deltas."""
+        if compat.counts_running():
+            return False  # vLLM looks at that itself
         # While requests are admitted ``running`` only grows: its length tells a change,
         # and a step with many waiting requests does not count for each of them.
         if self._counted is None or self._counted[0] != len(self.running):
@@ -158,7 +155,7 @@ class DeltaScheduler(Scheduler):
                 request_id=request.request_id,
                 new_token_ids=[],
                 finish_reason=request.get_finished_reason(),
-                stop_reason=failure.error,
+                **compat.reason_of_failure(failure.error),
                 events=request.take_events(),
                 trace_headers=request.trace_headers,
             )

@@ -13,7 +13,7 @@ import vllm.logger
 from vllm.config import VllmConfig
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from vllm_dqrelo.compat import find, replace
+from vllm_dqrelo.compat import find, replace, says_why
 
 
 def after_engine_init(hook: Callable[[Any], None]) -> None:
@@ -208,11 +208,13 @@ def show_reasons() -> None:
 
     The scheduler puts the reason where the stop string would be.
 
-    Why: vLLM says "Internal server error" for every request that ends in an error.
+    Why: vLLM 0.32 says "Internal server error" for every request that ends in an error.
     Where: ``RequestOutputCollector.put``, v1/engine/output_processor.py:68.
-    Upstream: issue 40978, pull request 41929; open.
-    Until: vLLM answers with the stop reason.
+    Upstream: issue 40978, pull request 41929; done in 0.33.
+    Until: vLLM 0.32 leaves the tested range.
     """
+    if says_why():
+        return
     from vllm.exceptions import GracefulHTTPError
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.output_processor import RequestOutputCollector
