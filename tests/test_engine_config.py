@@ -31,6 +31,17 @@ def test_the_option_alone_switches_the_control_plane_on(config):
     assert config.additional_config == {"dqrelo": {"version": __version__}}
 
 
+@pytest.mark.parametrize(("given", "mixed"), [(1, 8), (2, 2), (9, 9)])
+def test_one_is_the_default_of_vllm_and_never_of_a_user(given, mixed):
+    """An EngineArgs with 1 may be one without ``max_loras``."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_dqrelo.options import max_deltas
+
+    assert (EngineArgs.max_loras == given) == (given == 1)
+    assert max_deltas(given) == mixed
+
+
 def drafts(method, adaptive=False):
     """A configuration of speculative decoding."""
     return SimpleNamespace(method=method, enable_adaptive_verification=adaptive)

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-# vLLM's default for --max-loras is 1, which would serve the deltas one by one.
-DEFAULT_MAX_DELTAS = 8
+from vllm_dqrelo.format.need import DEFAULT_MAX_DELTAS
 
 
 def is_dqrelo(config: Any) -> bool:
@@ -18,6 +17,15 @@ def is_dqrelo(config: Any) -> bool:
             None.
     """
     return getattr(config, "quantization", None) == "dqrelo"
+
+
+def max_deltas(max_loras: int) -> int:
+    """The deltas that one step can mix.
+
+    vLLM's default for ``--max-loras`` is 1, which would serve the deltas one by one.
+    ``EngineArgs`` does not tell a default from a given 1: both are the default here.
+    """
+    return DEFAULT_MAX_DELTAS if max_loras == 1 else max_loras
 
 
 @dataclass(frozen=True)

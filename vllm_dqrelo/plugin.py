@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 from vllm_dqrelo import __version__, compat
 from vllm_dqrelo.engine import compat as engine_compat
 from vllm_dqrelo.frontend import compat as frontend_compat
-from vllm_dqrelo.options import DEFAULT_MAX_DELTAS, Options, is_dqrelo
+from vllm_dqrelo.options import Options, is_dqrelo, max_deltas
 from vllm_dqrelo.supported import refuse_dtype
 
 logger = init_logger(f"vllm.{__name__}")
@@ -56,8 +56,7 @@ def switch_on(engine_args: compat.EngineArgs, model_config: compat.ModelConfig) 
     compat.keep_compilation(lambda config: is_dqrelo(config.model_config))
     frontend_compat.show_reasons()
     engine_args.enable_lora = True
-    if engine_args.max_loras == 1:
-        engine_args.max_loras = DEFAULT_MAX_DELTAS
+    engine_args.max_loras = max_deltas(engine_args.max_loras)
     # additional_config is part of vLLM's compile cache key; the plugin must be too.
     options = Options.of(engine_args.additional_config)
     enlarge(model_config, options.added_tokens)

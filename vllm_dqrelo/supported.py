@@ -9,6 +9,8 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from vllm_dqrelo.format.tensor_file import text_of
+
 logger = init_logger(f"vllm.{__name__}")
 
 NGRAM = "ngram"  # drafts from a request's own tokens, for vLLM to check
@@ -146,7 +148,7 @@ def refuse_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> None:
         elif (inputs["type"], inputs["symmetric"], amx) == ("int", True, True):
             known = {torch.bfloat16}
     if dtype not in known:
-        names = sorted(str(one).removeprefix("torch.") for one in known)
+        names = sorted(map(text_of, known))
         raise ValueError(
             f"vLLM's CPU kernels for {config['quant_method']} bases of format "
             f"{config.get('format')} do not compute in {dtype}: give --dtype "

@@ -12,13 +12,12 @@ from tqdm import tqdm
 from dqrelo_kernels.table import aligned
 from dqrelo_tools.simulate import Fleet, Outcome, Traffic, gpus_needed, simulate
 from dqrelo_tools.text_table import text_table
-from vllm_dqrelo.format.need import gib, option
+from vllm_dqrelo.format.need import DEFAULT_MAX_DELTAS, gib, option
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HOUR = 3600
-MAX_LORAS = 8  # the server's default
 POINTS = 12  # of the figure
 ASSUMED = """\
 Assumed: one replica a GPU, and one size for all deltas. Requests take no time: a
@@ -170,7 +169,7 @@ class Plan:
         arena = fleet.resident * aligned(fleet.delta)
         memory = {"delta_memory_gib": gib(arena), "host_memory_gib": gib(fleet.host)}
         # Any --max-loras deltas must fit at once.
-        most = min(fleet.resident, MAX_LORAS)
+        most = min(fleet.resident, DEFAULT_MAX_DELTAS)
         return f"--max-loras {most} {option(memory)}"
 
     def to_text(self) -> str:

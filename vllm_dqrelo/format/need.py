@@ -16,6 +16,7 @@ from vllm_dqrelo.format.delta import MODEL
 from vllm_dqrelo.format.tensor_file import nbytes
 from vllm_dqrelo.format.tensors import ADDED, LORA_A, PACKED, SCALE, SHAPE, SUFFIXES
 
+DEFAULT_MAX_DELTAS = 8  # that one step of a server can mix
 # Matrices that vLLM multiplies as one, by the ends of their names.
 FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),

@@ -24,7 +24,7 @@ from vllm_dqrelo.format.config import CONFIG_NAME, DEFAULT_RATIO
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.need import Need, gib, layer_of, option
 from vllm_dqrelo.frontend.catalogue import Catalogue
-from vllm_dqrelo.options import DEFAULT_MAX_DELTAS, Options, is_dqrelo
+from vllm_dqrelo.options import Options, is_dqrelo, max_deltas
 from vllm_dqrelo.room import Room, slice_bytes, typical_rank
 
 logger = init_logger(f"vllm.{__name__}")
@@ -68,8 +68,7 @@ def make_room(arguments: argparse.Namespace) -> None:
         needs[module.name] = Need.of(Path(module.path))
         needs[module.name].config.check_base(fingerprint, model, module.path)
     later = needs_of(catalogue, fingerprint, model)
-    max_loras = arguments.max_loras
-    max_loras = DEFAULT_MAX_DELTAS if max_loras == 1 else max_loras
+    max_loras = max_deltas(arguments.max_loras)
     default = default_room(base, max_loras)
     if "delta_memory_gib" not in own:
         check_machine(needs, later, default, base, max_loras)
