@@ -26,7 +26,7 @@ def test_names_are_sub_folders_and_new_ones_are_seen(store):
     known = Catalogue([str(store)])
     assert known.find("math") == store / "math"
     assert list(known.list()) == ["math"]
-    with pytest.raises(FileNotFoundError, match="no delta called code"):
+    with pytest.raises(FileNotFoundError, match="code is not a delta of this server"):
         known.find("code")
     shutil.copytree(store / "math", store / "code")
     (store / "notes").mkdir()

@@ -20,14 +20,14 @@ HUB_NAMESPACE = "DQRELO_HUB_NAMESPACE"
 
 @dataclass(frozen=True)
 class DeltaInfo:
-    """What a delta folder says of itself, without its tensors.
+    """A delta folder, without its tensors.
 
     Attributes:
-        folder: where it lies.
+        folder: its path.
         digest: of its content.
-        ratio: the size aimed at, as a fraction of 16 bits per weight.
-        size: of the files with its tensors, in bytes.
-        created: when it was written, in seconds since 1970.
+        ratio: the target size, as a fraction of 16 bits per weight.
+        size: bytes of the files with tensors.
+        created: when the folder was written, in seconds since 1970.
     """
 
     folder: Path
@@ -38,7 +38,11 @@ class DeltaInfo:
 
     @classmethod
     def read(cls, folder: Path) -> "DeltaInfo":
-        """Read delta_config.json and look at the files; raises what that raises."""
+        """Read delta_config.json and the sizes of the files.
+
+        Raises:
+            DqreloError: delta_config.json is damaged. OSError: a file is missing.
+        """
         config = DeltaConfig.read(folder)
         size = file_bytes(weight_files(folder))
         created = int((folder / CONFIG_NAME).stat().st_mtime)
@@ -48,15 +52,15 @@ class DeltaInfo:
 class Catalogue:
     """Folders of deltas: each sub-folder is a delta, its name the model's.
 
-    It is read anew each time, so that a delta is there as soon as its folder is.
+    Each call lists the folders again, which finds deltas that were added meanwhile.
 
     Args:
-        folders: whose sub-folders may be loaded.
-        namespaces: users and organisations of the Hugging Face Hub whose
-            repositories may be loaded.
+        folders: a server may load their sub-folders.
+        namespaces: users and organisations of the Hugging Face Hub. A server may load
+            their repositories.
 
     Raises:
-        DqreloError: one of the folders is not there.
+        DqreloError: not a folder.
     """
 
     def __init__(self, folders: Sequence[str], namespaces: Sequence[str] = ()) -> None:
@@ -76,21 +80,21 @@ class Catalogue:
         return cls(folders, namespaces)
 
     def give(self, folder: str) -> None:
-        """Allow one delta folder by its path; it has been given at start."""
+        """Allow one delta folder, which the user gave at start, by its path."""
         self._given.append(Path(folder).resolve())
 
     def find(self, name: str) -> Path:
         """The folder of the delta called ``name``.
 
         Raises:
-            FileNotFoundError: there is none.
-            DqreloError: it must not be loaded, or two folders have one.
+            FileNotFoundError: not a delta of the catalogue.
+            DqreloError: two folders have the name, or a link leads outside.
         """
         if not is_name(name):
             raise FileNotFoundError(f"{name[:MOST_NAME]!r} is not the name of a delta")
         found = [folder / name for folder in self.folders if (folder / name).is_dir()]
         if not found:
-            raise FileNotFoundError(f"there is no delta called {name}")
+            raise FileNotFoundError(f"{name} is not a delta of this server")
         if len(found) > 1:
             raise DqreloError(f"{name} is ambiguous: {', '.join(map(str, found))}")
         return self._inside(found[0])
@@ -99,12 +103,12 @@ class Catalogue:
         """The names of all folders that have a delta_config.json, which is not read."""
         found = set()
         for folder in self.folders:
-            with suppress(OSError):  # it is gone
+            with suppress(OSError):  # the folder was removed
                 found |= {p.name for p in folder.iterdir() if has_config(p)}
         return sorted(filter(is_name, found))
 
     def list(self) -> dict[str, DeltaInfo]:
-        """All deltas that can be found; folders that are none are left out."""
+        """All deltas, by name; folders that cannot be read are skipped."""
         infos = {}
         for name in self.names():
             try:
@@ -114,13 +118,13 @@ class Catalogue:
         return infos
 
     def allowed(self, path: str) -> Path:
-        """The folder that a request for loading names, if it may name it.
+        """The folder of ``path``, if a request may load that folder.
 
         Args:
             path: a folder, or a repository of the Hub, which is fetched.
 
         Raises:
-            DqreloError: it may not. FileNotFoundError: it is not there.
+            DqreloError: a request must not load it. FileNotFoundError: it is missing.
         """
         if "\0" in path or len(path) > MOST_PATH:
             raise DqreloError(f"{path[:MOST_NAME]!r} is not a path")
@@ -135,25 +139,25 @@ class Catalogue:
                 f"{self._expected()}. Start the server with --delta-dir to allow it"
             )
         if not folder.is_dir():
-            raise FileNotFoundError(f"{path} is not there")
+            raise FileNotFoundError(f"{path} is not a folder")
         return self._inside(folder)
 
     def _expected(self) -> str:
         return " or ".join(map(str, self.folders)) or "a --delta-dir, but none is given"
 
     def _inside(self, folder: Path) -> Path:
-        """``folder``, unless it or a file in it lies outside through a link."""
+        """``folder``, unless a link leads it or one of its files outside."""
         for path in (folder, *folder.iterdir()):
             if not any(real(path).is_relative_to(f) for f in self.folders):
                 raise DqreloError(
                     f"{path} is a link to {real(path)}, which is outside "
-                    f"{self._expected()}; copy what it points to"
+                    f"{self._expected()}; copy the target of the link"
                 )
         return folder
 
 
 def is_name(name: str) -> bool:
-    """Whether a folder can be called so, and JSON can say it."""
+    """Whether ``name`` can name a folder, and JSON can represent ``name``."""
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
@@ -163,10 +167,10 @@ def is_name(name: str) -> bool:
 
 
 def has_config(folder: Path) -> bool:
-    """Whether there is something called delta_config.json in it."""
+    """Whether ``folder`` has an entry delta_config.json, of any kind."""
     return os.path.lexists(folder / CONFIG_NAME)
 
 
 def real(path: Path) -> Path:
-    """Where a path leads; also of links that lead in a circle."""
+    """``path`` with all links resolved; a circle of links is not an error."""
     return Path(os.path.realpath(path))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a delta's tokenizer fails on an answer: that request fails, and it alone.
+"""A delta's tokenizer that fails on an answer fails that request only.
 
-vLLM turns the tokens of all requests into text in one task, and that task ends at the
-first error (v1/engine/async_llm.py:905): no request gets an answer after it.
+vLLM turns the tokens of all requests into text in one task. That task ends at the first
+error (v1/engine/async_llm.py:905), after which no request is answered.
 """
 
 import functools
@@ -17,19 +17,19 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether what ran failed: an Exception, or a panic of native code, which is none.
+    """Whether code failed: an Exception, or a panic of native code (BaseException).
 
-    Others are for the process: somebody interrupts it, or ends it.
+    Other exceptions interrupt or end the process.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def contain_failures(state: Any, name: str) -> None:
-    """Let the request fail whose tokens a tokenizer cannot turn into text.
+    """Fail a request whose tokens the tokenizer cannot turn into text.
 
     Args:
-        state: what vLLM's output processor keeps of a request. Its detokenizer and its
-            logprobs are changed.
+        state: vLLM's RequestState. Its detokenizer and its logprobs processor are
+            mutated.
         name: of the delta.
     """
 
@@ -44,10 +44,10 @@ def contain_failures(state: Any, name: str) -> None:
                 reason = f"the tokenizer of {name} fails on its answer: {error}"
                 logger.warning("dqrelo: %s", reason)
                 failure = GracefulHTTPError(reason, HTTPStatus.BAD_REQUEST)
-                if state.queue is None:  # of an engine without a server
+                if state.queue is None:  # LLM, not a server
                     raise failure from error
                 state.queue.put(failure)
-                return reason  # as a stop string would: it ends the request
+                return reason  # taken for a stop string, which ends the request
 
         return run
 

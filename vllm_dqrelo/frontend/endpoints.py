@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``/v1/dqrelo/deltas``: list, load, unload and pin deltas.
 
-A plugin of vLLM's API server that is there only when ``VLLM_PLUGINS`` names it. Its
-routes are behind ``--api-key``, as all below ``/v1`` are.
+A plugin of vLLM's API server, active only when ``VLLM_PLUGINS`` names it. Its routes
+require ``--api-key``, as all routes below ``/v1`` do.
 """
 
 from argparse import Namespace
@@ -22,7 +22,7 @@ router = APIRouter(prefix="/v1/dqrelo/deltas")
 
 
 class DeltaEndpoints:
-    """What vLLM loads from the entry point ``vllm.endpoint_plugins``."""
+    """The plugin, which vLLM loads from the entry point ``vllm.endpoint_plugins``."""
 
     name = "dqrelo_endpoints"
     required_tasks = ("generate",)
@@ -38,7 +38,7 @@ class DeltaEndpoints:
 
 
 def delta_models(request: Request) -> DeltaModels:
-    """The models of this server, which must be ours."""
+    """The models of this server; a 400 if vLLM serves without deltas."""
     models = request.app.state.openai_serving_models
     if not isinstance(models, DeltaModels):
         raise HTTPException(
@@ -52,21 +52,21 @@ Models = Depends(delta_models)
 
 @router.get("")
 async def list_deltas(models: DeltaModels = Models) -> dict[str, Any]:
-    """Every delta that a request can name, and where it is."""
+    """Every delta that a request can name, and its tier."""
     infos = await models.all_infos()
     return {"object": "list", "data": await entries(models, infos)}
 
 
 @router.post("/{name:path}/load")
 async def load(name: str, models: DeltaModels = Models) -> dict[str, Any]:
-    """Load a delta of the catalogue, before the first request for it."""
+    """Load a delta of the catalogue before its first request."""
     found_or_raise(await models.find(name), name)
     return await entry(models, name)
 
 
 @router.post("/{name:path}/unload")
 async def unload(name: str, models: DeltaModels = Models) -> dict[str, Any]:
-    """Free the memory of a delta; a request for it loads it again."""
+    """Free the memory of a delta; its next request loads the delta again."""
     answer = await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
     found_or_raise(answer, name)
     return {"id": name, "tier": "disk"}
@@ -84,22 +84,24 @@ async def pin(name: str, models: DeltaModels = Models) -> dict[str, Any]:
 
 
 def found_or_raise(answer: Any, name: str) -> Any:
-    """``answer``, unless it says that there is no such delta or why it failed."""
+    """``answer``; a 404 for None, and an error for an ErrorResponse."""
     if answer is None:
-        raise HTTPException(HTTPStatus.NOT_FOUND, f"there is no delta called {name}")
+        raise HTTPException(
+            HTTPStatus.NOT_FOUND, f"{name} is not a delta of this server"
+        )
     if isinstance(answer, ErrorResponse):
         raise HTTPException(answer.error.code, answer.error.message)
     return answer
 
 
 async def entry(models: DeltaModels, name: str) -> dict[str, Any]:
-    """What ``list_deltas`` says of one delta."""
+    """The entry of one delta, as in ``list_deltas``."""
     (found,) = await entries(models, {name: models.infos[name]})
     return found
 
 
 async def entries(models: DeltaModels, infos: dict[str, Any]) -> list[dict[str, Any]]:
-    """One entry for each delta: what it is, and where."""
+    """One entry for each delta: its description, and its tier."""
     # All workers have the same deltas.
     status = (await models.engine_client.collective_rpc("delta_status"))[0]
     in_memory = {one["digest"]: one for one in status}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtures of experts: each expert of the base, and the deltas of its rows behind it.
+"""Mixtures of experts: each expert of the base, followed by the deltas of its rows.
 
-A row that chose k experts counts as k rows, each of which belongs to one expert and,
-maybe, to one delta: what is a slot elsewhere is a pair of slot and expert here. They
-are sorted by expert on the device, and one launch has all deltas of all experts.
+A row that chose k experts counts as k rows. Each of them belongs to one expert and to
+one delta or the base: a pair of slot and expert replaces the slot of other layers. The
+device sorts these rows by expert, and one launch computes all deltas of all experts.
 """
 
 from collections.abc import Callable
@@ -32,12 +32,12 @@ WEIGHTS = {GATE_UP: "w13_weight", DOWN: "w2_weight"}  # [experts, N, K]
 class DeltaExperts(QuantizeMethodBase):
     """The experts of one layer, with the deltas of their rows.
 
-    A delta belongs between an expert's two matrices, where vLLM's fused kernels let
-    nobody in, so that these come one after the other here.
+    A delta adds to the result of each of an expert's two matrices. vLLM's fused kernels
+    do not give the result between the two. So the two are multiplied one by one here.
 
     Args:
-        inner: the layer's method.
-        step: which rows belong to which delta.
+        inner: vLLM's method of the layer.
+        step: gives the slot of each row.
     """
 
     def __init__(self, inner: QuantizeMethodBase, step: Step) -> None:
@@ -50,16 +50,16 @@ class DeltaExperts(QuantizeMethodBase):
         return getattr(self.__dict__["inner"], name)
 
     def create_weights(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("deltas are put on a model that has its weights")
+        raise RuntimeError("deltas are installed after a model has its weights")
 
     def install(self, part: str, deltas: SiteDeltas, add: Callable[..., None]) -> None:
-        """Put the deltas behind one of the two matrices of all experts.
+        """Add the deltas to one of the two matrices of all experts.
 
         Args:
             part: GATE_UP or DOWN.
             deltas: table [slots, experts * slices of one expert, Field], slices
                 [slices of one expert + 1].
-            add: the op, dqrelo::delta_linear_ or one with its arguments.
+            add: dqrelo::delta_linear_, or an op with the same arguments.
         """
         slices = len(deltas.slices) - 1
         entries = deltas.table.view(-1, slices, deltas.table.shape[-1])
@@ -75,7 +75,7 @@ class DeltaExperts(QuantizeMethodBase):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The weighted sum of what a row's experts make of it.
+        """The weighted sum of the outputs of a row's experts.
 
         Semantics: ``y[m] = sum_e weight_me * down_e(act(gate_e(x[m])) * up_e(x[m]))``.
 
@@ -108,7 +108,7 @@ class DeltaExperts(QuantizeMethodBase):
         ends: torch.Tensor,
         groups: ExpertGroups,
     ) -> torch.Tensor:
-        """``multiply``, and then the deltas."""
+        """``multiply``, then add the deltas."""
         y = multiply(part, layer, x, ends)
         self.add[part](
             y,
@@ -124,13 +124,13 @@ class DeltaExperts(QuantizeMethodBase):
 def multiply(
     part: str, layer: Any, x: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
-    """Rows by one matrix of the base's experts, or by gate and up of them.
+    """The product of rows and one matrix of the base's experts, or gate and up.
 
     Semantics: ``y[m] = W_e x[m]`` for ``ends[e - 1] <= m < ends[e]``.
 
     Args:
         part: GATE_UP or DOWN.
-        layer: a RoutedExperts, whose weights it reads as vLLM has packed them.
+        layer: a RoutedExperts, with weights as vLLM packed them.
         x: [M, K] float.
         ends: int32 [experts].
 
@@ -141,7 +141,7 @@ def multiply(
     packing = compat.packing_of_experts(layer)
     if packing is None:
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-    # vLLM has filled each of the three matrices up to a multiple of 32.
+    # vLLM padded each of the three matrices to a multiple of 32.
     width = layer.moe_config.intermediate_size_per_partition
     y = x.new_empty(len(x), weight.shape[1])
     x = F.pad(x, (0, weight.shape[2] - x.shape[1])).contiguous()
@@ -152,7 +152,7 @@ def multiply(
 
 
 def refuse(layer: Any) -> None:
-    """Refuse experts that deltas could not be put on."""
+    """Refuse experts whose deltas this module does not compute."""
     problem = None
     if layer.moe_config.has_bias:
         problem = "with biases"

@@ -54,7 +54,7 @@ class DeltaMethod(QuantizeMethodBase):
         return getattr(self.__dict__["inner"], name)
 
     def create_weights(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("deltas are put on a model that has its weights")
+        raise RuntimeError("deltas are installed after a model has its weights")
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         self.inner.process_weights_after_loading(layer)

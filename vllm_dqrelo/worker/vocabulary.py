@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens that only some models of a server have.
 
-vLLM gives all requests of a server one vocabulary, so room for ``added_tokens`` rows
-is made behind the base's V when the engine starts. The base's own rows there are zero;
-each delta brings its rows, exactly. A fine-tune may also lack the base's last tokens. A
-request can only be answered with tokens of its own model: the logits of the others are
--inf.
+vLLM gives all requests of a server one vocabulary. So the engine appends
+``added_tokens`` rows to the base's V rows when it starts. These rows are zero in the
+base; each delta has its own rows, exactly. A fine-tune may also lack the base's last
+tokens. A request is answered with tokens of its own model only: the logits of all
+others are -inf.
 """
 
 import functools
@@ -21,10 +21,10 @@ from vllm_dqrelo.worker.step import Step
 
 
 class EnlargedEmbedding(UnquantizedEmbeddingMethod):
-    """Loads the base's V rows into a layer with more of them.
+    """Loads the base's V rows into a layer with more rows.
 
     Args:
-        added_tokens: rows of zeros that come after the checkpoint's.
+        added_tokens: rows of zeros, appended to the checkpoint's rows.
     """
 
     def __init__(self, added_tokens: int) -> None:
@@ -43,13 +43,13 @@ class AddedRows:
 
     Args:
         start: V, the first token that is not the base's.
-        slots: of deltas.
-        shape: E, the room for rows, and K.
+        slots: the most resident deltas.
+        shape: E, the most rows of a delta, and K.
         dtype: of the matrix.
-        device: where it is.
+        device: of the matrix.
 
     Attributes:
-        rows: [slots + 1, E, K]; the last is the base's, all zero.
+        rows: [slots + 1, E, K]; the last slot is the base's, all zero.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class AddedRows:
         self.rows = torch.zeros(slots + 1, *shape, dtype=dtype, device=device)
 
     def set(self, slot: int, rows: torch.Tensor | None) -> None:
-        """Give a slot its rows [at most E, K]; None for a delta that adds none."""
+        """Give a slot its rows [at most E, K]; None for a delta without added rows."""
         self.rows[slot].zero_()
         if rows is not None:
             self.rows[slot, : len(rows)] = rows
@@ -95,21 +95,21 @@ class AddedRows:
 
 
 class Vocabularies:
-    """How many tokens each resident delta's model has.
+    """The number of tokens of each resident delta's model.
 
     Args:
-        base: V, what the base has.
-        slots: of deltas.
+        base: V, the base's tokens.
+        slots: the most resident deltas.
         device: of the model.
 
     Attributes:
-        sizes: int64 [slots + 1] on the device; the last is the base's.
+        sizes: int64 [slots + 1] on the device; the last slot is the base's.
     """
 
     def __init__(self, base: int, slots: int, device: torch.device) -> None:
         self.base = base
         self.sizes = torch.full((slots + 1,), base, device=device)
-        self._of_slots = [base] * (slots + 1)  # the same, read without waiting
+        self._of_slots = [base] * (slots + 1)  # ``sizes`` on the host
 
     def set(self, slot: int, size: int | None) -> None:
         """Give a slot the vocabulary of its delta; None for the base's."""
@@ -119,12 +119,12 @@ class Vocabularies:
     def mask(self, model: Any, step: Step) -> Callable[..., Any]:
         """``model.compute_logits`` with ``y[m, v] = -inf`` where ``v >= sizes[m]``.
 
-        It is of logits that are complete: gathered from all workers, and capped, which
-        would make numbers of what is -inf before.
+        The mask applies to complete logits: gathered from all workers, and capped. A
+        cap after the mask would turn -inf into a finite number.
 
         Args:
             model: vLLM's.
-            step: whose sampled rows the function is called with.
+            step: gives the slot of each sampled row.
         """
         compute = model.compute_logits
 
