@@ -7,6 +7,8 @@ import pytest
 import torch
 from support import interpreter  # before the kernels
 
+from dqrelo_kernels.ops import whole_bytes
+
 vllm = pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
@@ -32,16 +34,18 @@ def merges(monkeypatch):
         made.append(arguments)
         return merge(*arguments)
 
-    made, merge = [], torch.ops.dqrelo.merge
+    made, merge = [], torch.ops.dqrelo.merge_
     gemm = utils.cpu_unquantized_gemm
-    monkeypatch.setattr(torch.ops.dqrelo, "merge", counted)
+    monkeypatch.setattr(torch.ops.dqrelo, "merge_", counted)
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep)
     monkeypatch.setattr(
         compat,
         "multiplies_by_weight",
         lambda method: getattr(method, "_gemm_impl", None) is gemm,
     )
-    monkeypatch.setattr(limits, "merge_rows", lambda *_: 4)
+    rows, gpu = limits.merge_rows, torch.device("cuda")
+    monkeypatch.setattr(limits, "MERGE_ROWS", 4)
+    monkeypatch.setattr(limits, "merge_rows", lambda c, _, sites: rows(c, gpu, sites))
     return made
 
 
@@ -66,6 +70,37 @@ def test_prompts_through_merged_matrices(
         for (p, m), answer in zip(order, got, strict=True):
             assert difference(answer, expected[m][p]) <= TOLERANCE, (p, m)
     assert len({slot for *_, slot in merges}) == 3
+    # One buffer, of the largest matrix and its bias, whatever the step.
+    step = _worker(llm).model_runner.lora_manager.step
+    assert {made.data_ptr() for made, *_ in merges} == {step.whole.data_ptr()}
+    largest = max((weight for _, _, weight, *_ in merges), key=lambda w: w.nbytes)
+    assert len(step.whole) == whole_bytes(largest)
+
+
+def test_a_model_with_a_layer_that_cannot_be_merged(
+    merges, family, alone, engine, answers, difference, load, prompts, monkeypatch
+):
+    """As of a quantised base: its layers see the rows that others would merge."""
+    from vllm_dqrelo.worker import compat
+
+    made, expected = family("llama"), alone("llama")
+    plain, seen = compat.multiplies_by_weight, []
+    monkeypatch.setattr(
+        compat,
+        "multiplies_by_weight",
+        lambda method: plain(method) and seen.append(method) is None and len(seen) < 3,
+    )
+    llm = engine(made.base, quantization="dqrelo", max_loras=3)
+    requests = [load(llm, f"delta-{i}", d) for i, d in enumerate(made.deltas)]
+    for m, got in enumerate(answers(llm, prompts[:1] * len(requests), requests), 1):
+        assert difference(got, expected[m][0]) <= TOLERANCE, m
+    assert not merges
+    assert not len(_worker(llm).model_runner.lora_manager.step.whole)
+
+
+def _worker(llm):
+    core = llm.llm_engine.engine_core.engine_core
+    return core.model_executor.driver_worker.worker
 
 
 @pytest.fixture
@@ -103,16 +138,14 @@ def graphs(like_a_gpu, merges, engine, family, load, monkeypatch):
     from vllm_dqrelo.worker import limits
 
     # Steps of up to 8 tokens replay a graph; what has 9 rows or more is merged.
-    monkeypatch.setattr(limits, "merge_rows", lambda *_: 9)
+    monkeypatch.setattr(limits, "MERGE_ROWS", 9)
 
     def make(kind, **options):
         from support.graphs import Graphs
 
         made = family(kind)
         llm = engine(made.base, quantization="dqrelo", max_loras=3)
-        core = llm.llm_engine.engine_core.engine_core
-        runner = core.model_executor.driver_worker.worker.model_runner
-        graphs = Graphs(runner, (4, 8), **options)
+        graphs = Graphs(_worker(llm).model_runner, (4, 8), **options)
         graphs.install(monkeypatch)
         requests = [load(llm, d.name, d) for d in made.deltas]
         return llm, graphs, [None, *requests]

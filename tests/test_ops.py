@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops against dense float64 arithmetic, written without the packed format."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,9 @@ from support.arena import (
     groups_of,
     random_deltas,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dqrelo_kernels import ops as _  # noqa: F401
+from dqrelo_kernels import ops as kernels
 from dqrelo_kernels.cpu import build as cpu
 from dqrelo_kernels.rows import RowGroups
 from dqrelo_kernels.table import (
@@ -86,6 +89,7 @@ def test_linear(merge_rows, has_bias, dtype, k, deltas):
         x,
         weight,
         base_bias if has_bias else None,
+        torch.full((kernels.whole_bytes(weight),), 255, dtype=torch.uint8),
         torch.full((128, 512), torch.nan),
         arena.data,
         arena.table,
@@ -105,6 +109,40 @@ def test_linear(merge_rows, has_bias, dtype, k, deltas):
         eps = torch.finfo(dtype).eps
         bound = (8 * (k + 130) * EPS + eps) * magnitude + eps * expected.abs()
         assert ((got[i].double() - expected).abs() <= bound).all()
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the elements of each new tensor that an operator returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = [0]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not (func.is_view or func._schema.is_mutable):
+            self.elements.append(out.numel())
+        return out
+
+
+def test_a_merged_matrix_is_made_in_place():
+    """What a step with merged slots allocates grows with its rows, not with N K."""
+    arena, n, k = Arena(3, [96], seed=0), 96, 80
+    arena.matrix(1, 0, k, 5)
+    weight, groups = torch.randn(n, k), RowGroups(8, 3, "cpu", 2)
+    groups.set(np.array([1, 1, -1], dtype=np.int32))
+    whole = torch.zeros(kernels.whole_bytes(weight), dtype=torch.uint8)
+    ends = torch.tensor([0, n], dtype=torch.int32)
+    site = torch.full((8, 16), torch.nan), arena.data, arena.table, ends
+    rows = *groups.of_rows, groups.unmerged, groups.merged
+    # The operators of merge_ are the reference's; a GPU has one launch.
+    with (
+        patch.object(torch.ops.dqrelo, "merge_", lambda made, *_: made.fill_(1)),
+        Allocations() as allocations,
+    ):
+        y = kernels.linear(torch.ones(3, k), weight, None, whole, *site, *rows)
+    assert torch.equal(y[:2], torch.full((2, n), float(k)))
+    assert whole.any() and max(allocations.elements) <= 3 * max(n, k)
 
 
 @pytest.mark.parametrize("dtype", FACTOR_DTYPES, ids=str)
@@ -185,14 +223,15 @@ def test_schemas_and_fakes(slot_of_row):
     few = (groups.rows, groups.slots, groups.num_active)
     ids, vocab = torch.arange(5), torch.tensor([0, 7], dtype=torch.int32)
     x, y, weight = torch.randn(5, k), torch.randn(5, n), torch.randn(n, k)
+    whole = torch.zeros(kernels.whole_bytes(weight), dtype=torch.uint8)
     experts, ends = torch.randn(2, k, k), torch.tensor([1, 5], dtype=torch.int32)
     for op, *arguments in (
         (ops.delta_linear_, y, torch.zeros(8, 256), x, *site, SLICES, *by_row),
         (ops.delta_shrink_, torch.zeros(8, 256), x, *site, *by_row),
         (ops.delta_expand_, y, torch.ones(8, 256), x, *site, SLICES, *by_row),
-        (ops.linear, x, weight, None, torch.zeros(8, 256), *site, SLICES, *by_row)
-        + merged,
-        (ops.merge, weight, None, *site, SLICES, 1),
+        (ops.linear, x, weight, None, whole, torch.zeros(8, 256), *site, SLICES)
+        + (*by_row, *merged),
+        (ops.merge_, y.new_empty(n, k), y.new_empty(n), weight, None, *site, SLICES, 1),
         (ops.expert_linear_, x.clone(), x, experts, ends, False),
         (ops.delta_embedding_, x.clone(), ids, *site, vocab, *few),
         (ops.delta_norm_, x.clone(), x, *site, *few, 1e-5, False),

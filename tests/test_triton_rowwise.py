@@ -40,13 +40,18 @@ def test_merge(sizes, k, has_bias, dtype):
     bias = deltas.random(n).to(dtype) if has_bias else None
     for slot in range(SLOTS):
         parts = deltas.arena.cpu(), deltas.table, deltas.slices, slot
-        got = merge(
+        got, want = (
+            (torch.full((n, k), torch.nan, **kind), torch.full((n,), torch.nan, **kind))
+            for kind in ({"dtype": dtype, "device": DEVICE}, {"dtype": torch.float32})
+        )
+        merge(
+            *got,
             weight.to(DEVICE),
             bias if bias is None else bias.to(DEVICE),
             *(p.to(DEVICE) if isinstance(p, torch.Tensor) else p for p in parts),
         )
         wide = None if bias is None else bias.float()
-        want = reference.merge(weight.float(), wide, *parts)
+        reference.merge_(*want, weight.float(), wide, *parts)
         if slot == EMPTY:
             assert torch.equal(got[0].cpu(), weight)
         start = 0

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks.ops.linear_site import DTYPE, Site
+from dqrelo_kernels.ops import whole_bytes
 
 Step = dict[str, torch.Tensor]
 Launch = Callable[[], object]
@@ -61,7 +62,9 @@ def merged(site: Site, step: Step) -> Launch:
     shared = ("x", "scratch", "arena", "table", "slices")
     call = {name: step[name] for name in shared}
     call |= {name: getattr(groups, name) for name in own}
-    return lambda: torch.ops.dqrelo.linear(weight=weight, bias=None, **call)
+    whole = torch.empty(whole_bytes(weight), dtype=torch.uint8, device="cuda")
+    call |= {"weight": weight, "bias": None, "whole": whole}
+    return lambda: torch.ops.dqrelo.linear(**call)
 
 
 def lora(site: Site, step: Step) -> Launch:

@@ -89,7 +89,7 @@ def launches(
         rowwise.embedding(x, groups, arena, table, slices, groups, groups)
         rowwise.norm(x, x, arena, table, groups, groups, 1e-5, False)
         weight = torch.empty(6144, k, dtype=dtype, device="cuda")
-        merge.merge(weight, None, arena, table, slices, 0)
+        merge.merge(weight, weight[:, 0], weight, None, arena, table, slices, 0)
     return {getattr(*kernel): r.arguments for kernel, r in recorders.items()}
 
 

@@ -31,6 +31,7 @@ import torch
 from dqrelo_kernels import reference
 from dqrelo_kernels.cpu import build as cpu
 from dqrelo_kernels.rows import BASE
+from dqrelo_kernels.table import aligned
 
 Op = Callable[..., Any]
 
@@ -42,6 +43,7 @@ def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    whole: torch.Tensor,
     scratch: torch.Tensor,
     arena: torch.Tensor,
     table: torch.Tensor,
@@ -56,13 +58,14 @@ def linear(
     """A linear layer of which the op may read the weight, with every row's delta.
 
     Semantics: ``x W^T + bias``, then ``delta_linear_``; for the rows of a merged slot
-    ``x (W + delta)^T + bias`` with a matrix that is made in this call and rounded to
+    ``x (W + delta)^T + bias`` with a matrix that is made in ``whole`` and rounded to
     the dtype of W, as an exported fine-tune's is.
 
     Args:
         x: [M, K] float.
         weight: [N, K] of the same dtype.
         bias: [N], or None.
+        whole: uint8, at least ``whole_bytes(weight)`` where a slot is merged. Mutated.
         scratch: see ``delta_linear_``. Mutated.
 
     Returns:
@@ -72,17 +75,32 @@ def linear(
     if not groups:
         y = torch.nn.functional.linear(x, weight, bias)
     else:
+        made = _views(whole, weight)
         y = x.new_empty(len(x), len(weight))
         others = unmerged[: len(x) - sum(end - start for _, start, end in groups)]
         y[others] = torch.nn.functional.linear(x[others], weight, bias)
         for slot, start, end in groups:
             mine = rows[start:end]
-            made = torch.ops.dqrelo.merge(weight, bias, arena, table, slices, slot)
+            torch.ops.dqrelo.merge_(*made, weight, bias, arena, table, slices, slot)
             y[mine] = torch.nn.functional.linear(x[mine], *made)
     torch.ops.dqrelo.delta_linear_(
         y, scratch, x, arena, table, slices, rows, slots, starts, num_active
     )
     return y
+
+
+def whole_bytes(weight: torch.Tensor) -> int:
+    """Bytes that ``linear`` makes a merged matrix [N, K] and its bias [N] in."""
+    return aligned(weight.nbytes) + len(weight) * weight.itemsize
+
+
+def _views(
+    whole: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The places of a matrix and a bias in ``whole``."""
+    matrix = whole[: weight.nbytes].view(weight.dtype).view(weight.shape)
+    bias = whole[aligned(weight.nbytes) : whole_bytes(weight)].view(weight.dtype)
+    return matrix, bias
 
 
 def prepare(device: torch.device) -> None:
@@ -160,15 +178,11 @@ def _linear_fake(x: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Ten
     return x.new_empty(len(x), len(weight))
 
 
-def _merge_fake(weight: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return weight.new_empty(weight.shape), weight.new_empty(len(weight))
-
-
 register(reference.delta_linear_, "y", "scratch", native=True, triton=True)
 register(reference.delta_shrink_, "scratch", native=True, triton=True)
 register(reference.delta_expand_, "y", native=True, triton=True)
-register(linear, "scratch", fake=_linear_fake)
-register(reference.merge, fake=_merge_fake, triton=True)
+register(linear, "whole", "scratch", fake=_linear_fake)
+register(reference.merge_, "merged", "merged_bias", triton=True)
 register(reference.expert_linear_, "y", native=True)
 register(reference.delta_embedding_, "y", native=True, triton=True)
 register(reference.delta_norm_, "y", native=True, triton=True)

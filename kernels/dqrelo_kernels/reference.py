@@ -163,39 +163,42 @@ def delta_expand_(
             y[group, mine] = out.to(y.dtype)
 
 
-def merge(
+def merge_(
+    merged: torch.Tensor,
+    merged_bias: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     arena: torch.Tensor,
     table: torch.Tensor,
     slices: torch.Tensor,
     slot: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrix and the bias of a linear layer with the delta of one slot.
+) -> None:
+    """Make the matrix and the bias of a linear layer with the delta of one slot.
 
-    Semantics: ``weight_j + sum_p scale_djp * S_djp + B_dj (lora_scale_dj * A_dj)`` and
-    ``bias_j + bias_dj`` in slice j, summed in float32 and rounded once.
+    Semantics: ``merged_j = weight_j + sum_p scale_djp * S_djp + B_dj (lora_scale_dj *
+    A_dj)`` and ``merged_bias_j = bias_j + bias_dj`` in slice j, summed in float32 and
+    rounded once.
 
     Args:
+        merged: [N, K] of the dtype of ``weight``, contiguous. Mutated.
+        merged_bias: [N] of the same dtype. Mutated.
         weight: [N, K] float.
         bias: [N] of the same dtype; None stands for zeros.
-
-    Returns:
-        [N, K] and [N] of the dtype of ``weight``.
     """
-    (n, k), ends = weight.shape, slices.tolist()
-    merged = weight.to(torch.float32, copy=True)
-    bias = weight.new_zeros(n) if bias is None else bias
-    merged_bias = bias.to(torch.float32, copy=True)
+    k, ends = weight.shape[1], slices.tolist()
     for j, entry in enumerate(table[slot].tolist()):
         mine, size = slice(ends[j], ends[j + 1]), ends[j + 1] - ends[j]
+        whole = weight[mine].to(torch.float32, copy=True)
         for scale, words in planes(arena, entry, size, k):
-            merged[mine] += scale * unpack_signs(words, k, torch.float32)
-        a, b = lora_a(arena, entry, k), lora_b(arena, entry, size)
-        merged[mine] += b.float() @ a.float()
+            whole += scale * unpack_signs(words, k, torch.float32)
+        whole += lora_b(arena, entry, size).float() @ lora_a(arena, entry, k).float()
+        merged[mine] = whole.to(merged.dtype)
+        change = torch.zeros(size, device=weight.device)
+        if bias is not None:
+            change += bias[mine]
         if entry[Field.BIAS] != ABSENT:
-            merged_bias[mine] += read(arena, entry[Field.BIAS], torch.float32, size)
-    return merged.to(weight.dtype), merged_bias.to(weight.dtype)
+            change += read(arena, entry[Field.BIAS], torch.float32, size)
+        merged_bias[mine] = change.to(merged.dtype)
 
 
 def expert_linear_(

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
 from dqrelo_kernels.rows import RowGroups
 from dqrelo_kernels.table import SiteDeltas
-from vllm_dqrelo.worker import compat
+from vllm_dqrelo.worker import compat, limits
 from vllm_dqrelo.worker.experts import GATE_UP, DeltaExperts
 from vllm_dqrelo.worker.fully_sharded import linear_of
 from vllm_dqrelo.worker.sites import ExpertSite, Site
@@ -46,9 +46,7 @@ class DeltaMethod(QuantizeMethodBase):
         self.added = added
         self.is_head = isinstance(site.module, ParallelLMHead)
         self.add = linear_of(site)
-        plain = compat.multiplies_by_weight(inner)
-        alone = not self.is_head and not site.fully_sharded
-        self.merges = step.merges and plain and alone
+        self.merges = step.merges and limits.is_linear(site)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["inner"], name)
@@ -89,6 +87,7 @@ class DeltaMethod(QuantizeMethodBase):
             _rows(x),
             weight,
             bias,
+            self.step.whole,
             self.step.scratch,
             *self.deltas,
             *groups.of_rows,

@@ -6,10 +6,12 @@ import torch
 from vllm import envs
 from vllm.config import VllmConfig
 
+from dqrelo_kernels import ops
 from vllm_dqrelo.format.config import DEFAULT_RATIO
 from vllm_dqrelo.options import Options
 from vllm_dqrelo.room import slice_bytes, typical_rank
-from vllm_dqrelo.worker.sites import Sites
+from vllm_dqrelo.worker import compat
+from vllm_dqrelo.worker.sites import ExpertSite, Site, Sites
 
 # Without an option the host tier takes this part of the memory that is free once the
 # base is loaded.
@@ -70,16 +72,41 @@ def most_ranks(options: Options, sites: Sites) -> int:
     )
 
 
-def merge_rows(vllm_config: VllmConfig, device: torch.device) -> int | None:
+def is_linear(site: Site) -> bool:
+    """Whether a site is a linear layer that sees the rows of all tokens."""
+    if site.is_vocabulary or isinstance(site, ExpertSite):
+        return False
+    return hasattr(site.module, "quant_method")
+
+
+def merge_rows(
+    vllm_config: VllmConfig, device: torch.device, sites: Sites
+) -> int | None:
     """From how many rows in a step on a delta's matrices are made whole; None: never.
 
     Not on the CPU, where vLLM keeps weights in a form that nobody else can read, and
-    not in a step that may replay a graph, which cannot tell the one from the other.
+    not in a step that may replay a graph, which cannot tell the one from the other. All
+    linear layers of a model are merged or none is, because all see the same rows:
+    none in a base with a quantised layer, nor where workers share both factors.
     """
     if device.type == "cpu" or envs.VLLM_BATCH_INVARIANT:
         return None
+    for site in filter(is_linear, sites.by_name.values()):
+        plain = compat.multiplies_by_weight(site.module.quant_method)
+        if site.fully_sharded or not plain:
+            return None
     graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     return max(MERGE_ROWS, graphs + 1)
+
+
+def whole_bytes(sites: Sites, rows: int | None) -> int:
+    """Bytes for the largest matrix that is made whole.
+
+    Args:
+        rows: what ``merge_rows`` returned.
+    """
+    linears = filter(is_linear, sites.by_name.values()) if rows else ()
+    return max((ops.whole_bytes(site.module.weight) for site in linears), default=0)
 
 
 def _delta_bytes(sites: Sites, ratio: float) -> int:

@@ -110,12 +110,14 @@ class DeltaManager:
             self.options.added_tokens,
             self.options.given,
         )
+        merge_rows = limits.merge_rows(vllm_config, self.device, self.sites)
         self.step = Step(
             self.max_tokens,
             self.memory.slots,
             self.memory.rank,
             self.device,
-            limits.merge_rows(vllm_config, self.device),
+            merge_rows,
+            limits.whole_bytes(self.sites, merge_rows),
         )
         added = self.residency.added
         for name, site in self.sites.by_name.items():

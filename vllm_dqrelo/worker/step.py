@@ -25,6 +25,7 @@ class Step:
         tokens: all scheduled tokens, for every layer but the LM head.
         scratch: float32 [max_tokens, ranks], for dqrelo::delta_linear_.
         merges: whether a delta with many rows has its matrices made whole.
+        whole: uint8, where dqrelo::linear makes such a matrix; never moves.
         may_skip: whether a step without deltas may skip the operators of deltas. It may
             not where a graph is captured, which serves later steps, too, nor where
             coverage is probed.
@@ -39,8 +40,11 @@ class Step:
         ranks: int,
         device: torch.device | str,
         merge_rows: int | None = None,
+        whole_bytes: int = 0,
     ) -> None:
+        # Allocated before vLLM measures what is left for the KV cache.
         self.scratch = torch.empty(max_tokens, ranks, device=device)
+        self.whole = torch.empty(whole_bytes, dtype=torch.uint8, device=device)
         self.merges = merge_rows is not None
         self.tokens = RowGroups(max_tokens, slots, device, merge_rows)
         self._head = RowGroups(max_tokens, slots, device)

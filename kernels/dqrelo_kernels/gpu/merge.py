@@ -118,31 +118,31 @@ def _merge_kernel(
 
 
 def merge(
+    merged: torch.Tensor,
+    merged_bias: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     arena: torch.Tensor,
     table: torch.Tensor,
     slices: torch.Tensor,
     slot: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrix and the bias of a linear layer with one delta in them.
+) -> None:
+    """Make the matrix and the bias of a linear layer with one delta in them.
 
-    Semantics: ``weight_j + sum_p scale_jp * S_jp + B_j (lora_scale_j * A_j)`` and
-    ``bias_j + change of bias_j`` in slice j, summed in float32 and rounded once. B and
-    lora_scale * A are rounded to bfloat16 first for bfloat16 weights, to TF32 for
-    float16 ones.
+    Semantics: ``merged_j = weight_j + sum_p scale_jp * S_jp + B_j (lora_scale_j *
+    A_j)`` and ``merged_bias_j = bias_j + change of bias_j`` in slice j, summed in
+    float32 and rounded once. B and lora_scale * A are rounded to bfloat16 first for
+    bfloat16 weights, to TF32 for float16 ones.
 
     Args:
+        merged: [N, K] of the dtype of ``weight``, contiguous. Mutated.
+        merged_bias: [N] of the same dtype. Mutated.
         weight: [N, K] float, the elements of a row side by side.
         bias: [N] of the same dtype, or None, which stands for zeros.
         arena, table, slices: see ops.py.
         slot: the delta.
-
-    Returns:
-        [N, K] and [N] of the dtype of ``weight``.
     """
     n, k = weight.shape
-    merged, merged_bias = weight.new_empty(n, k), weight.new_empty(n)
     block_n, block_k = 64, 64
     n_slices = table.shape[1]
     _merge_kernel[(n // block_n + n_slices, triton.cdiv(k, block_k))](
@@ -167,4 +167,3 @@ def merge(
         BLOCK_R=16,
         num_warps=8,
     )
-    return merged, merged_bias

@@ -4,7 +4,7 @@
 import torch
 
 from dqrelo_kernels.gpu.low_rank import low_rank
-from dqrelo_kernels.gpu.merge import merge
+from dqrelo_kernels.gpu.merge import merge as merge_
 from dqrelo_kernels.gpu.rowwise import embedding as delta_embedding_
 from dqrelo_kernels.gpu.rowwise import norm as delta_norm_
 from dqrelo_kernels.gpu.sign_matmul import sign_matmul
@@ -15,7 +15,7 @@ __all__ = [
     "delta_linear_",
     "delta_norm_",
     "delta_shrink_",
-    "merge",
+    "merge_",
 ]
 
 
