@@ -254,7 +254,7 @@ def test_half_of_a_layer_norm(part, tmp_path):
 def test_parameters_in_another_order_are_refused_by_name(family, tmp_path, dtype):
     """The checkpoint beside the folder from which the model was loaded differs."""
     from vllm_dqrelo import load_delta
-    from vllm_dqrelo.worker.order import rearranged
+    from vllm_dqrelo.worker.order import REARRANGED, unlike
 
     made = family("llama")
     llm = engine(made.base, dtype)
@@ -276,10 +276,10 @@ def test_parameters_in_another_order_are_refused_by_name(family, tmp_path, dtype
     save_file(tensors, tmp_path / "model.safetensors")
     shutil.copy(made.base / "config.json", tmp_path)
     cpu = torch.device("cpu")
-    assert rearranged(manager.sites, Checkpoint(made.base), cpu) == set()
-    found = rearranged(manager.sites, Checkpoint(tmp_path), cpu)
-    assert found == set(changes)
-    manager.rearranged = found
+    assert unlike(manager.sites, Checkpoint(made.base), cpu) == {}
+    found = unlike(manager.sites, Checkpoint(tmp_path), cpu)
+    assert found == dict.fromkeys(changes, REARRANGED)
+    manager.unlike = found
     name = layer.format("self_attn.q_proj")
     with pytest.raises(Exception, match=f"{name}: vLLM has it in another order"):
         load_delta(llm, "delta", str(made.deltas[0]))

@@ -38,7 +38,7 @@ from vllm_dqrelo.worker.coverage import check_coverage
 from vllm_dqrelo.worker.host import HostTier
 from vllm_dqrelo.worker.layers import install
 from vllm_dqrelo.worker.loader import Loader
-from vllm_dqrelo.worker.order import rearranged
+from vllm_dqrelo.worker.order import unlike
 from vllm_dqrelo.worker.packed import PackedDelta, pack
 from vllm_dqrelo.worker.residency import Residency
 from vllm_dqrelo.worker.runner import NEW_WEIGHTS, attach
@@ -85,7 +85,7 @@ class DeltaManager:
             vllm_config.lora_config.fully_sharded_loras,
             self.base.tied_embedding,
         )
-        self.rearranged = rearranged(self.sites, self.base, self.device)
+        self.unlike = unlike(self.sites, self.base, self.device)
         # A delta is in all stages, so that all are as large as the largest.
         typical = torch.tensor(limits.typical_bytes(self.sites))
         all_reduce(typical, ReduceOp.MAX, stages.cpu_group)
@@ -257,7 +257,7 @@ class DeltaManager:
         most = int(1.05 * self.workers * self.memory.arena) + added + SLACK
         delta = Delta(path, most)
         self._expect(delta.config, folder, digest)
-        packed = pack(delta, self.sites, self.device, self.rearranged)
+        packed = pack(delta, self.sites, self.device, self.unlike)
         delta.check_unchanged()  # the digest is of what was packed
         entries = packed.entries
         rank = max(  # that one row meets

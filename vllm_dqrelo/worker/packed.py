@@ -2,8 +2,9 @@
 """A delta ready for the device: one run of bytes and a table of where things are."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
@@ -91,13 +92,13 @@ def pack(
     delta: Delta,
     sites: Sites,
     device: torch.device,
-    rearranged: Collection[str] = (),
+    unlike: Mapping[str, str] = MappingProxyType({}),
 ) -> PackedDelta:
     """Lay a delta out for the sites of a model on ``device``.
 
     Args:
         delta: adds at most as many tokens as the sites have room for.
-        rearranged: parameters that vLLM has in another order than the checkpoint
+        unlike: parameters that vLLM has otherwise than the checkpoint, and how
             (order.py).
 
     Raises:
@@ -147,11 +148,8 @@ def pack(
                 problems.append(f"{name} is {shape}, {place.site.name} {place.shape}")
             elif not fields:
                 problems.append(f"{name} is stored exactly: only vectors can be")
-            if name in rearranged:
-                problems.append(
-                    f"{name}: vLLM has it in another order than the checkpoint, which "
-                    "deltas cannot follow"
-                )
+            if name in unlike:
+                problems.append(f"{name}: {unlike[name]}")
             for field, value in fields.items():
                 entries[place.slice, field] = value
     for site in sites.by_name.values():
