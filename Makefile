@@ -4,13 +4,14 @@
 # make test-slow   all tests with an engine again, with Model Runner V2 (half an hour)
 # make bench  short versions of the benchmarks, and all figures and tables again
 # make bench-check   are deltas slower than they were on this kind of machine?
+# make site   the documents as a web site, in .cache/site
 # Each sets up .venv first: vLLM's CPU build and this project, editable.
 
 PYTHON ?= python3
 BIN := .venv/bin
 V2 := VLLM_USE_V2_MODEL_RUNNER=1
 
-.PHONY: demo test test-slow bench bench-check lint clean
+.PHONY: demo test test-slow bench bench-check site lint clean
 
 demo: .venv/ready
 	$(BIN)/python -m benchmarks.demo
@@ -34,6 +35,10 @@ bench: .venv/ready
 
 bench-check: .venv/ready
 	$(BIN)/python -m benchmarks.check
+
+site: .venv/ready
+	$(BIN)/pip install --quiet --group docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: .venv/ready
 	$(BIN)/ruff check .

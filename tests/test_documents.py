@@ -4,6 +4,8 @@
 import csv
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,12 +122,76 @@ def test_the_map_of_the_repository_is_true():
     assert ours - {"dist", "build"} == tops
 
 
-@pytest.mark.parametrize("name", BY_NAME)
-def test_links_lead_somewhere(name):
-    path = BY_NAME[name]
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", path.read_text()):
-        if not target.startswith(("http:", "https:")):
-            assert (path.parent / target).exists(), target
+LINKED = [*DOCUMENTS, *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG"))]
+
+
+def prose(text):
+    """A document without its code."""
+    return re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(text):
+    """The anchors of a document's headings, by GitHub's rule."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    found = []
+    for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+        slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        again = sum(re.fullmatch(rf"{slug}(-\d+)?", one) is not None for one in found)
+        found.append(f"{slug}-{again}" if again else slug)
+    return found
+
+
+def broken(path):
+    """The targets of a document's links and pictures that do not exist."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path.read_text())):
+        if not target.startswith(("http:", "https:", "mailto:")):
+            file, _, anchor = target.partition("#")
+            leads_to = path.parent / file if file else path
+            if not leads_to.exists() or (
+                anchor and anchor not in anchors(leads_to.read_text())
+            ):
+                yield target
+
+
+@pytest.mark.parametrize("path", LINKED, ids=lambda path: path.name)
+def test_links_and_anchors_lead_somewhere(path):
+    assert list(broken(path)) == []
+
+
+def test_a_broken_link_or_anchor_is_seen(tmp_path):
+    other, path = tmp_path / "other.md", tmp_path / "a.md"
+    other.write_text("# A `b`, c!\n\n```\n# code\n```\n\n## Twice\n\n## Twice\n")
+    assert anchors(other.read_text()) == ["a-b-c", "twice", "twice-1"]
+    right = "[x](other.md#a-b-c) [y](other.md) [z](#top) `[](no)` [w](https://no)"
+    path.write_text(f"# Top\n\n{right}\n")
+    assert list(broken(path)) == []
+    path.write_text("[x](other.md#code) [y](#top) ![z](gone.svg)")
+    assert list(broken(path)) == ["other.md#code", "#top", "gone.svg"]
+
+
+def test_every_document_is_on_the_site():
+    site = (ROOT / "mkdocs.yml").read_text()
+    pages = {path.name for path in LINKED} - {"README.md"} | {"index.md"}
+    assert set(re.findall(r": (\S+\.md)$", site, re.MULTILINE)) == pages
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Its links, anchors, tables and pages as mkdocs sees them."""
+    pytest.importorskip("material", reason="mkdocs-material is missing: make site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+    command += ["--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for path in LINKED:
+        uri = "" if path.name == "README.md" else path.stem
+        page = (tmp_path / uri / "index.html").read_text()
+        body = page[page.index("<article") : page.index("</article>")]
+        text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.DOTALL)
+        tables = re.findall(r"^\|[ :|-]+\|$", text, re.MULTILINE)
+        assert body.count("<table") == len(tables), path.name
+        items = re.findall(r"^ *(?:[-*]|\d+\.) ", text, re.MULTILINE)
+        assert body.count("<li") == len(items), path.name
+    assert (tmp_path / "search" / "search_index.json").exists()
 
 
 def test_the_first_command_is_near_the_top():

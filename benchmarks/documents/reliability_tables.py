@@ -87,7 +87,7 @@ def soak_table(found: Mapping[str, Any]) -> str:
         [MEMORY, of("memory_second_quarter_mib", "memory_last_quarter_mib")],
     ]
     return (
-        f"{table(['', ''], body)}\n\n"
+        f"{table(['', 'measured'], body)}\n\n"
         f"{found['minutes']:g} minutes on {measured_on(found)}."
     )
 
