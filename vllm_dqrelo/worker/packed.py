@@ -80,9 +80,8 @@ class _Extent:
         return self.add(torch.cat([side_by_side(matrix) for matrix in packed]))
 
     def bytes(self) -> torch.Tensor:
-        """All of it, uint8, where it is copied to the device from."""
-        pinned = self._device.type == "cuda"
-        data = torch.zeros(self._size, dtype=torch.uint8, pin_memory=pinned)
+        """All of it: uint8, in pageable memory."""
+        data = torch.zeros(self._size, dtype=torch.uint8)
         for offset, part in self._parts:
             data[offset : offset + part.numel()].copy_(part)
         return data

@@ -12,6 +12,7 @@ from vllm_dqrelo.worker.arena import Arena
 from vllm_dqrelo.worker.host import HostTier
 from vllm_dqrelo.worker.packed import PackedDelta
 from vllm_dqrelo.worker.sites import Site, Sites
+from vllm_dqrelo.worker.staging import Staging
 from vllm_dqrelo.worker.vocabulary import AddedRows, Vocabularies
 
 
@@ -54,20 +55,22 @@ class Residency:
         device: torch.device,
     ) -> None:
         self.arena = Arena(size, device)
+        self.staging = Staging(device)
         self.host = host
         self.resident: OrderedDict[str, _Resident] = OrderedDict()
         self.evicted = 0
         self._free = list(reversed(range(slots)))
         # The tables of all sites, one behind another: a site's is contiguous.
         self._table = empty_table(1, slots * sites.count, device)[0]
-        self._rows = torch.empty(slots, sites.count, dtype=torch.int64)
+        rows_of_slots = torch.empty(slots, sites.count, dtype=torch.int64)
         self._sites: dict[str, torch.Tensor] = {}
         for site in sites.by_name.values():
             slices, start = len(site.sizes), slots * site.first
             rows = torch.arange(start, start + slots * slices).view(slots, slices)
-            self._rows[:, site.first : site.first + slices] = rows
+            rows_of_slots[:, site.first : site.first + slices] = rows
             table = self._table[start : start + slots * slices]
             self._sites[site.name] = table.view(slots, slices, -1)
+        self._rows = rows_of_slots.to(device)
         self.added = {
             name: AddedRows(
                 site.sizes[0],
@@ -124,22 +127,25 @@ class Residency:
                 self._compact()
                 compacted = True
         extent = self.arena.data[offset : offset + packed.size]
-        extent.copy_(packed.extent, non_blocking=True)
+        self.staging.write(extent, packed.extent)
         rest = replace(packed, extent=packed.extent[:0].clone())
         delta = _Resident(self._free.pop(), offset, packed.size, rest)
         self.resident[packed.digest] = delta
         self._write_table(delta)
         for name, rows in self.added.items():
-            rows.set(delta.slot, packed.added.get(name))
+            added = packed.added.get(name)
+            rows.set(
+                delta.slot, None if added is None else self.staging.on_device(added)
+            )
         self.vocabularies.set(delta.slot, packed.vocab_size)
 
     def _evict(self, digest: str) -> None:
         """Take a delta off the device; host memory gets it back."""
         if digest not in self.host:
             delta = self.resident[digest]
-            pinned = self.arena.data.is_cuda
-            extent = torch.empty(delta.size, dtype=torch.uint8, pin_memory=pinned)
-            extent.copy_(self.arena.data[delta.offset : delta.offset + delta.size])
+            extent = torch.empty(delta.size, dtype=torch.uint8)
+            there = self.arena.data[delta.offset : delta.offset + delta.size]
+            self.staging.read(extent, there)
             self.host.put(replace(delta.packed, extent=extent))
         self.drop([digest])
         self.evicted += 1
@@ -148,7 +154,7 @@ class Residency:
         """Take deltas off the device for good, those that are there."""
         for digest in digests:
             if delta := self.resident.pop(digest, None):
-                self._write_table(delta, torch.full_like(delta.packed.entries, ABSENT))
+                self._table.index_fill_(0, self._rows[delta.slot], ABSENT)
                 self.vocabularies.set(delta.slot, None)
                 self.arena.free(digest)
                 self._free.append(delta.slot)
@@ -159,11 +165,7 @@ class Residency:
             self.resident[digest].offset = offset
             self._write_table(self.resident[digest])
 
-    def _write_table(
-        self, delta: _Resident, entries: torch.Tensor | None = None
-    ) -> None:
+    def _write_table(self, delta: _Resident) -> None:
         """Say where the tensors of a slot lie, for all sites."""
-        if entries is None:
-            entries = rebase(delta.packed.entries, delta.offset)
-        device = self._table.device
-        self._table[self._rows[delta.slot].to(device)] = entries.to(device)
+        entries = rebase(delta.packed.entries, delta.offset)
+        self._table[self._rows[delta.slot]] = self.staging.on_device(entries)

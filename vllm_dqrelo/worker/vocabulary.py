@@ -114,7 +114,7 @@ class Vocabularies:
     def set(self, slot: int, size: int | None) -> None:
         """Give a slot the vocabulary of its delta; None for the base's."""
         self._of_slots[slot] = self.base if size is None else size
-        self.sizes[slot] = self._of_slots[slot]
+        self.sizes[slot].fill_(self._of_slots[slot])  # no copy that is waited for
 
     def mask(self, model: Any, step: Step) -> Callable[..., Any]:
         """``model.compute_logits`` with ``y[m, v] = -inf`` where ``v >= sizes[m]``.

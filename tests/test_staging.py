@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies through two buffers, with streams that run as late as they may."""
+
+import random
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.deltas import DEVICE, HAS_DEVICE
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dqrelo_kernels.table import ABSENT, Field, empty_table, rebase
+
+pytest.importorskip("vllm")
+
+from vllm_dqrelo.worker import staging
+from vllm_dqrelo.worker.host import HostTier
+from vllm_dqrelo.worker.packed import PackedDelta
+from vllm_dqrelo.worker.residency import Residency
+
+PIECE, CPU = 1000, torch.device("cpu")
+
+
+class Stream:
+    """Runs its work when somebody waits for it, and not before."""
+
+    def __init__(self, device=None):
+        self.work = []
+
+    def wait_stream(self, other):
+        self.work += [(other.run, len(other.work))]
+
+    def run(self, count=None):
+        """The first pieces of work, or all, that are not done yet."""
+        for i, item in enumerate(self.work[:count]):
+            self.work[i] = None
+            if item:
+                function, *arguments = item
+                function(*arguments)
+
+
+class Prompt(Stream):
+    """Waits at once for another: all its own work is done when it is asked for."""
+
+    def wait_stream(self, other):
+        other.run()
+
+
+class Event:
+    def __init__(self, streams):
+        self._streams, self._recorded = streams, None
+
+    def record(self):
+        stream = self._streams.current
+        self._recorded = stream, len(stream.work)
+
+    def synchronize(self):
+        if self._recorded:
+            stream, count = self._recorded
+            stream.run(count)
+
+
+class Streams:
+    """What is used of torch.cuda."""
+
+    Stream = Stream
+
+    def __init__(self):
+        self.main = self.current = Stream()
+
+    def Event(self):
+        return Event(self)
+
+    def current_stream(self):
+        return self.current
+
+    @contextmanager
+    def stream(self, stream):
+        self.current, before = stream, self.current
+        yield
+        self.current = before
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Copies that need not be waited for are work of the current stream."""
+    streams, copy_ = Streams(), torch.Tensor.copy_
+
+    def copy(self, source, non_blocking=False):
+        if not non_blocking:
+            return copy_(self, source)
+        streams.current.work.append((copy_, self, source, True))
+        return self
+
+    monkeypatch.setattr(staging, "PIECE", PIECE)
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    return streams
+
+
+class Mixed(TorchDispatchMode):
+    """Refuses operators of both host and device, but copies that nobody waits for.
+
+    Args:
+        device: tensors in the memory of the device. Others are in that of the host.
+    """
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    @staticmethod
+    def _address(tensor):
+        return tensor.untyped_storage().data_ptr()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [
+            x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
+        ]
+        device = set(map(self._address, self.device))
+        places = {self._address(x) in device for x in tensors if x.numel()}
+        late = func is torch.ops.aten.copy_.default and args[2:] == (True,)
+        number = func._opname == "fill_"
+        assert len(places) < 2 or late or number, func
+        return func(*args, **(kwargs or {}))
+
+
+def some_bytes(size):
+    return torch.randint(256, (size,), dtype=torch.uint8)
+
+
+SIZES = [0, 1, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 7 * PIECE + 3]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_bytes_there_and_back(streams, size):
+    copies = staging.Staging(CPU, streams)
+    device, seen = [some_bytes(size) for _ in range(3)], []
+    before = [extent.clone() for extent in device]
+    # A step that still reads what the writes below replace.
+    streams.main.work.append((lambda: seen.extend(e.clone() for e in device),))
+    written = [some_bytes(size) for _ in device]
+    for extent, data in zip(device, written, strict=True):
+        given = data.clone()
+        copies.write(extent, given)
+        given.zero_()
+    back = torch.empty(size, dtype=torch.uint8)
+    copies.read(back, device[1])
+    assert torch.equal(back, written[1])
+    streams.main.run()  # the step that the writes are for
+    for got, old, new, extent in zip(seen, before, written, device, strict=True):
+        assert torch.equal(got, old) and torch.equal(extent, new)
+
+
+def test_the_host_does_not_wait_for_a_write(streams):
+    """Of one that the buffers hold."""
+    extent = torch.zeros(2 * PIECE, dtype=torch.uint8)
+    copies = staging.Staging(CPU, streams)
+    copies.write(extent, torch.ones_like(extent))
+    assert not extent.any()
+    streams.main.run()
+    assert extent.all()
+
+
+def test_a_cpu_has_no_buffers():
+    copies, tensor = staging.Staging(CPU), torch.arange(5)
+    assert copies.on_device(tensor) is tensor and not hasattr(copies, "_buffers")
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_deltas_come_and_go(streams, late, monkeypatch):
+    """Random steps, with room for some deltas on the device and for fewer on the host.
+
+    The device has the bytes, the table and the added rows of each delta of a step; an
+    evicted delta is read back. Nothing else waits for the device.
+    """
+    if late:
+        streams.main = streams.current = Prompt()
+        monkeypatch.setattr(
+            "vllm_dqrelo.worker.residency.Staging",
+            lambda device: staging.Staging(device, streams),
+        )
+    module = torch.nn.Linear(6, 10)
+    site = SimpleNamespace(name="head", sizes=(10, 4), first=0, columns=6)
+    site.module, site.slices = module, lambda device: None
+    sites = SimpleNamespace(
+        by_name={"head": site}, count=2, tokens=10, added_here=lambda site: range(2)
+    )
+    deltas, draw = {}, random.Random(0)
+    for i in range(6):
+        extent = some_bytes(draw.randint(1, 3 * PIECE))
+        entries = empty_table(1, 2, "cpu")[0]
+        entries[0, Field.SIGNS], entries[1, Field.RANK_A] = 64 * i, i
+        added = {"head": torch.randn(i % 3, 6)}
+        deltas[str(i)] = PackedDelta(str(i), extent, entries, added, 10 + i % 3)
+    host = HostTier(2 * PIECE)
+    residency = Residency(sites, 7 * PIECE, 4, host, CPU)
+    read, (added,) = [], residency.added.values()
+    monkeypatch.setattr(residency.staging, "read", _counted(residency.staging, read))
+    own = [residency.arena.data, residency.arena._bounce, residency._table]
+    own += [residency._rows, added.rows, residency.vocabularies.sizes]
+    mixed, on_device = Mixed(own if late else []), residency.staging.on_device
+
+    def moved(tensor):
+        mixed.device.append(on_device(tensor))  # which keeps its address
+        return mixed.device[-1]
+
+    monkeypatch.setattr(residency.staging, "on_device", moved)
+    for delta in deltas.values():
+        host.put(delta)
+    for _ in range(60):
+        chosen = draw.sample(list(deltas), draw.randint(1, 2))
+        with mixed if late else nullcontext():
+            slots = residency.use(chosen)
+        for digest, slot in slots.items():
+            delta, at = deltas[digest], residency.resident[digest].offset
+            data = residency.arena.data[at : at + delta.size]
+            assert torch.equal(data, delta.extent)
+            table = residency.table(site)
+            assert torch.equal(table[slot], rebase(delta.entries, at))
+            rows, added = residency.added["head"].rows[slot], delta.added["head"]
+            assert torch.equal(rows[: len(added)], added)
+            assert not rows[len(added) :].any()
+        free = set(range(4)) - {one.slot for one in residency.resident.values()}
+        assert (residency.table(site)[sorted(free)] == ABSENT).all()
+    assert residency.evicted > 20 and len(read) > 10
+
+
+def _counted(copies, calls):
+    read = copies.read
+
+    def counted(*arguments):
+        calls.append(arguments)
+        read(*arguments)
+
+    return counted
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_DEVICE, reason="needs a CUDA device")
+@pytest.mark.parametrize("size", [1, staging.PIECE, 5 * staging.PIECE // 2])
+def test_on_a_device(size):
+    """Beside a running kernel; nothing but a read waits for the device."""
+    device = torch.device(DEVICE)
+    copies = staging.Staging(device)
+    extent, before = torch.zeros(size, dtype=torch.uint8, device=device), some_bytes(5)
+    data, left = some_bytes(size), some_bytes(size).to(device)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(10**8)
+        extent.copy_(left)
+        copies.write(extent, data)
+        small = copies.on_device(before)
+        after = extent.clone()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(after.cpu(), data) and torch.equal(small.cpu(), before)
+    back = torch.empty(size, dtype=torch.uint8)
+    copies.read(back, extent)
+    assert torch.equal(back, data)
