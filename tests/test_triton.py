@@ -272,6 +272,34 @@ def test_kernels_compile_without_a_device(tmp_path):
     assert len(lines.splitlines()) == 5
 
 
+VARIANTS = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from benchmarks.ops.sass_report import launches
+from dqrelo_kernels.gpu.merge import _merge_kernel as kernel
+
+backend = make_backend(GPUTarget("cuda", 90, 32))
+key = create_function_from_signature(kernel.signature, kernel.params, backend)
+made = launches(16, torch.bfloat16, 4096, 64)[kernel]
+for slot in (0, 1, 3, 16, 255):
+    tensors = {n: torch.empty(16, dtype=v.dtype) for n, v in made.items()
+               if isinstance(v, torch.Tensor)}
+    _, variant, _ = key(**made | tensors | {"slot": slot})
+    print(variant)
+"""
+
+
+def test_one_variant_of_merge_serves_all_slots():
+    """Triton compiles a variant for 1 and for multiples of 16, if it is let."""
+    variables = os.environ | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", VARIANTS]
+    found = subprocess.check_output(command, env=variables, text=True).splitlines()
+    assert len(found) == 5 and len(set(found)) == 1
+
+
 def op_arguments(deltas: Deltas, groups: RowGroups, rows: int) -> dict:
     """What torch.ops.dqrelo.delta_linear_ takes besides x and y."""
     return {

@@ -19,8 +19,11 @@ from support.deltas import (
 from support.interpreter import DTYPES  # before the kernels
 
 from dqrelo_kernels import reference
+from dqrelo_kernels.gpu.device import check_rows
+from dqrelo_kernels.gpu.low_rank import low_rank
 from dqrelo_kernels.gpu.merge import merge
 from dqrelo_kernels.gpu.rowwise import embedding, norm
+from dqrelo_kernels.gpu.sign_matmul import sign_matmul
 from dqrelo_kernels.table import ABSENT, FACTOR_DTYPES, Field
 
 
@@ -120,3 +123,31 @@ def test_norm(centred, shape, dtype):
     )
     kept = ~torch.isin(torch.tensor(slot_of_row), torch.tensor([0, 1]))
     assert torch.equal(got[kept], y[kept])
+
+
+def test_elements_of_a_row_that_are_apart():
+    """The kernels would read others; a single column has any stride."""
+    deltas, groups = Deltas([8], 8).fill(), groups_of([0, 1, 2, -1, 0, 1, 2, -1])
+    site = deltas.arena, deltas.table.to(DEVICE)
+    slices, scratch = deltas.slices.to(DEVICE), deltas.scratch(8)
+    few, by_slot = (groups.rows, groups.slots), (groups.rows, groups.starts)
+    good, bad = torch.ones(8, 8, device=DEVICE), torch.ones(8, 8, device=DEVICE).T
+    line, apart = good[0], bad[0]
+    ids = torch.arange(8, device=DEVICE)
+    for name, launch, *arguments in (
+        ("x", low_rank, scratch, bad, *site, *by_slot),
+        ("scratch", low_rank, scratch[:, ::2], good, *site, *by_slot),
+        ("y", sign_matmul, bad, scratch, good, *site, slices, *by_slot),
+        ("x", sign_matmul, good, scratch, bad, *site, slices, *by_slot),
+        ("y", embedding, bad, ids, *site, slices, *few),
+        ("y", norm, bad, good, *site, *few, 1e-5, False),
+        ("x", norm, good, bad, *site, *few, 1e-5, False),
+        ("weight", merge, good, line, bad, None, *site, slices, 0),
+        ("bias", merge, good, line, good, apart, *site, slices, 0),
+        ("merged", merge, bad, line, good, None, *site, slices, 0),
+        ("merged_bias", merge, good, apart, good, None, *site, slices, 0),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name} \[.* has strides \("):
+            launch(*arguments)
+    column = torch.ones(2, 8, device=DEVICE).T[:, :1]
+    check_rows(column=column)

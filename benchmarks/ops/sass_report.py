@@ -89,7 +89,8 @@ def launches(
         rowwise.embedding(x, groups, arena, table, slices, groups, groups)
         rowwise.norm(x, x, arena, table, groups, groups, 1e-5, False)
         weight = torch.empty(6144, k, dtype=dtype, device="cuda")
-        merge.merge(weight, weight[:, 0], weight, None, arena, table, slices, 0)
+        bias = torch.empty(6144, dtype=dtype, device="cuda")
+        merge.merge(weight, bias, weight, None, arena, table, slices, 0)
     return {getattr(*kernel): r.arguments for kernel, r in recorders.items()}
 
 
@@ -101,7 +102,7 @@ def compile_for(kernel: Any, arguments: dict[str, Any], target: int) -> Any:
         if (
             parameter.is_constexpr
             or value is None
-            or (type(value) is int and value == 1)
+            or (type(value) is int and value == 1 and not parameter.do_not_specialize)
         ):
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
@@ -110,7 +111,7 @@ def compile_for(kernel: Any, arguments: dict[str, Any], target: int) -> Any:
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     return triton.compile(
         triton.compiler.ASTSource(kernel, signature, constants, attributes),

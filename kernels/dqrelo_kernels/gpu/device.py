@@ -169,6 +169,22 @@ def slice_of(tile, entry_ptr, slices_ptr, SLICES: tl.constexpr, BLOCK_N: tl.cons
     return tile, entry_ptr, first, size
 
 
+def check_rows(**tensors: torch.Tensor | None) -> None:
+    """Refuse a tensor whose elements of a row do not lie side by side.
+
+    The kernels take no stride of the last dimension.
+
+    Raises:
+        ValueError: with the name of the tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(
+                f"{name} {list(tensor.shape)} has strides {tensor.stride()}, expected "
+                "1 as the last one: call contiguous() before the op"
+            )
+
+
 def programs(items: int, device: torch.device) -> int:
     """Size of the grid for at most ``items`` pieces of work."""
     if device.type == "cpu":  # Triton's interpreter

@@ -20,6 +20,7 @@ from dqrelo_kernels.gpu.device import (
     LORA_SCALE,
     RANK_A,
     arena_pointer,
+    check_rows,
     decode_int4,
     load_factor,
     locate,
@@ -179,6 +180,7 @@ def low_rank(
         x: [M, K] float.
         arena, table, rows, starts: see ops.py.
     """
+    check_rows(x=x, scratch=scratch)
     (m, k), (slots, slices, _) = x.shape, table.shape
     tall = are_tall(m, slots) and x.dtype != torch.float32
     block_m, stages = (64, 3) if tall else (16, 4)

@@ -25,12 +25,13 @@ from dqrelo_kernels.gpu.device import (
     SIGNS,
     WORD_BITS,
     arena_pointer,
+    check_rows,
     load_elements,
     slice_of,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot"])  # any slot may be merged while it serves
 def _merge_kernel(
     merged_ptr,
     merged_bias_ptr,
@@ -142,6 +143,7 @@ def merge(
         arena, table, slices: see ops.py.
         slot: the delta.
     """
+    check_rows(merged=merged, merged_bias=merged_bias, weight=weight, bias=bias)
     n, k = weight.shape
     block_n, block_k = 64, 64
     n_slices = table.shape[1]

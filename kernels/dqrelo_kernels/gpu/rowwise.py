@@ -26,6 +26,7 @@ from dqrelo_kernels.gpu.device import (
     WEIGHT,
     WORD_BITS,
     arena_pointer,
+    check_rows,
     load_elements,
 )
 
@@ -112,6 +113,7 @@ def embedding(
         vocab: int32 [2]: 0 and the number of rows of the embedding.
         arena, table, rows, slots: see ops.py.
     """
+    check_rows(y=y)
     m, k = y.shape
     _embedding_kernel[(m, triton.cdiv(k, layout.BLOCK))](
         y_ptr=y,
@@ -193,6 +195,7 @@ def norm(
         eps: added to the mean square.
         centred: whether it is a layer norm.
     """
+    check_rows(y=y, x=x)
     if y.dim() == 2:
         y, x = y.unsqueeze(1), x.unsqueeze(1)
     m, groups, k = y.shape

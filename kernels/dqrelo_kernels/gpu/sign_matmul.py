@@ -30,6 +30,7 @@ from dqrelo_kernels.gpu.device import (
     SIGNS,
     WORD_BITS,
     arena_pointer,
+    check_rows,
     decode_int4,
     load_factor,
     locate,
@@ -310,6 +311,7 @@ def sign_matmul(
         x: [M, K] float, likewise.
         arena, table, slices, rows, starts: see ops.py.
     """
+    check_rows(y=y, x=x, scratch=scratch)
     (m, k), (slots, n_slices, _) = x.shape, table.shape
     tile = tiles(m, slots, x.dtype)
     row_tiles_at_most = min(slots, m) + m // tile.block_m
