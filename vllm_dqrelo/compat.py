@@ -32,11 +32,15 @@ def version_problem() -> str | None:
     """Why this vLLM cannot be used, or None."""
     if OLDEST <= release() < FIRST_UNTESTED:
         return None
-    tested = f">={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, FIRST_UNTESTED))}"
     return (
-        f"vllm-dqrelo is tested with vLLM {tested}, this is {vllm.__version__}; "
-        f'install it with pip install "vllm{tested}"'
+        f"vllm-dqrelo is tested with vLLM {tested()}, this is {vllm.__version__}; "
+        f'install it with pip install "vllm{tested()}"'
     )
+
+
+def tested() -> str:
+    """The tested range, as pip takes it."""
+    return f">={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, FIRST_UNTESTED))}"
 
 
 def says_why() -> bool:

@@ -40,11 +40,16 @@ def refuse_unsupported(vllm_config: VllmConfig, device: torch.device) -> None:
         raise ValueError("--quantization dqrelo " + "; it ".join(problems))
 
 
+def device_problem(kind: str) -> str | None:
+    """Why a kind of device, "cpu" or "cuda", cannot serve; None if it can."""
+    return None if kind == "cpu" else f"runs on the CPU only so far, not on {kind}"
+
+
 def _problems(vllm_config: VllmConfig, device: torch.device) -> Iterator[str]:
     """Each reason, a sentence without its subject."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    if device.type != "cpu":
-        yield f"runs on the CPU only so far, not on {device.type}"
+    if problem := device_problem(device.type):
+        yield problem
     split = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     if parallel.world_size > split or parallel.decode_context_parallel_size > 1:
         yield (

@@ -13,6 +13,7 @@ from dqrelo_tools.commands import (
     advise,
     convert,
     deltas,
+    doctor,
     export,
     inspect,
     plan,
@@ -23,7 +24,7 @@ from vllm_dqrelo.format.errors import DqreloError
 
 DESCRIPTION = "Serve full fine-tunes of one base as deltas of an eighth of their size."
 # Most users need the first three only.
-COMMANDS = (convert, verify, serve, advise, inspect, export, plan, deltas)
+COMMANDS = (convert, verify, serve, advise, inspect, export, plan, deltas, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -116,19 +116,11 @@ def plugins_with_endpoints() -> list[str]:
 
 
 def check_plugin() -> None:
-    """Make sure that vLLM will know ``--quantization dqrelo``.
+    """Refuse an environment in which vLLM would not know ``--quantization dqrelo``.
 
     vLLM only logs a plugin that it cannot load.
     """
-    try:
-        from vllm_dqrelo import compat
-    except ImportError as error:
-        raise DqreloError(
-            f"vLLM cannot be imported ({error}); install it with "
-            'pip install "vllm-dqrelo[vllm]"'
-        ) from error
-    if problem := compat.version_problem():
-        raise DqreloError(problem)
+    check_vllm()
     found = metadata.entry_points(group="vllm.general_plugins", name="dqrelo")
     if not found:
         raise DqreloError(
@@ -140,3 +132,16 @@ def check_plugin() -> None:
         raise DqreloError(
             f"VLLM_PLUGINS={allowed} keeps vLLM from loading the plugin; add dqrelo"
         )
+
+
+def check_vllm() -> None:
+    """Refuse an environment without vLLM, or with a release that is not tested."""
+    try:
+        from vllm_dqrelo import compat
+    except ImportError as error:
+        raise DqreloError(
+            f"vLLM cannot be imported ({error}); install it with "
+            'pip install "vllm-dqrelo[vllm]"'
+        ) from error
+    if problem := compat.version_problem():
+        raise DqreloError(problem)

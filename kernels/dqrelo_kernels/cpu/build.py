@@ -62,11 +62,27 @@ def reset() -> None:
 def build() -> Path:
     """Compile ops.cpp for this machine, unless that was done before; the library.
 
-    The name of the file tells the sources, the compiler and the CPU, so that a cache
-    folder which several machines share never holds the wrong instructions.
+    Raises:
+        RuntimeError: a compiler is missing. subprocess.CalledProcessError: it failed.
+    """
+    command, built = plan()
+    if not built.exists():
+        built.parent.mkdir(parents=True, exist_ok=True)
+        scratch = built.with_suffix(f".{os.getpid()}")
+        command[1:1] = [str(SOURCES[0]), "-o", str(scratch)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        scratch.rename(built)
+    return built
+
+
+def plan() -> tuple[list[str], Path]:
+    """The compiler with its options, and the library that it builds.
+
+    The name of the library is a digest of the sources, the compiler and the CPU: a
+    cache folder that several machines share never holds the wrong instructions.
 
     Raises:
-        RuntimeError: no compiler. subprocess.CalledProcessError: it failed.
+        RuntimeError: a compiler is missing. subprocess.CalledProcessError: it failed.
     """
     candidates = (os.environ.get("CXX"), "g++", "c++", "clang++")
     compiler = next((c for c in candidates if c and shutil.which(c)), None)
@@ -78,15 +94,7 @@ def build() -> Path:
     for source in SOURCES:
         key.update(source.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = cache / "vllm-dqrelo"
-    built = cache / f"cpu-{key.hexdigest()[:16]}.so"
-    if not built.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        scratch = built.with_suffix(f".{os.getpid()}")
-        command[1:1] = [str(SOURCES[0]), "-o", str(scratch)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        scratch.rename(built)
-    return built
+    return command, cache / "vllm-dqrelo" / f"cpu-{key.hexdigest()[:16]}.so"
 
 
 @functools.cache
