@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,16 @@ def test_what_keeps_a_machine_from_serving(screen, monkeypatch):
     code, found, verdict = screen()
     assert code == 1 and verdict == "This machine cannot serve deltas: plugin."
     assert found["plugin"][0].startswith("VLLM_PLUGINS=x keeps vLLM from loading")
+
+
+def test_without_vllm_the_first_reason_is_the_last_line():
+    code = "import sys; sys.modules['vllm'] = None\n"
+    code += "from dqrelo_tools import cli; sys.exit(cli.main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    *_, last, empty, verdict = done.stdout.splitlines()
+    assert done.returncode == 1 and empty == ""
+    assert last.startswith("PROBLEM  vLLM") and "vllm-dqrelo[vllm]" in last
+    assert verdict == "This machine cannot serve deltas: vLLM."
 
 
 def test_the_operators_are_native_or_slow(screen, monkeypatch, tmp_path):

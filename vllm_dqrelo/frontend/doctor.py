@@ -3,6 +3,7 @@
 
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -45,6 +46,8 @@ def examine() -> Iterator[Finding]:
         except Exception as error:  # an import may fail in any way
             reason = str(error).strip().partition("\n")[0]
             yield Finding(subject, f"{type(error).__name__}: {reason}", serves=False)
+        if subject == "vLLM" and not sys.modules.get("vllm"):
+            return  # all further parts ask vLLM
 
 
 def us() -> str:
