@@ -65,5 +65,5 @@ def roofline_table(rows: list[Row]) -> str:
         for prompt in [int(row["rows_per_delta"]) > 16]
         if row["device"] == "H100" or not prompt
     ]
-    head = ["device", "deltas", "rows of each", "base, ms", "deltas beside it"]
-    return table([*head, "merged, for both"], body)
+    head = ["device", "deltas", "rows of each", "base, ms", "the deltas, ms"]
+    return table([*head, "both, merged, ms"], body)
