@@ -90,6 +90,22 @@ def test_what_is_not_right_with_deltas_is_refused(
         DeltaManager(config, torch.device("cpu"))
 
 
+def test_a_gpu_of_amd_is_refused(config, monkeypatch):
+    """To torch its device is "cuda"."""
+    from vllm_dqrelo.supported import refuse_unsupported
+
+    def refused(device):
+        try:
+            refuse_unsupported(config, torch.device(device))
+        except ValueError as error:
+            return "AMD GPUs" in str(error)
+        return False
+
+    assert not refused("cuda")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert refused("cuda") and not refused("cpu")
+
+
 def compressed(bits, type_, inputs):
     """The quantization_config of a checkpoint of compressed-tensors."""
     one = {"num_bits": bits, "type": type_, "strategy": "channel", "symmetric": True}

@@ -80,6 +80,8 @@ def _problems(vllm_config: VllmConfig, device: torch.device) -> Iterator[str]:
             "a draft model may call layers of the base with rows that are not the "
             "step's"
         )
+    if device.type == "cuda" and torch.version.hip:  # torch's name of AMD's, too
+        yield "does not run on AMD GPUs: its kernels have instructions of NVIDIA's"
     if (
         model.is_moe
         and device.type == "cuda"
