@@ -11,7 +11,7 @@ from support.deltas import DEVICE, HAS_DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dqrelo_kernels.table import ABSENT, Field, empty_table, rebase
+from dqrelo_kernels.table import ABSENT, Field, aligned, empty_table, rebase
 
 pytest.importorskip("vllm")
 
@@ -168,95 +168,120 @@ def test_a_cpu_has_no_buffers():
     assert copies.on_device(tensor) is tensor and not hasattr(copies, "_buffers")
 
 
-@pytest.mark.parametrize("late", [True, False])
-def test_deltas_come_and_go(streams, late, monkeypatch):
-    """Random steps, with room for some deltas on the device and for fewer on the host.
+class Deltas:
+    """A residency with room for some of six deltas, and on the host for fewer."""
 
-    The device has the bytes, the table and the added rows of each delta of a step; an
-    evicted delta is read back. Nothing else waits for the device.
-    """
-    if late:
-        streams.main = streams.current = Prompt()
-        monkeypatch.setattr(
-            "vllm_dqrelo.worker.residency.Staging",
-            lambda device: staging.Staging(device, streams),
+    def __init__(self, device):
+        site = SimpleNamespace(name="head", sizes=(10, 4), first=0, columns=6)
+        site.module = torch.nn.Linear(6, 10)
+        sites = SimpleNamespace(
+            by_name={"head": site}, count=2, tokens=10, added_here=lambda site: range(2)
         )
-    module = torch.nn.Linear(6, 10)
-    site = SimpleNamespace(name="head", sizes=(10, 4), first=0, columns=6)
-    site.module, site.slices = module, lambda device: None
-    sites = SimpleNamespace(
-        by_name={"head": site}, count=2, tokens=10, added_here=lambda site: range(2)
+        self.site, self.draw, self.deltas = site, random.Random(0), {}
+        host = HostTier(2 * PIECE)
+        for i in range(6):
+            extent = some_bytes(self.draw.randint(1, 3 * PIECE))
+            entries = empty_table(1, 2, "cpu")[0]
+            entries[0, Field.SIGNS], entries[1, Field.RANK_A] = 64 * i, i
+            added = {"head": torch.randn(i % 3, 6)}
+            delta = PackedDelta(str(i), extent, entries, added, 10 + i % 3)
+            self.deltas[str(i)] = delta
+            host.put(delta)
+        # Just as many bytes as two deltas may take, so that the arena is compacted.
+        sizes = sorted(aligned(delta.size) for delta in self.deltas.values())
+        self.residency = Residency(sites, sum(sizes[-2:]), 4, host, device)
+
+    def come_and_go(self, within=nullcontext):
+        """The device has what each delta of random steps is made of.
+
+        Args:
+            within: a context for what a step does.
+        """
+        residency, table = self.residency, self.residency.table(self.site)
+        for _ in range(60):
+            chosen = self.draw.sample(list(self.deltas), self.draw.choice((1, 2, 2)))
+            with within():
+                slots = residency.use(chosen)
+            for digest, slot in slots.items():
+                delta, at = self.deltas[digest], residency.resident[digest].offset
+                data = residency.arena.data[at : at + delta.size].cpu()
+                assert torch.equal(data, delta.extent)
+                assert torch.equal(table[slot].cpu(), rebase(delta.entries, at))
+                rows, added = residency.added["head"].rows[slot], delta.added["head"]
+                assert torch.equal(rows[: len(added)].cpu(), added)
+                assert not rows[len(added) :].any()
+                assert residency.vocabularies.sizes[slot] == delta.vocab_size
+            free = set(range(4)) - {one.slot for one in residency.resident.values()}
+            assert (table[sorted(free)] == ABSENT).all()
+        assert residency.evicted > 20
+
+
+def test_deltas_come_and_go_on_a_cpu():
+    Deltas(CPU).come_and_go()
+
+
+def test_deltas_come_and_go(streams, monkeypatch):
+    """Evicted deltas are read back. Nothing else waits for the device."""
+    streams.main = streams.current = Prompt()
+    monkeypatch.setattr(
+        "vllm_dqrelo.worker.residency.Staging",
+        lambda device: staging.Staging(device, streams),
     )
-    deltas, draw = {}, random.Random(0)
-    for i in range(6):
-        extent = some_bytes(draw.randint(1, 3 * PIECE))
-        entries = empty_table(1, 2, "cpu")[0]
-        entries[0, Field.SIGNS], entries[1, Field.RANK_A] = 64 * i, i
-        added = {"head": torch.randn(i % 3, 6)}
-        deltas[str(i)] = PackedDelta(str(i), extent, entries, added, 10 + i % 3)
-    host = HostTier(2 * PIECE)
-    residency = Residency(sites, 7 * PIECE, 4, host, CPU)
-    read, (added,) = [], residency.added.values()
-    monkeypatch.setattr(residency.staging, "read", _counted(residency.staging, read))
-    own = [residency.arena.data, residency.arena._bounce, residency._table]
-    own += [residency._rows, added.rows, residency.vocabularies.sizes]
-    mixed, on_device = Mixed(own if late else []), residency.staging.on_device
+    deltas, calls = Deltas(CPU), []
+    residency, (added,) = deltas.residency, deltas.residency.added.values()
+    mixed = Mixed(
+        [residency.arena.data, residency.arena._bounce, residency._table]
+        + [residency._rows, added.rows, residency.vocabularies.sizes]
+    )
+    on_device, read = residency.staging.on_device, residency.staging.read
 
     def moved(tensor):
         mixed.device.append(on_device(tensor))  # which keeps its address
         return mixed.device[-1]
 
-    monkeypatch.setattr(residency.staging, "on_device", moved)
-    for delta in deltas.values():
-        host.put(delta)
-    for _ in range(60):
-        chosen = draw.sample(list(deltas), draw.randint(1, 2))
-        with mixed if late else nullcontext():
-            slots = residency.use(chosen)
-        for digest, slot in slots.items():
-            delta, at = deltas[digest], residency.resident[digest].offset
-            data = residency.arena.data[at : at + delta.size]
-            assert torch.equal(data, delta.extent)
-            table = residency.table(site)
-            assert torch.equal(table[slot], rebase(delta.entries, at))
-            rows, added = residency.added["head"].rows[slot], delta.added["head"]
-            assert torch.equal(rows[: len(added)], added)
-            assert not rows[len(added) :].any()
-        free = set(range(4)) - {one.slot for one in residency.resident.values()}
-        assert (residency.table(site)[sorted(free)] == ABSENT).all()
-    assert residency.evicted > 20 and len(read) > 10
-
-
-def _counted(copies, calls):
-    read = copies.read
-
     def counted(*arguments):
         calls.append(arguments)
         read(*arguments)
 
-    return counted
+    monkeypatch.setattr(residency.staging, "on_device", moved)
+    monkeypatch.setattr(residency.staging, "read", counted)
+    deltas.come_and_go(lambda: mixed)
+    assert len(calls) > 10
+
+
+@contextmanager
+def without_waiting():
+    """Within it torch refuses to wait for a GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+ON_A_GPU = pytest.mark.skipif(not HAS_DEVICE, reason="needs a CUDA device")
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_DEVICE, reason="needs a CUDA device")
+@ON_A_GPU
 @pytest.mark.parametrize("size", [1, staging.PIECE, 5 * staging.PIECE // 2])
-def test_on_a_device(size):
-    """Beside a running kernel; nothing but a read waits for the device."""
-    device = torch.device(DEVICE)
-    copies = staging.Staging(device)
-    extent, before = torch.zeros(size, dtype=torch.uint8, device=device), some_bytes(5)
-    data, left = some_bytes(size), some_bytes(size).to(device)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+def test_bytes_there_and_back_on_a_gpu(size):
+    """The host passes a write while a kernel still runs."""
+    device, data = torch.device(DEVICE), some_bytes(size)
+    copies, left = staging.Staging(device), some_bytes(size).to(device)
+    extent = torch.zeros_like(left)
+    with without_waiting():
         torch.cuda._sleep(10**8)
         extent.copy_(left)
         copies.write(extent, data)
-        small = copies.on_device(before)
         after = extent.clone()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(after.cpu(), data) and torch.equal(small.cpu(), before)
-    back = torch.empty(size, dtype=torch.uint8)
+    assert torch.equal(after.cpu(), data)
+    back = torch.empty_like(data)
     copies.read(back, extent)
     assert torch.equal(back, data)
+
+
+@pytest.mark.gpu
+@ON_A_GPU
+def test_deltas_come_and_go_on_a_gpu():
+    Deltas(torch.device(DEVICE)).come_and_go(without_waiting)
