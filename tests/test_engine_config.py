@@ -292,3 +292,43 @@ def test_steps_in_which_every_layer_must_be_met(device, graphs, counts):
         scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
     )
     assert token_counts(config, torch.device(device)) == counts
+
+
+def linear_site(plain=True, fully_sharded=False, vocabulary=False, rows=48):
+    """A linear layer of [rows, 40], or the LM head."""
+    gemm = SimpleNamespace(plain=plain)
+    weight = torch.empty(rows, 40, dtype=torch.bfloat16)
+    module = SimpleNamespace(quant_method=gemm, weight=weight)
+    kind = {"is_vocabulary": vocabulary, "fully_sharded": fully_sharded}
+    return SimpleNamespace(module=module, **kind)
+
+
+@pytest.mark.parametrize(
+    ("device", "graphs", "sites", "rows"),
+    [
+        ("cuda", 512, [linear_site(), linear_site(rows=64)], 768),
+        ("cuda", 1000, [linear_site(), linear_site(rows=64)], 1001),
+        (
+            "cuda",
+            None,
+            [linear_site(rows=64), linear_site(False, vocabulary=True)],
+            768,
+        ),
+        ("cuda", 512, [linear_site(), linear_site(plain=False)], None),
+        ("cuda", 512, [linear_site(), linear_site(fully_sharded=True)], None),
+        ("cpu", 512, [linear_site()], None),
+    ],
+)
+def test_from_which_rows_on_matrices_are_merged(
+    device, graphs, sites, rows, monkeypatch
+):
+    """All linear layers or none; and the memory for the largest."""
+    from vllm_dqrelo.worker import compat, limits
+
+    monkeypatch.setattr(compat, "multiplies_by_weight", lambda method: method.plain)
+    compilation = SimpleNamespace(max_cudagraph_capture_size=graphs)
+    config = SimpleNamespace(compilation_config=compilation)
+    of_model = SimpleNamespace(by_name=dict(enumerate(sites)))
+    assert limits.merge_rows(config, torch.device(device), of_model) == rows
+    size = 64 * 40 * 2 + 64 * 2 if rows else 0  # a matrix, and a bias
+    assert limits.whole_bytes(of_model, rows) == size
