@@ -163,6 +163,23 @@ def test_the_host_does_not_wait_for_a_write(streams):
     assert extent.all()
 
 
+def test_small_tensors_are_copied_from_pinned_memory(streams, monkeypatch):
+    """Which torch keeps until they are copied: they need not be waited for."""
+    copies, calls, tensor = staging.Staging(CPU, streams), [], torch.arange(5)
+    copies._pinned = True
+
+    def to(self, *arguments, **options):
+        calls.append((self, *arguments, options))
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    copies.on_device(tensor)
+    ((pinned, device, options),) = calls
+    assert pinned.tolist() == [1, 2, 3, 4, 5]
+    assert device == CPU and options == {"non_blocking": True}
+
+
 def test_a_cpu_has_no_buffers():
     copies, tensor = staging.Staging(CPU), torch.arange(5)
     assert copies.on_device(tensor) is tensor and not hasattr(copies, "_buffers")
@@ -236,7 +253,7 @@ def test_deltas_come_and_go(streams, monkeypatch):
     on_device, read = residency.staging.on_device, residency.staging.read
 
     def moved(tensor):
-        mixed.device.append(on_device(tensor))  # which keeps its address
+        mixed.device.append(on_device(tensor).clone())  # which keeps its address
         return mixed.device[-1]
 
     def counted(*arguments):
@@ -274,8 +291,8 @@ def test_bytes_there_and_back_on_a_gpu(size):
         torch.cuda._sleep(10**8)
         extent.copy_(left)
         copies.write(extent, data)
-        after = extent.clone()
-    assert torch.equal(after.cpu(), data)
+        after, small = extent.clone(), copies.on_device(data[:100].clone())
+    assert torch.equal(after.cpu(), data) and torch.equal(small.cpu(), data[:100])
     back = torch.empty_like(data)
     copies.read(back, extent)
     assert torch.equal(back, data)

@@ -32,10 +32,10 @@ class Staging:
         if self._streams is None:
             return
         self._side = self._streams.Stream(device)
-        pinned = current_platform.is_pin_memory_available()
+        self._pinned = current_platform.is_pin_memory_available()
         self._buffers = deque(
             (
-                torch.empty(PIECE, dtype=torch.uint8, pin_memory=pinned),
+                torch.empty(PIECE, dtype=torch.uint8, pin_memory=self._pinned),
                 self._streams.Event(),
             )
             for _ in range(2)
@@ -45,7 +45,7 @@ class Staging:
         """Copy ``source`` to the device; the caller may free or change it at once.
 
         Later work of the current stream waits for the copy by an event. The host waits
-        only for a buffer that is being copied.
+        for a buffer only: from the third piece on, until the first piece is copied.
 
         Args:
             target: on the device, contiguous. Mutated.
@@ -86,12 +86,15 @@ class Staging:
                 _arrive(*one)
 
     def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A contiguous tensor of the host on the device; on a CPU itself."""
+        """A small tensor of the host on the device; on a CPU itself.
+
+        Torch keeps the pinned memory of the tensor until it is copied; nobody waits.
+        """
         if self._streams is None:
             return tensor
-        there = torch.empty_like(tensor, device=self._device)
-        self.write(there, tensor)
-        return there
+        if self._pinned:
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
 
     @contextmanager
     def _side_stream(self) -> Iterator[None]:
