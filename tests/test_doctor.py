@@ -113,7 +113,7 @@ def test_the_operators_are_native_or_slow(screen, monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     code, found, _ = screen()
-    missing = f"{slow}no C++ compiler; install g++ or set CXX"
+    missing = f"{slow}a C++ compiler is missing; install g++ or set CXX"
     assert code == 0 and found["operators"] == (missing, True)
 
 

@@ -200,7 +200,7 @@ def _set(key, value):
             lambda t: t.pop(f"{NAME}_scale"),
             "one of _packed and _scale without the other",
         ),
-        (lambda t: t.pop(f"{NAME}_shape"), "no tensor .*_shape"),
+        (lambda t: t.pop(f"{NAME}_shape"), "tensor .*_shape is missing"),
         (lambda t: t.pop(f"{NAME}_lora_A"), "one of _lora_A and _lora_B"),
         (_set(f"{NAME}_scale", torch.tensor([[torch.nan]])), "_scale has a NaN"),
         (_set(f"{NAME}_scale", torch.ones(1, 3)), r"expected .* \[1, 2\] or \[1, 1\]"),

@@ -352,7 +352,7 @@ def test_the_command(url, store, capsys):
         (("unload", "plain"), "plain"),
         (("pin", "nobody"), "The model `nobody` does not exist. Valid models: base,"),
         (("load",), "takes the NAME"),
-        (("list", "plain"), "takes no NAME"),
+        (("list", "plain"), "does not take a NAME"),
     ]:
         code, said = deltas(*arguments)
         assert code == 1 and message in said.err and not said.out

@@ -117,7 +117,7 @@ KINDS = {
     "cache": (["snapshots/abc/config.json", "refs/main"], "/snapshots/abc"),
     "empty": ([], "it is empty"),
     "without weights": (["config.json", "tokenizer.json"], "but not its weights"),
-    "something": (["README.md"], "no config.json in it, but README.md"),
+    "something": (["README.md"], "it has README.md, but not config.json"),
     "delta": (["delta_config.json", "delta_model.safetensors"], "dqrelo export"),
 }
 

@@ -107,6 +107,6 @@ def test_each_parameter_is_in_some_stage():
     assert agreed([first, second], "folder") == first._replace(size=7)
     third = second._replace(elsewhere=frozenset({"layer.1", "none"}))
     error = (
-        "folder does not fit the served model:\n  none: the model has no place for it"
+        "folder does not fit the served model:\n  none is not a parameter of the model"
     )
     assert agreed([first, third], "folder").error == error

@@ -43,7 +43,7 @@ class Options:
         host_memory_gib: host memory for deltas that are not read from disk again;
             by default a quarter of what is free once the base is loaded. This and the
             memory above are of each worker, which has its part of a delta.
-        version: of the plugin, put there by it.
+        version: of the plugin, which sets it.
     """
 
     delta_memory_gib: float | None = None

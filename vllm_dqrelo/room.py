@@ -37,19 +37,19 @@ class Room:
         sizes: Sequence[int],
         least: int | None = None,
     ) -> None:
-        """Refuse what has no room, with the options that make room for all of it.
+        """Refuse a delta that does not fit, with the options that make room for it.
 
         Args:
-            delta: what it is called in the error.
+            delta: its name in the error.
             rank: the largest sum of its ranks in one layer.
             added_tokens: that it adds to the vocabulary.
             sizes: bytes in the arena of the delta, first, and of the largest deltas
-                that one step may have beside it.
+                that may share a step with it.
             least: bytes that the delta takes at least, where ``sizes[0]`` is an upper
                 bound.
 
         Raises:
-            DqreloError: there is too little room.
+            DqreloError: the delta does not fit.
         """
         needed = sum(map(aligned, sizes))
         surely = (

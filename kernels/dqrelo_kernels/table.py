@@ -10,9 +10,9 @@ that this delta leaves that part of the matrix alone.
 To add a factor dtype: append it to ``FACTOR_DTYPES`` and teach ``reference.lora_a``,
 ``reference.lora_b`` and the kernels to read it.
 
-Between two kernels A x lies in a row of *scratch*, with the ranks of a slice behind
-those of the slices before it. Of workers that share a matrix each may have some rows
-of A and some columns of B only; it says which by the columns of scratch they stand for.
+Between two kernels A x lies in a row of *scratch*, with the ranks of a slice after the
+ranks of earlier slices. A worker that shares a matrix may have only some rows of A and
+some columns of B; the table names them by their columns of scratch.
 """
 
 from enum import IntEnum
@@ -99,7 +99,7 @@ def empty_table(slots: int, slices: int, device: torch.device | str) -> torch.Te
 
 
 def place_ranks(entries: torch.Tensor) -> None:
-    """Put the ranks of each slice behind those of the slices before it.
+    """Put the ranks of each slice after the ranks of earlier slices.
 
     Args:
         entries: int64 [..., slices of a row, Field], whose FIRST_A and FIRST_B, 0 if

@@ -198,7 +198,7 @@ class Adapter:
         return self._changes[parameter]
 
     def _check(self) -> Iterator[str]:
-        """What is wrong with the tensors, and which of them are missing."""
+        """The problems of the tensors, and the missing ones."""
         for parameter, change in sorted(self._changes.items()):
             yield from change.problems()
             if parameter.endswith((*SUFFIXES, ADDED)):
@@ -296,7 +296,7 @@ class Adapter:
                 )
 
     def _tell(self, names: Sequence[str]) -> None:
-        """Say what is not as it would be expected."""
+        """Log what is unusual."""
         own = self.config.base_model_name_or_path
         if own and not any(same_model(own, name) for name in names):
             logger.warning(

@@ -28,7 +28,7 @@ class Change:
         V = W + s * UP @ DOWN, or of a bias W + s * OFFSET
         value = MAGNITUDE * V / ||V||, the norm being that of each row
 
-    where a tensor that is not there changes nothing; then ``ROWS`` replace the rows of
+    where a missing tensor changes nothing; then ``ROWS`` replace the rows of
     trainable_token_indices. For an embedding PEFT's factors are transposed, and norm
     and magnitude are those of the columns.
 
@@ -37,12 +37,12 @@ class Change:
         module: that has it, as adapter_config.json names it.
         shape: in the base.
         resizes: whether it may have more rows than that, or fewer: one a token.
-        tied: whether it is the LM head, and the base has none of its own.
+        tied: whether it is the LM head, and the base's is its embedding.
 
     Attributes:
         tensors: the adapter's, by what they do.
-        rows: how many it has. The first are the base's, and those that it lacks are
-            kept as they are.
+        rows: the number of its rows. The first are the base's; base rows that it
+            lacks are kept.
         plain: whether ``W`` is a copy of the base's. ``settle`` finds out.
     """
 
@@ -64,12 +64,12 @@ class Change:
 
     @property
     def whole(self) -> str | None:
-        """The tensor that is there in place of the base's, if there is one."""
+        """The tensor that replaces the base's; None without one."""
         return self.tensors.get(Role.WHOLE) or self.tensors.get(Role.ORIGINAL)
 
     @property
     def own(self) -> set[Role]:
-        """What the adapter does to this matrix and not to one that it is tied to."""
+        """The roles that change this matrix, and not a matrix tied to it."""
         return self.tensors.keys() - {Role.ORIGINAL}
 
     @property
@@ -88,14 +88,14 @@ class Change:
         return self.config.tokens(self.module) if Role.ROWS in self.tensors else []
 
     def add(self, role: Role, stored: str) -> list[str]:
-        """Take one tensor; what is wrong with that."""
+        """Take one tensor; returns the problems."""
         other = self.tensors.setdefault(role, stored)
         if other != stored and not self._equal(other, stored):
             return [f"{stored} and {other} both are for {self.parameter}, and differ"]
         return []
 
     def problems(self) -> list[str]:
-        """All that is wrong with the tensors; reads them. Call ``settle`` after it."""
+        """The problems of the tensors; reads them. Call ``settle`` afterwards."""
         return list(self._shape_problems()) or list(self._value_problems())
 
     def _shape_problems(self) -> Iterator[str]:
@@ -147,7 +147,7 @@ class Change:
         return bool(shape) and shape[1:] == self.shape[1:]
 
     def _expected(self, role: Role, rank: int, rows: int) -> list[int]:
-        """The shape of a tensor that is not there in place of the base's."""
+        """The shape of a tensor that does not replace the base's."""
         columns = self.shape[-1]
         if role == Role.OFFSET:
             return self.shape

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a fine-tune's change looks like, and what to convert it with."""
+"""Measures a fine-tune's change, and recommends options of ``convert``."""
 
 import math
 import shlex
@@ -46,7 +46,7 @@ LEGEND = (
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """What is measured of the change of one matrix.
+    """Measurements of the change of one matrix.
 
     Attributes:
         entry: its name, size and squared norm; no planes and no rank yet.

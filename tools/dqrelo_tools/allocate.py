@@ -42,9 +42,9 @@ def allocate(
     """The size of each matrix, such that the files take at most ``budget`` bytes.
 
     Semantics: least sum of ``weights * predicted squared error / squared norm``, up
-    to one step: of all steps along the hulls of all matrices the one with the largest
-    gain per byte is taken, as long as there is one that fits. What is left goes to the
-    one matrix that gains most by it.
+    to one step: of all steps along the hulls of all matrices, the step with the largest
+    gain per byte is taken, as long as a step fits. The bytes that are left go to the
+    matrix that gains most by them.
 
     Args:
         spectra: name -> spectrum, of the matrices that changed.

@@ -20,7 +20,7 @@ TEXT = """
 # {title}
 
 A full fine-tune of `{base}`, stored as the change from it: {size:,} bytes,
-{bits:.3f} bits per weight. It is of no use without that base.
+{bits:.3f} bits per weight. It needs that base.
 
 ```bash
 pip install "vllm-dqrelo[vllm]"

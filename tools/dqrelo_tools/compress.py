@@ -18,8 +18,8 @@ from vllm_dqrelo.format import config
 from vllm_dqrelo.format.tensors import INT4, MatrixDelta
 
 BITS = 16  # of a full-precision weight
-SHAPE_BYTES = 16  # of the shape that is stored of each matrix
-# A plane is bought only beside a low-rank part of at least half a bit a weight. Squared
+SHAPE_BYTES = 16  # of the stored shape of each matrix
+# A plane is bought only with a low-rank part of at least half a bit a weight. Squared
 # error would buy it earlier, but does not order by KL: at 2 bits a weight, Lloyd's two
 # planes leave 0.336 and a KL of 2.5e-2, int8 factors alone 0.362 and 3.4e-3
 # (docs/benchmarks.md).
@@ -64,7 +64,7 @@ class Method:
         low_rank_first: whether the low-rank part is taken before the signs.
         sweeps: how often both are taken again, each from what the other leaves.
         round_up: whether the rank is the paper's, which exceeds the ratio by a part
-            of one rank, and counts factors of 16 bits beside one plane.
+            of one rank, and counts factors of 16 bits next to one plane.
     """
 
     planes: int | None = None
@@ -211,8 +211,8 @@ class Factors:
     Attributes:
         a: [R, K] of ``dtype``, integers of four bits as int8.
         b: [N, R] likewise.
-        scale: float32 [R] beside integers, else None.
-        dtype: as they will be stored.
+        scale: float32 [R] with integers, else None.
+        dtype: of the stored factors.
     """
 
     def __init__(

@@ -103,7 +103,7 @@ def config_differences(base: ModelConfig, model: ModelConfig) -> list[str]:
 
 
 def other_model(base: ModelConfig, model: ModelConfig) -> str | None:
-    """What is said where the two are not even of one class."""
+    """The problem of two models of different classes; None without one."""
     one_class = base.parsed is not None and type(base.parsed) is type(model.parsed)
     if base.model_type != model.model_type and not one_class:
         told = f"model_type is {model.model_type!r}, the base has {base.model_type!r}"
@@ -145,7 +145,7 @@ def computing(config: ModelConfig, as_written: bool) -> tuple[Values, Values]:
 
 
 def contradiction(raw: Values) -> Values:
-    """A rope_theta beside rope_parameters of another one, which goes before it."""
+    """A rope_theta that another one in rope_parameters overrides."""
     rope, theta = raw.get("rope_parameters"), raw.get("rope_theta")
     if not isinstance(rope, dict) or theta is None:
         return {}

@@ -47,9 +47,9 @@ class Distance:
 
 @dataclass
 class Fidelity:
-    """What base + delta makes of some prompts, and the base alone as the yardstick.
+    """The distance of base + delta, and of the base alone, on some prompts.
 
-    Semantics: every token of a prompt predicts the one after it, the last one too. For
+    Semantics: every token of a prompt predicts the next token, the last one too. For
     each, with p of the fine-tune and q of the other model over the whole vocabulary:
     kl = sum p (log p - log q) in nats, and top1 says whether the most probable token is
     the same. Both are means over all tokens of all prompts. Without the base where the

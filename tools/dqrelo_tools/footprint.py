@@ -39,16 +39,16 @@ def base_bytes(name_or_path: str, device: str = "cuda") -> int:
     """Bytes that the weights of a folder or a model on the Hub take on a device.
 
     Floats of more than 16 bits count as 16, as vLLM's ``--dtype auto`` serves them. On
-    the "cpu" vLLM packs the matrix of each layer for oneDNN. The embedding and the LM
-    head it keeps unpacked as well, and packs each of them even if they are one matrix
-    (dispatch_cpu_unquantized_gemm in vllm/model_executor/layers/utils.py): that is two
-    matrices of the vocabulary beside the weights. (One, where vLLM has no layer for the
-    LM head, as in Gemma 2 and Cohere's models. Experts whose width is no multiple of 32
-    take a little more, because it fills them up.)
+    the "cpu" vLLM packs the matrix of each layer for oneDNN. vLLM also keeps embedding
+    and LM head unpacked, and packs each of them even if they are one matrix
+    (dispatch_cpu_unquantized_gemm in vllm/model_executor/layers/utils.py): two matrices
+    of the vocabulary in addition to the weights. (One, where vLLM lacks a layer for the
+    LM head, as in Gemma 2 and Cohere's models. vLLM pads experts to a width of a
+    multiple of 32, which takes a little more.)
 
     Raises:
-        DqreloError: a folder without a model, or no matrix of the vocabulary where one
-            is needed. FileNotFoundError: neither a folder nor on the Hub.
+        DqreloError: a folder without a model, or the matrix of the vocabulary is not
+            found. FileNotFoundError: neither a folder nor on the Hub.
     """
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Into which parameter transformers loads what a checkpoint stores.
+"""The parameter into which transformers loads each tensor of a checkpoint.
 
-Models have been published under several names: with their vision part inside of the
-model or beside it, with experts one by one or side by side. transformers maps them all
-to the names that its model has now (transformers.conversion_mapping).
+Parameters have been published under several names: with the vision part inside of the
+model or next to it, with experts one by one or stacked. transformers maps all of them
+to the names of its present model (transformers.conversion_mapping).
 """
 
 import re

@@ -23,10 +23,10 @@ VALUE_HEADS = {"v_head", "value_head", "score"}
 
 
 def leave_out(base: Checkpoint, model: Checkpoint, sides: Sequence[str]) -> None:
-    """Drop what is not a parameter from both, with a warning for each kind.
+    """Drop tensors that are not parameters from both, with a warning for each kind.
 
     Args:
-        sides: what the two are called.
+        sides: the names of the two in messages.
     """
     for checkpoint, side in zip((base, model), sides, strict=True):
         for what, is_one in KINDS.items():

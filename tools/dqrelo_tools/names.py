@@ -33,11 +33,11 @@ def match_names(
 ) -> None:
     """Rename the parameters of ``model`` to those of ``base``; both are changed.
 
-    What is not a parameter is left out of both. Parameters that cannot be matched
-    keep their names.
+    Tensors that are not parameters are dropped from both. Parameters that cannot be
+    matched keep their names.
 
     Args:
-        sides: what the two are called.
+        sides: the names of the two in messages.
     """
     leave_out(base, model, sides)
     for found, what in (
@@ -86,7 +86,7 @@ def without_wrappers(
 
 
 def without_wrapper(name: str) -> str:
-    """The name that a parameter has in the model that is wrapped."""
+    """The name of a parameter in the wrapped model."""
     return BEFORE.sub("", INSIDE.sub("", name))
 
 
@@ -118,7 +118,7 @@ def with_one_prefix(
 
 
 def tails(name: str) -> Iterator[str]:
-    """What is left of a name without its first parts."""
+    """The name without its first part, without its first two parts, ..."""
     while "." in name:
         _, _, name = name.partition(".")
         yield name

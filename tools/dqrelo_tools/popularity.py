@@ -59,7 +59,7 @@ class Popularity:
                 raise DqreloError(f"popularity {text}: {EXPECTED}")
             return cls(text, law, parameter)
         if not Path(text).is_file():
-            raise DqreloError(f"popularity {text}: no such file; {EXPECTED} or a file")
+            raise DqreloError(f"popularity {text}: not a file; {EXPECTED} or a file")
         lines = Path(text).read_text().splitlines()
         names = [name for line in lines if (name := line.strip())]
         if not names:

@@ -20,8 +20,8 @@ def read_prompts(path: Path) -> dict[int, Prompt]:
             JSON object with one of KEYS, whose value is text or a list of messages.
 
     Raises:
-        DqreloError: a line is not valid (all are listed), or there is none.
-        FileNotFoundError: it is not there.
+        DqreloError: a line is not valid (all are listed), or the file lacks prompts.
+        FileNotFoundError: the file is missing.
     """
     prompts: dict[int, Prompt] = {}
     problems = []

@@ -76,7 +76,7 @@ def span(values: Iterable[int]) -> str:
 
 @dataclass
 class Report:
-    """What is known of a delta.
+    """The sizes and errors of a delta.
 
     Attributes:
         entries: one for each parameter.

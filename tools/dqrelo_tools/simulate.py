@@ -25,7 +25,7 @@ LEAST_REQUESTS, REQUESTS_PER_MODEL = 100_000, 100
 
 @dataclass(frozen=True, kw_only=True)
 class Fleet:
-    """What is given. Sizes are in bytes, rates in bytes or requests per second.
+    """The replicas and their load. Sizes in bytes, rates in bytes or requests/s.
 
     Attributes:
         base: the base's weights, on each GPU.
@@ -34,7 +34,7 @@ class Fleet:
         gpus: replicas, each of them one GPU.
         gpu_memory: of one GPU.
         gpu_memory_utilization: the fraction that vLLM takes.
-        kv: what one replica keeps for KV cache and activations.
+        kv: of one replica, for KV cache and activations.
         host: host memory for the deltas of one replica.
         disk, link: speed from disk to host memory, and from there to the device.
         rate: requests to the whole fleet.
@@ -92,11 +92,11 @@ class Fleet:
 
 @dataclass(frozen=True)
 class Traffic:
-    """The requests, the same for every question that is asked of them.
+    """The requests, the same in every simulation.
 
     Attributes:
-        popularity: whom they are for.
-        requests: how many are simulated; the first half warms the caches up.
+        popularity: the share of each model.
+        requests: their number; the first half warms up the caches.
         seed: of the draws.
     """
 

@@ -9,8 +9,8 @@ def match_vocabularies(base: Checkpoint, model: Checkpoint) -> None:
     """Give every parameter of ``model`` that has a row for each token the base's rows.
 
     Semantics: the rows that the fine-tune has beyond the base's are a parameter of
-    their own, ``Checkpoint.split``; the rows that it lacks are the base's, so that
-    their change is zero, ``Checkpoint.fill``.
+    their own, ``Checkpoint.split``; the rows that it lacks are filled with the
+    base's, ``Checkpoint.fill``, which makes their change zero.
 
     Args:
         base: the base.
@@ -72,8 +72,8 @@ def smaller_vocabulary(base: Checkpoint, model: Checkpoint) -> int | None:
 def vocabulary_parameters(base: Checkpoint, size: int) -> list[str]:
     """The parameters of a base that have a row for each of its ``size`` tokens.
 
-    Embedding, LM head and the LM head's bias, whatever a model calls them: a
-    parameter of a layer, which has the layer's number in its name, is none of them.
+    Embedding, LM head and the LM head's bias, whatever a model calls them: not
+    a parameter of a layer, which has the layer's number in its name.
     """
     return [
         name

@@ -133,7 +133,7 @@ class Deltas:
     def pin_lora(self, lora_id: int) -> bool:
         """Keep a delta in memory for as long as it is registered."""
         if lora_id not in self.registered:
-            raise ValueError(f"there is no delta with the id {lora_id} to be pinned")
+            raise ValueError(f"cannot pin {lora_id}: not the id of a delta")
         digest = self.registered[lora_id].bound.lora_name
         self.pinned.add(digest)
         self._rpc("pin_delta", args=(digest,))
@@ -281,7 +281,7 @@ class Deltas:
         return None
 
     def _beside(self, load: Load) -> dict[str, int]:
-        """Digest -> bytes of the largest deltas that a step may have beside one."""
+        """Digest -> bytes of the largest deltas that may share a step with a load's."""
         replaced = load.request.lora_int_id if load.future else None
         others = self._named(but=replaced) | self.users.keys()
         sizes = [(size, digest) for digest, size in self.sizes.items()]
@@ -323,7 +323,7 @@ class Deltas:
         self._rpc("forget_delta", args=(digest,))
         self.changed = True
 
-    # What is told to those who watch.
+    # Metrics.
 
     def look(self) -> None:
         """Ask a worker what its deltas take, if that may have changed."""
@@ -338,7 +338,7 @@ class Deltas:
         self.changed |= not self.usage.resident.issuperset(rows)
 
     def take_report(self) -> Report:
-        """What is now, and what happened since the last call."""
+        """The present state, and the events since the last call."""
         report, self.report = self.report, Report()
         report.registered = len(self.registered)
         report.resident = len(self.usage.resident)

@@ -27,8 +27,8 @@ UNREAD = 1000  # steps after which a report is dropped, with --disable-log-stats
 class DeltaScheduler(Scheduler):
     """On top of the scheduler that vLLM would choose: see ``start``.
 
-    A request whose delta is being read is passed over, as vLLM passes over one whose
-    grammar is being compiled: what is behind it in the queue goes on.
+    A request whose delta is being read is skipped, as vLLM skips one whose grammar is
+    being compiled: later requests in the queue go on.
     """
 
     deltas: Deltas

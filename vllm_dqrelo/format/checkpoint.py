@@ -107,8 +107,8 @@ def locate(folder: Path, stem: str) -> dict[str, Path]:
     """Which file holds which tensor: one ``stem.safetensors``, or shards and an index.
 
     Raises:
-        FileNotFoundError: neither is there; says what the folder is. DqreloError: the
-            index is none, or a shard is missing or not in the folder.
+        FileNotFoundError: both are missing; says what the folder is. DqreloError: not
+            an index, or a shard is missing or not in the folder.
     """
     single = folder / f"{stem}.safetensors"
     index = folder / f"{stem}.safetensors.index.json"

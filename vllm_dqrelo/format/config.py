@@ -16,7 +16,7 @@ from vllm_dqrelo.format.kinds import explain, refuse_broken
 
 CONFIG_NAME = "delta_config.json"
 DIGEST = re.compile("sha256:[0-9a-f]{64}")
-MOST_TEXT = 4096  # of a value; what is wrong is told to users with it
+MOST_TEXT = 4096  # of a value, which errors repeat
 FORMAT_VERSION = 1
 VOCAB_SIZE = "vocab_size"  # a key that may be left out
 METHODS = DQRELO, PAPER = "dqrelo", "dqrelo-paper"  # that a converter may choose
@@ -35,9 +35,9 @@ class DeltaConfig:
         base_fingerprint: ``checkpoint.fingerprint`` of the base.
         digest: ``delta.digest`` of the tensors and of the other keys.
         method: how the matrices were compressed, for the reader.
-        ratio: the size aimed at, as a fraction of 16 bits per weight.
-        vocab_size: the fine-tune's, where it is smaller than the base's. Else it is
-            None here, and the file lacks the key.
+        ratio: the target size, as a fraction of 16 bits per weight.
+        vocab_size: the fine-tune's, where it is smaller than the base's; else None, and
+            the file lacks the key.
     """
 
     base_model_name_or_path: str
@@ -93,7 +93,7 @@ class DeltaConfig:
         return cls.from_dict(read_json(path), str(path))
 
     def check_base(self, fingerprint: str, base: str, delta: str) -> None:
-        """Refuse a base other than the one that ``delta`` was made from."""
+        """Refuse a base other than the base of ``delta``."""
         if fingerprint != self.base_fingerprint:
             raise DqreloError(
                 f"{delta} belongs to another base: it was made from "

@@ -57,17 +57,17 @@ class Delta:
 
     Args:
         folder: has delta_config.json and the tensors, in one file or sharded.
-        most_bytes: of its files; larger ones are not read.
+        most_bytes: of its files; larger files are not read.
 
     Attributes:
         config: the parsed delta_config.json.
         matrices: names of the parameters stored as a compressed change.
         exact: names of the parameters stored as they are.
-        added_tokens: how many the fine-tune has beyond the base's vocabulary.
+        added_tokens: the number that the fine-tune has beyond the base's vocabulary.
 
     Raises:
-        FileNotFoundError: it is no delta folder.
-        DqreloError: something in it is damaged or unknown; lists all of it.
+        FileNotFoundError: not a delta folder.
+        DqreloError: a part is damaged or unknown; lists all of them.
     """
 
     def __init__(self, folder: Path, most_bytes: float = math.inf) -> None:
@@ -115,7 +115,7 @@ class Delta:
             )
 
     def content_digest(self) -> str:
-        """The digest of what is on disk."""
+        """The digest of the content on disk."""
         tensors = ((name, self._files.get(name)) for name in self._files)
         return digest(self.config, tensors)
 
@@ -154,13 +154,13 @@ def added_tokens(folder: Path) -> int:
 
 
 def vocabulary_size(folder: Path, base: int) -> int:
-    """The vocabulary's size of a delta's fine-tune; reads no more than headers.
+    """The vocabulary's size of a delta's fine-tune; reads headers only.
 
     Args:
         base: that of its base, without a server's room for added tokens.
 
     Raises:
-        FileNotFoundError: it is no delta folder. DqreloError: it cannot be used.
+        FileNotFoundError: not a delta folder. DqreloError: it cannot be used.
     """
     own = DeltaConfig.read(folder).vocab_size
     return base + added_tokens(folder) if own is None else own

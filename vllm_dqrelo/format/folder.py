@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a folder so that it is there whole or not at all."""
+"""Write a folder as a whole or not at all."""
 
 import fcntl
 import os
@@ -15,7 +15,7 @@ from vllm_dqrelo.format.errors import DqreloError
 # A full disk, a quota and a limit of the process, as the system words them; the
 # safetensors library gives no number.
 NO_ROOM = ("No space left", "Disk quota exceeded", "File too large")
-PARTS, PARTIAL = "parts", "partial"  # what is not finished yet
+PARTS, PARTIAL = "parts", "partial"  # of unfinished work
 
 
 def check_output(output: Path) -> Path:
@@ -40,11 +40,11 @@ def check_output(output: Path) -> Path:
 
 
 def require_free(output: Path, size: int, *sources: Path) -> None:
-    """Refuse a disk without ``size`` bytes, and an output inside of what is read.
+    """Refuse a disk without ``size`` free bytes, and an output inside of a source.
 
     Args:
-        output: as ``check_output`` gives it. What lies in its parts counts as free.
-        size: of all that is written, parts included.
+        output: as ``check_output`` gives it. Its parts count as free.
+        size: bytes of all files, parts included.
         sources: folders that are read.
     """
     for source in sources:
@@ -66,7 +66,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     """A scratch folder that becomes ``output`` when the block ends without error.
 
     An empty folder ``output`` stays the same folder: it may be mounted, or be the
-    current one. After an error nothing is left behind; a full disk becomes a
+    current one. After an error the scratch folder is removed; a full disk becomes a
     DqreloError.
     """
     there = output.is_dir()
@@ -102,7 +102,7 @@ def writing(output: Path) -> Iterator[None]:
 
 
 def scratch_of(output: Path, kind: str) -> Path:
-    """A folder for what is to become ``output``, on the same disk."""
+    """The scratch folder of ``output``, on the same disk."""
     if output.is_dir():
         return output / f".{kind}"
     return output.parent / f".{output.name}.{kind}"
@@ -144,19 +144,19 @@ def locked(folder: Path, output: Path) -> Iterator[None]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder; 0 if there is none."""
+    """Bytes of the files in a folder; 0 if the folder is missing."""
     if not folder.is_dir():
         return 0
     return file_bytes(folder.iterdir())
 
 
 def file_bytes(files: Iterable[Path]) -> int:
-    """The size of some files, each of them counted once."""
+    """Bytes of some files, each of them counted once."""
     return sum(path.stat().st_size for path in {*files})
 
 
 def _content(folder: Path) -> list[Path]:
-    """What is in a folder, but for what an earlier process did not finish."""
+    """The entries of a folder, without the unfinished work of earlier processes."""
     own = {f".{kind}" for kind in (PARTS, PARTIAL)}
     return [path for path in folder.iterdir() if path.name not in own]
 

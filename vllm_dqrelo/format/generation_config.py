@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """generation_config.json: the tokens that end an answer, default sampling parameters.
 
-vLLM's engine decodes them from a request as typed numbers, and its thread that does so
-ends at the first that is none: so they are checked where they come from.
+A thread of vLLM's engine decodes them from a request as typed numbers, and ends at the
+first value of another type. So they are checked in the file.
 """
 
 import math
@@ -16,7 +16,7 @@ from vllm_dqrelo.format.json_file import parsed_json
 MOST_BYTES = 2**20
 MOST_INT = 2**63 - 1  # that a message to the engine can hold
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-NO_PAD = -1  # as published Llamas say that they have no such token
+NO_PAD = -1  # of published Llamas, which lack the token
 
 # The ranges of vLLM's SamplingParams (sampling_params.py, _verify_args).
 PARAMETERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {

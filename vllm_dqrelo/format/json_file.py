@@ -12,7 +12,7 @@ MOST_BYTES = 64 * 2**20  # an index of a million tensors
 
 
 def read_json(path: Path) -> Any:
-    """The parsed content of ``path``; a DqreloError says why there is none."""
+    """The parsed content of ``path``; a DqreloError says why it cannot be read."""
     try:
         return parsed_json(read_bytes(path, MOST_BYTES), str(path))
     except FileNotFoundError as error:

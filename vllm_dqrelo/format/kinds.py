@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a folder is that is not a model, a delta or an adapter, and the way out."""
+"""Folders that are not a model, a delta or an adapter: their kind, and the way out."""
 
 import re
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ OTHERS = {
     ("model", "delta"): "it is a model. Convert it first, with dqrelo convert",
     ("adapter", "delta"): "it is a LoRA adapter. Convert it first, with dqrelo convert",
 }
-# Beside weights, a trainer leaves these pickles.
+# Pickles that a trainer writes next to the weights.
 STATES = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|random_states")
 # Patterns of files, and what a folder is that has them: {files} are the first of them,
 # {parent} the folder that they are in.
@@ -154,7 +154,7 @@ def _reason(path: Path, wanted: str) -> str:
     if (path / MARKS[wanted]).is_file():
         return f"it has {MARKS[wanted]}, but not its weights"
     names = ", ".join(p.name for p in _files(path)[:SHOWN])
-    return f"there is no {MARKS[wanted]} in it, but {names}"
+    return f"it has {names}, but not {MARKS[wanted]}"
 
 
 def _files(folder: Path) -> list[Path]:

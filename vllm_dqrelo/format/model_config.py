@@ -25,7 +25,7 @@ INERT = {
     "seq_aux",
     "use_bfloat16",
     "z_loss_coefficient",
-    # what a call returns beside the logits
+    # what a call returns in addition to the logits
     "id2label",
     "finetuning_task",
     "label2id",
@@ -54,7 +54,7 @@ INERT = {
     "_name_or_path",
     "architectures",  # configs.py compares the whole model's
     "attn_implementation",
-    "auto_map",  # code beside a checkpoint, which never runs here
+    "auto_map",  # code of a checkpoint, which never runs here
     "compression_config",
     "dtype",
     "experts_implementation",
@@ -106,12 +106,12 @@ def rename_su(rope: Any) -> None:
 
 
 class ModelConfig:
-    """What a config.json says.
+    """A parsed config.json.
 
     Attributes:
         path: of the file, for errors.
         raw: its parsed content.
-        problem: why transformers refuses its values, once ``parsed`` is None for that.
+        problem: why transformers refuses its values, after ``parsed`` gave None.
     """
 
     def __init__(self, path: Path | str, raw: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ class ModelConfig:
         if kind not in CONFIG_MAPPING:
             return None
         level = logging.get_verbosity()
-        logging.set_verbosity(logging.CRITICAL)  # it remarks on what is left out
+        logging.set_verbosity(logging.CRITICAL)  # transformers remarks on missing keys
         try:
             text = json.dumps(without_inert(self.raw))
             values = json.loads(text, object_hook=special_float)

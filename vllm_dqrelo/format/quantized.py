@@ -79,7 +79,7 @@ class Quantized:
 
 
 def method_of(config: Any) -> Any:
-    """The quant_method of a quantization_config; what it is where it is no object."""
+    """The quant_method of a quantization_config; other values than objects as given."""
     return config.get("quant_method") if isinstance(config, Mapping) else config
 
 

@@ -30,7 +30,7 @@ def open_regular(path: Path) -> io.FileIO:
         raise DqreloError(f"{path} cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise DqreloError(f"{path} is not a regular file; put one there or remove it")
+        raise DqreloError(f"{path} is not a regular file; replace or remove it")
     return io.FileIO(file)
 
 

@@ -76,7 +76,7 @@ class Sandbox:
                 idle = self._idle.get(timeout=PATIENCE if self._started else 0.001)
                 if idle.poll() is None:
                     return idle
-                self._count(-1)  # the system ended it, for want of memory
+                self._count(-1)  # the system ended it: out of memory
             except queue.Empty:
                 if self._count(1):
                     return self._start()
@@ -107,7 +107,7 @@ class Sandbox:
 def start() -> subprocess.Popen[bytes]:
     """A process that waits for jobs; it ends when this one does."""
     return subprocess.Popen(
-        # -P: the files beside the script are no modules of the process.
+        # -P: files in the folder of the script are not importable.
         [sys.executable, "-P", SCRIPT, str(MEMORY), str(MOST_REPLY)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -90,7 +90,7 @@ def limit_memory(size: int) -> None:
 def main() -> None:
     """Do jobs until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of who started it
-    # What a job prints is for nobody.
+    # Discard the output of jobs.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     find = importlib.util.find_spec
@@ -98,7 +98,7 @@ def main() -> None:
         None if name == "torch" else find(name, package)
     )
     with suppress(ModuleNotFoundError):  # the jobs will say so
-        for name in NEEDED:  # in time that is not theirs
+        for name in NEEDED:  # before their time is counted
             importlib.import_module(name)
     memory, most = map(int, sys.argv[1:])
     limit_memory(memory)
@@ -110,7 +110,7 @@ def main() -> None:
             reply = json.dumps(["", jobs[job](*arguments)])
             if len(reply) > most:
                 reply = json.dumps(["Limit", f"it gives more than {most:,} bytes"])
-        except BaseException as error:  # a panic of native code is no Exception
+        except BaseException as error:  # a panic of native code is not an Exception
             message = str(error)[:MOST_MESSAGE]
             reply = json.dumps([type(error).__name__, message])
         replies.write(reply + "\n")

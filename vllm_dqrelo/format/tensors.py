@@ -58,7 +58,7 @@ class MatrixDelta:
         scale: [Q, N] or [Q, 1] float32.
         lora_a: [R, K] of one of FACTOR_DTYPES; INT4 packed, [R, ceil(K / 2)].
         lora_b: [N, R] of the same dtype; INT4 packed, [N, ceil(R / 2)].
-        lora_scale: [R] float32 beside integers, else None.
+        lora_scale: [R] float32 with integers, else None.
     """
 
     shape: tuple[int, int]
@@ -119,7 +119,7 @@ class MatrixDelta:
         )
 
     def dense(self) -> torch.Tensor:
-        """What is added to the base's matrix, float32 [N, K]."""
+        """The change of the base's matrix, float32 [N, K]."""
         a, b = self.lora_a, self.lora_b
         if a.dtype == INT4:
             a, b = unpack_int4(a, self.shape[1]), unpack_int4(b, self.rank)
@@ -156,9 +156,9 @@ def group(names: Iterable[str]) -> tuple[dict[str, set[str]], list[str]]:
 def matrix_problems(
     name: str, suffixes: set[str], tensors: Mapping[str, torch.Tensor]
 ) -> list[str]:
-    """All that is wrong with the stored tensors of one matrix; empty when sound."""
+    """The problems of the stored tensors of one matrix; empty when sound."""
     if SHAPE not in suffixes:
-        return [f"{name}: no tensor {name}{SHAPE}"]
+        return [f"{name}: tensor {name}{SHAPE} is missing"]
     for pair in ((PACKED, SCALE), (LORA_A, LORA_B)):
         if len(suffixes & {*pair}) == 1:
             return [f"{name}: one of {' and '.join(pair)} without the other"]
@@ -207,7 +207,7 @@ def matrix_problems(
 
 
 def exact_problems(name: str, tensor: torch.Tensor) -> list[str]:
-    """All that is wrong with an exactly stored parameter; empty when sound."""
+    """The problems of an exactly stored parameter; empty when sound."""
     if tensor.dtype not in FLOATS:
         return [f"{name} is {tensor.dtype}, expected bfloat16, float16 or float32"]
     if name.endswith(ADDED) and (tensor.ndim != 2 or not tensor.numel()):

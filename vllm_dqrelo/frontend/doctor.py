@@ -154,7 +154,7 @@ def self_check() -> str:
 
     try:
         found = newest(Path(envs.VLLM_CACHE_ROOT))
-        return found[RESULT] if found else "not remembered: no server has passed one"
+        return found[RESULT] if found else "not remembered: run a server once"
     except (OSError, ValueError, KeyError) as error:
         return f"not readable: {error}"
 

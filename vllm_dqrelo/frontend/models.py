@@ -37,10 +37,10 @@ SHOWN = 20  # models that an error names
 
 
 class DeltaModels(OpenAIServingModels):
-    """vLLM's list of models, with a catalogue behind it.
+    """vLLM's list of models, extended by a catalogue.
 
-    A name that is not loaded is looked for in the catalogue and loaded, once, while
-    the requests for it wait. What keeps a delta from being served is the answer.
+    A name that is not loaded is looked up in the catalogue and loaded, once, while its
+    requests wait. Where a delta cannot be served, the answer is the reason.
 
     Args:
         engine_client: an AsyncLLM with ``profiles``.
@@ -59,10 +59,10 @@ class DeltaModels(OpenAIServingModels):
         self.catalogue = Catalogue.from_environment()
         for module in lora_modules or []:
             self.catalogue.give(module.path)
-        self.infos: dict[str, DeltaInfo] = {}  # of what is loaded
+        self.infos: dict[str, DeltaInfo] = {}  # of loaded deltas
 
     async def find(self, name: str | None) -> LoRARequest | ErrorResponse | None:
-        """The delta called ``name``, loaded; why it cannot be; None for the base."""
+        """The loaded delta ``name``, or why it cannot be loaded; None for the base."""
         if not name or self.is_base_model(name):
             return None
         found = self.lora_requests.get(name) or await self.resolve_lora(name)
@@ -118,7 +118,7 @@ class DeltaModels(OpenAIServingModels):
         return f"Success: LoRA adapter '{name}' removed successfully."
 
     async def show_available_models(self) -> ModelList:
-        """The base, what is loaded, and what the catalogue has."""
+        """The base, the loaded deltas, and those of the catalogue."""
         models = await self.registry.show_available_models()
         models.data += [
             ModelCard(
@@ -137,13 +137,13 @@ class DeltaModels(OpenAIServingModels):
         return models
 
     async def all_infos(self) -> dict[str, DeltaInfo]:
-        """Name -> what is known of each delta that a request can name."""
+        """Name -> description, of each delta that a request can name."""
         listed = await asyncio.to_thread(self.catalogue.list)
-        infos = listed | self.infos  # of a folder that changed: what is served
+        infos = listed | self.infos  # the served content of a folder that changed
         return {n: info for n, info in infos.items() if not self.is_base_model(n)}
 
     async def unknown(self, name: str) -> ErrorResponse:
-        """That there is no such model, and which there are."""
+        """A 404 that names the models of this server."""
         deltas = {*await asyncio.to_thread(self.catalogue.names), *self.infos}
         names = [model.name for model in self.base_model_paths]
         names += sorted(deltas.difference(names))
@@ -157,7 +157,7 @@ class DeltaModels(OpenAIServingModels):
         )
 
     def running(self, name: str) -> int:
-        """Requests for a delta that are not answered yet."""
+        """The number of unanswered requests for a delta."""
         states = self.engine_client.output_processor.request_states
         return sum(state.lora_name == name for state in states.values())
 
@@ -187,10 +187,10 @@ class DeltaModels(OpenAIServingModels):
 
 
 def refusal(error: Exception, message: str = "") -> ErrorResponse:
-    """Why a delta cannot be served, as an answer: 404 if it is not there, else 400.
+    """Why a delta cannot be served, as an answer: 404 if it is missing, else 400.
 
     Args:
-        message: what is said in the place of the error's own.
+        message: replaces the text of the error.
     """
     if isinstance(error, FileNotFoundError):
         status, kind = HTTPStatus.NOT_FOUND, "NotFoundError"
@@ -202,7 +202,7 @@ def refusal(error: Exception, message: str = "") -> ErrorResponse:
 
 
 async def serving_twin(handler: Any, request: Any) -> Any:
-    """Who handles a request: ``handler``, its twin for a delta, or an error."""
+    """The handler of a request: ``handler``, its twin for a delta, or an error."""
     models = handler.models
     if not isinstance(models, DeltaModels):
         return handler
@@ -218,7 +218,7 @@ async def serving_twin(handler: Any, request: Any) -> Any:
 
 
 async def check_twin(handler: Any, request: Any) -> ErrorResponse | None:
-    """Refuse a delta that a route would serve with what is the base's."""
+    """Refuse a delta that a route would serve with files of the base."""
     twin = await serving_twin(handler, request)
     if isinstance(twin, ErrorResponse):
         return twin

@@ -66,7 +66,7 @@ class Profile:
         self.same_tokens = True
         self._folder, self._tokens = folder, tokens
         try:
-            # What is used is what was checked, whatever becomes of the folder.
+            # Use the checked content, also if the folder changes.
             with folder_of(files, base) as scratch:
                 if (content := files.get(GENERATION_CONFIG)) is not None:
                     self._take_generation_config(str(scratch), content)

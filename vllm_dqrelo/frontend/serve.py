@@ -24,16 +24,15 @@ def serve(
 ) -> int:
     """Serve ``base`` and its deltas with vLLM's OpenAI-compatible server.
 
-    A wrong base, a missing delta or an inactive plugin ends it here, before vLLM
-    spends time on loading, and so does a delta without room (start.py); the workers
-    check everything again.
+    A wrong base, a missing delta, an inactive plugin or a delta that does not fit
+    (start.py) is an error here, before vLLM spends time on loading; the workers check
+    everything again.
 
     Args:
         base: a folder or a Hub id.
         deltas: "NAME=DELTA" each.
         vllm_arguments: passed on to ``vllm serve``.
-        delta_dirs: whose sub-folders are deltas, too; with ``hub_namespaces`` what
-            ``Catalogue`` takes.
+        delta_dirs, hub_namespaces: see ``Catalogue``.
         endpoints: add the routes of ``endpoints.py``.
 
     Returns:
@@ -41,8 +40,8 @@ def serve(
 
     Raises:
         DqreloError: vLLM cannot be used, a delta does not belong to ``base``, or one
-            of ``delta_dirs`` is no folder.
-        FileNotFoundError: the base or a delta is not there.
+            of ``delta_dirs`` is not a folder.
+        FileNotFoundError: the base or a delta is missing.
     """
     folders = parse_deltas(deltas)
     refuse_ours(vllm_arguments)
@@ -92,17 +91,19 @@ def parse_deltas(deltas: Sequence[str]) -> dict[str, str]:
 
 
 def refuse_ours(vllm_arguments: Sequence[str]) -> None:
-    """Refuse options of ``vllm serve`` that would take the place of what is given."""
+    """Refuse options of ``vllm serve`` that would override ours."""
     for argument in vllm_arguments:
         name = argument.partition("=")[0].replace("_", "-")
         if name == "--lora-modules":
             raise DqreloError(f"{argument}: give deltas as --delta NAME=DELTA")
         if name in ("--quantization", "-q"):
-            raise DqreloError(f"{argument}: it is dqrelo, whatever the base has")
+            raise DqreloError(
+                f"{argument}: dqrelo serve gives --quantization dqrelo; leave it out"
+            )
 
 
 def plugins_with_endpoints() -> list[str]:
-    """All that vLLM would load, and the endpoints, which it loads only by name."""
+    """The plugins that vLLM loads by default, and the endpoints."""
     if allowed := os.environ.get("VLLM_PLUGINS"):
         return [*allowed.split(","), ENDPOINTS]
     from vllm_dqrelo.frontend.compat import plugin_groups

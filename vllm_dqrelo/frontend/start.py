@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Before a server starts: room for the deltas that it is given, or why there is none.
+"""Before a server starts: room for its deltas, or the reason why they do not fit.
 
-What a delta takes is in the headers of its files, and what a server has by default
-follows from the shapes of the base. So a delta that has no room is refused before the
-base is loaded.
+The headers of a delta's files say what the delta takes. The shapes of the base say what
+a server has by default. So a delta that does not fit is refused before the base is
+loaded.
 """
 
 import argparse
@@ -34,9 +34,9 @@ SHOWN = 3  # names in a message
 
 
 def make_room(arguments: argparse.Namespace) -> None:
-    """Give a server that is to start the options that its deltas need.
+    """Give a server the options that its deltas need, before it starts.
 
-    What the user gave in ``--additional-config`` stays. Deltas of ``--lora-modules``
+    The user's own ``--additional-config`` stays. Deltas of ``--lora-modules``
     must fit; a delta of the catalogue that does not fit is named in the log.
 
     Args:
@@ -44,8 +44,8 @@ def make_room(arguments: argparse.Namespace) -> None:
             ``additional_config``, and "~" in ``lora_modules``.
 
     Raises:
-        DqreloError: a delta is not one of the base, or does not fit what the user gave
-            or the machine. FileNotFoundError: the base or a delta is not there.
+        DqreloError: a delta is not one of the base, or does not fit the user's options
+            or the machine. FileNotFoundError: the base or a delta is missing.
             ValueError: an option cannot be used.
     """
     if not is_dqrelo(arguments):
@@ -186,7 +186,7 @@ def check_machine(
     base: Checkpoint,
     max_loras: int,
 ) -> None:
-    """Refuse deltas that take more memory than there is beside the base, on the CPU.
+    """Refuse deltas that take more memory than the base leaves, on the CPU.
 
     Args:
         needs: of deltas that are given.
@@ -203,7 +203,7 @@ def check_machine(
     if left_out:
         logger.warning(
             "dqrelo: %s of the catalogue will be refused: the %d largest deltas take "
-            "more memory than there is. Serve with a lower --max-loras",
+            "more memory than the base leaves. Serve with a lower --max-loras",
             *(some(left_out), max_loras),
         )
     if (needed := together(needs.values(), max_loras)) <= room:
@@ -216,7 +216,7 @@ def check_machine(
         )
     raise DqreloError(
         f"the {min(len(needs), max_loras)} largest deltas take {needed:,} bytes "
-        f"together, and there are {max(free, 0):,} beside the base. {way_out}"
+        f"together, and the base leaves {max(free, 0):,}. {way_out}"
     )
 
 

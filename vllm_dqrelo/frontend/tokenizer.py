@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A delta's tokenizer: what fails in it is the request's error, and no more.
+"""A delta's tokenizer: its failure is an error of the request only.
 
 vLLM renders a chat template in a thread of the server, which nothing can end, and which
 keeps every other thread from running while it computes a number of a billion digits. A
@@ -17,7 +17,7 @@ from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.sandbox import SANDBOX, SandboxError
 from vllm_dqrelo.frontend.containment import is_failure
 
-# Options of apply_chat_template that are no variables of a template.
+# Options of apply_chat_template that are not variables of a template.
 TOKENIZING = {"tokenize", "padding", "truncation", "max_length", "return_tensors"}
 TOKENIZING |= {"return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
 
@@ -25,8 +25,8 @@ TOKENIZING |= {"return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"
 def own_tokenizer(tokenizer: Any, name: str) -> Any:
     """A copy of a tokenizer called ``name``, for a server that must go on.
 
-    Its chat template is rendered in a sandbox; a jinja2.TemplateError says why it
-    cannot be. A text or tokens that it fails on are a DqreloError.
+    Its chat template is rendered in a sandbox, whose failure is a jinja2.TemplateError.
+    A failure on a text or on tokens is a DqreloError.
     """
     base = type(tokenizer)
 

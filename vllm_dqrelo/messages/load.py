@@ -86,7 +86,7 @@ def agreed(loads: Sequence[Loaded | Refused], folder: Path) -> Loaded | Refused:
     if any(load.digest != first.digest for load in loaded):
         return Refused(f"{first.digest} was replaced while it was read")
     if nowhere := frozenset.intersection(*(load.elsewhere for load in loaded)):
-        problems = [f"  {name}: the model has no place for it" for name in nowhere]
+        problems = [f"  {name} is not a parameter of the model" for name in nowhere]
         subject = f"{folder} does not fit the served model:"
         return Refused("\n".join([subject, *sorted(problems)]))
     return first._replace(size=max(load.size for load in loaded))

@@ -9,11 +9,11 @@ RIDER = "dqrelo"  # a key of SchedulerStats.kv_connector_stats
 
 @dataclass
 class Report:
-    """What is now, and what happened since the report before; plain values only.
+    """The present state, and the events since the report before; plain values only.
 
     It travels in vLLM's SchedulerStats, which go from the engine to the API server
-    after each step; their field for plain values of others is that of KV connectors
-    (v1/metrics/stats.py:247), which do not get to see it.
+    after each step. Their field for plain values belongs to KV connectors
+    (v1/metrics/stats.py:247), which do not see the report.
 
     Attributes:
         registered: deltas that have a name.

@@ -15,14 +15,14 @@ PATH = re.compile(rf"(.*)#({DIGEST.pattern})", re.DOTALL)
 class Bound(LoRARequest):
     """A client's request in the engine; see ``engine/deltas.py``."""
 
-    model: str = ""  # what the client calls it
+    model: str = ""  # the client's name for it
 
 
 def delta_request(name: str, folder: Path, load_inplace: bool = False) -> LoRARequest:
     """The request object that selects a delta.
 
-    The digest makes the path, and with it vLLM's key of cached prefixes, one of
-    content: a folder that is replaced in place and loaded again is another delta. A
+    The digest makes the path content-addressed, and with it vLLM's key of cached
+    prefixes: a folder that is replaced in place and loaded again is another delta. A
     name keeps its number in every process; 0 stands for the base.
 
     Raises:

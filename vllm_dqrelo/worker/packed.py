@@ -123,7 +123,7 @@ def pack(
             elsewhere.add(name)
             continue
         if not places:
-            problems.append(f"{name}: the model has no place for it")
+            problems.append(f"{name} is not a parameter of the model")
             continue
         if name.endswith(ADDED):
             rows = delta.parameter(name)
@@ -131,7 +131,7 @@ def pack(
                 expected = place.shape[1:] if place.site.is_vocabulary else None
                 if tuple(rows.shape[1:]) != expected:
                     problems.append(
-                        f"{name} is {list(rows.shape)}: no rows of {place.site.name}"
+                        f"{name} is {list(rows.shape)}: not rows of {place.site.name}"
                     )
                     continue
                 here = sites.added_here(place.site)

@@ -39,13 +39,16 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(build()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning(
-            "dqrelo: deltas are computed in plain torch, several times slower, for "
-            "want of native code: %s",
+            "dqrelo: deltas are computed in plain torch, several times slower, "
+            "because native code is missing: %s",
             getattr(error, "stderr", None) or error,
         )
         return None
     if not loaded.dqrelo_prepare():
-        logger.warning("dqrelo: this process may not use what its CPU has; using torch")
+        logger.warning(
+            "dqrelo: deltas are computed in plain torch, several times slower: the "
+            "system does not let this process use the CPU's matrix unit (AMX)"
+        )
         return None
     if not loaded.dqrelo_register():
         raise RuntimeError("torch does not take the native ops of dqrelo")
@@ -87,7 +90,7 @@ def plan() -> tuple[list[str], Path]:
     candidates = (os.environ.get("CXX"), "g++", "c++", "clang++")
     compiler = next((c for c in candidates if c and shutil.which(c)), None)
     if compiler is None:
-        raise RuntimeError("no C++ compiler; install g++ or set CXX")
+        raise RuntimeError("a C++ compiler is missing; install g++ or set CXX")
     command = [compiler, *FLAGS, f"-I{TORCH / 'include'}", *libraries_of_torch()]
     key = hashlib.sha256("\n".join([*command, torch.__version__]).encode())
     key.update(macros(compiler))

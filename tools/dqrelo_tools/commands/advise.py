@@ -17,7 +17,7 @@ from dqrelo_tools.arguments import (
 def add(commands: Commands) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
-        "advise", help="look at a fine-tune and say what to convert it with"
+        "advise", help="measure a fine-tune and recommend options of convert"
     )
     add_models(command, "--base", "--model")
     command.add_argument(

@@ -55,7 +55,7 @@ def add(commands: Commands) -> None:
         "--method",
         choices=METHODS,
         default=DQRELO,
-        help=f"{DQRELO} (default), or {PAPER}: arXiv 2604.16940 as it was published",
+        help=f"{DQRELO} (default), or {PAPER}: as published in arXiv 2604.16940",
     )
     command.add_argument(
         "--max-shard-size",

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if (arguments.action == "list") == bool(arguments.name):
         raise DqreloError(
-            "deltas list takes no NAME"
+            "deltas list does not take a NAME"
             if arguments.name
             else f"deltas {arguments.action} takes the NAME of a delta"
         )

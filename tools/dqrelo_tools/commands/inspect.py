@@ -9,7 +9,7 @@ from dqrelo_tools.arguments import Commands, folder
 
 def add(commands: Commands) -> None:
     """Add the subcommand."""
-    command = commands.add_parser("inspect", help="show what a delta folder holds")
+    command = commands.add_parser("inspect", help="show the content of a delta folder")
     command.add_argument("delta", type=folder, metavar="DELTA")
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=run)

@@ -55,7 +55,7 @@ def add(commands: Commands) -> None:
         ("--kv", "20GB", "of that, for KV cache and activations"),
         ("--host", "64GB", "host memory for the deltas of one replica"),
         ("--disk", "2GB/s", "speed of reading a delta from disk"),
-        ("--link", "20GB/s", "speed of copying it to the device"),
+        ("--link", "20GB/s", "speed of copying a delta to the device"),
     ):
         command.add_argument(
             option, type=size, default=default, help=f"{text} (default: {default})"
