@@ -185,7 +185,7 @@ def test_missing_key_and_no_json(folder):
     with pytest.raises(DqreloError, match="not valid JSON"):
         Delta(folder)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="no delta_config.json"):
+    with pytest.raises(FileNotFoundError, match="but not delta_config.json"):
         Delta(folder)
 
 
