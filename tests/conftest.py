@@ -41,7 +41,8 @@ from dqrelo_kernels.cpu import build as cpu
 from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
 
-pytest_plugins = [f"support.{n}" for n in ("servers", "engines", "renamed", "wide")]
+PLUGINS = ("servers", "engines", "gpu", "renamed", "wide")
+pytest_plugins = [f"support.{name}" for name in PLUGINS]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

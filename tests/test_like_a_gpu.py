@@ -4,8 +4,6 @@
 import os
 
 import pytest
-import torch
-from support import interpreter  # before the kernels
 
 from dqrelo_kernels.ops import whole_bytes
 
@@ -14,39 +12,6 @@ pytestmark = pytest.mark.vllm
 
 # fp32 sums of up to 320 terms in another order, through two layers.
 TOLERANCE = 1e-4
-
-
-@pytest.fixture
-def merges(monkeypatch):
-    """What a GPU does with prompts, here: weights stay readable, 4 rows are merged.
-
-    Returns:
-        a list with an element for every matrix that was made.
-    """
-    from vllm.model_executor.layers import utils
-
-    from vllm_dqrelo.worker import compat, limits
-
-    def keep(layer, remove_weight):
-        layer.cpu_linear = torch.nn.functional.linear
-
-    def counted(*arguments):
-        made.append(arguments)
-        return merge(*arguments)
-
-    made, merge = [], torch.ops.dqrelo.merge_
-    gemm = utils.cpu_unquantized_gemm
-    monkeypatch.setattr(torch.ops.dqrelo, "merge_", counted)
-    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep)
-    monkeypatch.setattr(
-        compat,
-        "multiplies_by_weight",
-        lambda method: getattr(method, "_gemm_impl", None) is gemm,
-    )
-    rows, gpu = limits.merge_rows, torch.device("cuda")
-    monkeypatch.setattr(limits, "MERGE_ROWS", 4)
-    monkeypatch.setattr(limits, "merge_rows", lambda c, _, sites: rows(c, gpu, sites))
-    return made
 
 
 def test_prompts_through_merged_matrices(
@@ -101,16 +66,6 @@ def test_a_model_with_a_layer_that_cannot_be_merged(
 def _worker(llm):
     core = llm.llm_engine.engine_core.engine_core
     return core.model_executor.driver_worker.worker
-
-
-@pytest.fixture
-def like_a_gpu(monkeypatch):
-    """Deltas lie in memory as on a GPU, and Triton's interpreter computes with them."""
-    from vllm_dqrelo.worker import packed
-
-    monkeypatch.setattr(packed._Extent, "side_by_side", False)
-    with interpreter.launchers():
-        yield
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "mixtral"])

@@ -8,6 +8,8 @@ from typing import Any
 
 from vllm_dqrelo.format.need import DEFAULT_MAX_DELTAS
 
+SELF_CHECKS = ("always", "once", "never")
+
 
 def is_dqrelo(config: Any) -> bool:
     """Whether an engine has deltas.
@@ -43,6 +45,8 @@ class Options:
         host_memory_gib: host memory for deltas that are not read from disk again;
             by default a quarter of what is free once the base is loaded. This and the
             memory above are of each worker, which has its part of a delta.
+        self_check: whether a worker checks itself at start: "always", "never", or
+            "once" for each kind of device, model and versions.
         version: of the plugin, which sets it.
     """
 
@@ -50,6 +54,7 @@ class Options:
     added_tokens: int = 0
     max_rank: int | None = None
     host_memory_gib: float | None = None
+    self_check: str = "once"
     version: str = ""
 
     @classmethod
@@ -79,6 +84,11 @@ class Options:
                     f"dqrelo option {name} is {value!r}, expected a whole number of "
                     f"{least} or more"
                 )
+        if (value := given.get("self_check", "once")) not in SELF_CHECKS:
+            raise ValueError(
+                f"dqrelo option self_check is {value!r}, expected "
+                f"{', '.join(SELF_CHECKS[:-1])} or {SELF_CHECKS[-1]}"
+            )
         return cls(**given)
 
     @property

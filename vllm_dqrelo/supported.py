@@ -42,7 +42,11 @@ def refuse_unsupported(vllm_config: VllmConfig, device: torch.device) -> None:
 
 def device_problem(kind: str) -> str | None:
     """Why a kind of device, "cpu" or "cuda", cannot serve; None if it can."""
-    return None if kind == "cpu" else f"runs on the CPU only so far, not on {kind}"
+    if kind not in ("cpu", "cuda"):
+        return f"runs on CPUs and on NVIDIA GPUs, not on {kind}"
+    if kind == "cuda" and torch.version.hip:  # torch's name of AMD's, too
+        return "does not run on AMD GPUs: its kernels have instructions of NVIDIA's"
+    return None
 
 
 def _problems(vllm_config: VllmConfig, device: torch.device) -> Iterator[str]:
@@ -80,8 +84,6 @@ def _problems(vllm_config: VllmConfig, device: torch.device) -> Iterator[str]:
             "a draft model may call layers of the base with rows that are not the "
             "step's"
         )
-    if device.type == "cuda" and torch.version.hip:  # torch's name of AMD's, too
-        yield "does not run on AMD GPUs: its kernels have instructions of NVIDIA's"
     if (
         model.is_moe
         and device.type == "cuda"

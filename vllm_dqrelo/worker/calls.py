@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.lora.request import LoRARequest
 
 from vllm_dqrelo.messages.load import Loaded, Memory, Refused, Usage
+from vllm_dqrelo.worker.self_check.check import self_check
 
 if TYPE_CHECKING:
     from vllm_dqrelo.worker.manager import DeltaManager
@@ -23,8 +24,11 @@ def manager_of(worker: Any) -> "DeltaManager":
 
 
 def start_deltas(worker: Any) -> Memory:
-    """Begin to serve deltas, in a worker that has its KV cache."""
-    return manager_of(worker).start(worker.model_runner)
+    """Begin to serve deltas, in a worker that has its KV cache, if it does so right."""
+    manager, runner = manager_of(worker), worker.model_runner
+    manager.attach(runner)
+    self_check(worker, manager)
+    return manager.start(runner)
 
 
 def start_delta_load(

@@ -2,7 +2,9 @@
 """The private names of vLLM's workers; ``vllm_dqrelo/compat.py`` has the form."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -69,6 +71,25 @@ def run_tokens(runner: Any, count: int) -> torch.Tensor:
     run = find(runner, "_dummy_run")
     hidden_states: torch.Tensor = run(count, is_profile=True)[0]
     return hidden_states
+
+
+@contextmanager
+def eager(runner: Any) -> Iterator[None]:
+    """Have a runner replay no graph.
+
+    Where: on V2 ``is_profile`` of ``execute_model``,
+        v1/worker/gpu/model_runner.py:1725;
+        on V1 ``CudagraphDispatcher.dispatch``, v1/cudagraph_dispatcher.py:272.
+    """
+    if hasattr(runner, "lora_state"):
+        execute = runner.execute_model
+        with patch.object(runner, "execute_model", partial(execute, is_profile=True)):
+            yield
+    else:
+        dispatcher = find(runner, "cudagraph_dispatcher")
+        find(dispatcher, "keys_initialized")
+        with patch.object(dispatcher, "keys_initialized", False):
+            yield
 
 
 def compile_for_base(runner: Any, is_base: Callable[[], bool]) -> bool:

@@ -133,21 +133,28 @@ class DeltaManager:
             )
         return model
 
-    def start(self, runner: Any) -> Memory:
-        """Begin to serve deltas.
+    def attach(self, runner: Any) -> None:
+        """Let a runner tell this manager the rows of each step.
 
         Args:
-            runner: of the model, with its KV cache. Mutated: it tells this manager the
-                rows of each step, and runs the base's own code in steps of the base.
-
-        Returns:
-            The memory for deltas.
+            runner: of the model, with its KV cache. Mutated.
 
         Raises:
             ValueError: the code of the model passes a site by.
         """
         attach(runner, self)
         check_coverage(runner, self.sites, self.residency)
+
+    def start(self, runner: Any) -> Memory:
+        """Begin to serve deltas.
+
+        Args:
+            runner: attached to this manager. Mutated: it runs the base's own code in
+                steps of the base.
+
+        Returns:
+            The memory for deltas.
+        """
         self._leave_base_alone(runner)
         return self.memory
 

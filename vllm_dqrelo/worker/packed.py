@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
@@ -19,9 +20,8 @@ from dqrelo_kernels.table import (
     place_ranks,
 )
 from vllm_dqrelo.format.checkpoint import HEAD
-from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import refuse
-from vllm_dqrelo.format.tensors import ADDED, take_columns
+from vllm_dqrelo.format.tensors import ADDED, MatrixDelta, take_columns
 from vllm_dqrelo.worker.sites import Place, Sites
 
 NORM_FIELDS = {"weight": Field.WEIGHT, "bias": Field.BIAS}
@@ -51,6 +51,22 @@ class PackedDelta:
     def size(self) -> int:
         """Bytes it takes in the arena."""
         return self.extent.numel()
+
+
+class Source(Protocol):
+    """What a delta is packed from: a folder's ``Delta``, or the self-check's."""
+
+    folder: Any
+    config: Any
+    matrices: list[str]
+    exact: list[str]
+    added_tokens: int
+
+    def matrix(self, name: str) -> MatrixDelta:
+        """The compressed change of a matrix."""
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """A parameter that is stored exactly."""
 
 
 class _Extent:
@@ -88,7 +104,7 @@ class _Extent:
 
 
 def pack(
-    delta: Delta,
+    delta: Source,
     sites: Sites,
     device: torch.device,
     unlike: Mapping[str, str] = MappingProxyType({}),
@@ -163,7 +179,7 @@ def pack(
 
 
 def _matrix(
-    delta: Delta, name: str, place: Place, extent: _Extent
+    delta: Source, name: str, place: Place, extent: _Extent
 ) -> tuple[dict[Field, int], tuple[int, ...]]:
     matrix = delta.matrix(name)
     shape, fields = matrix.shape, {}
@@ -193,7 +209,7 @@ def _matrix(
 
 
 def _vector(
-    delta: Delta, name: str, place: Place, extent: _Extent
+    delta: Source, name: str, place: Place, extent: _Extent
 ) -> tuple[dict[Field, int], tuple[int, ...]]:
     value = delta.parameter(name).float()
     shape = tuple(value.shape)

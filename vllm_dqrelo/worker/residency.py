@@ -120,11 +120,11 @@ class Residency:
             or (offset := self.arena.allocate(packed.digest, packed.size)) is None
         ):
             if evictable:
-                self._evict(evictable.pop(0))
+                self.evict(evictable.pop(0))
             elif compacted:
                 raise RuntimeError("a step has more deltas than fit the arena")
             else:
-                self._compact()
+                self.compact()
                 compacted = True
         extent = self.arena.data[offset : offset + packed.size]
         self.staging.write(extent, packed.extent)
@@ -139,7 +139,7 @@ class Residency:
             )
         self.vocabularies.set(delta.slot, packed.vocab_size)
 
-    def _evict(self, digest: str) -> None:
+    def evict(self, digest: str) -> None:
         """Take a delta off the device; host memory gets it back."""
         if digest not in self.host:
             delta = self.resident[digest]
@@ -159,7 +159,7 @@ class Residency:
                 self.arena.free(digest)
                 self._free.append(delta.slot)
 
-    def _compact(self) -> None:
+    def compact(self) -> None:
         """Close the gaps; what has been admitted then fits."""
         for digest, offset in self.arena.compact().items():
             self.resident[digest].offset = offset
