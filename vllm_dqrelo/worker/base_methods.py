@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods of the base's layers, below the deltas, while a worker builds the model.
 
-A worker that asks for the first of them is patched: it gets a delta manager.
+The first such method patches its worker, which gets a delta manager.
 """
 
 import torch

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """``--fully-sharded-loras``: workers that share a layer share both factors of a delta.
 
-Without it a worker has its part of the signs and of that factor which the layer splits
-anyway, and all of the other one: A where the layer splits the output, B where it splits
-the input. With it, it has some ranks of that one, too, and the workers add up A x. That
-takes a collective for each layer in a step that has deltas.
+Without the option a worker has its shard of the signs and of one factor, and the whole
+other factor: A where the layer splits the output, B where the layer splits the input.
+With the option a worker has some ranks of the other factor, and the workers add up A x:
+a collective for each layer in a step that has deltas.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from vllm_dqrelo.worker.sites import Site
 
 
 def linear_of(site: Site) -> Callable[..., None]:
-    """The op that adds deltas to what a layer of linears computes."""
+    """The op that adds deltas to the output of a linear layer."""
     ops = torch.ops.dqrelo
     return ops.sharded_linear_ if site.fully_sharded else ops.delta_linear_
 

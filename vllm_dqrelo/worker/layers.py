@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a request meets its delta: the base's layers with the ops behind them."""
+"""Where a request meets its delta: the base's layers, followed by the ops."""
 
 from typing import Any, NamedTuple
 
@@ -21,14 +21,13 @@ from vllm_dqrelo.worker.vocabulary import AddedRows
 class DeltaMethod(QuantizeMethodBase):
     """A layer's own method, and then the deltas of its rows.
 
-    It wraps whatever method the layer has, so that it does not matter how the base
-    stores its weights.
+    The method is wrapped, not replaced: the base may store its weights in any way.
 
     Args:
         inner: the layer's method.
         site: the layer as a site.
         deltas: of this site.
-        step: which rows belong to which delta.
+        step: gives the slot of each row.
         added: rows of tokens that are not the base's, in a vocabulary matrix.
     """
 
@@ -108,10 +107,10 @@ class DeltaMethod(QuantizeMethodBase):
 
 
 class DeltaEmbedding(torch.nn.Embedding):
-    """A table that is not the vocabulary's, such as learnt position embeddings.
+    """A table other than the vocabulary's, such as learnt position embeddings.
 
-    ``install`` puts it between the module's class and torch.nn.Embedding, so that it
-    sees the numbers that the class looks up, whatever it makes of its input.
+    ``install`` puts this class between the module's class and torch.nn.Embedding. So
+    this class gets the numbers that the module's class looks up.
     """
 
     deltas: SiteDeltas
@@ -207,7 +206,7 @@ def install(
     step: Step,
     added: AddedRows | None,
 ) -> None:
-    """Put the deltas behind one module of ``model``, which is changed in place.
+    """Add the deltas to one module of ``model``, which is changed in place.
 
     In a step that skips deltas, the module has the class and the method of vLLM again,
     unless its vocabulary has room for added tokens.
@@ -271,7 +270,7 @@ def _install_norm(
 
 
 def _install_embedding(site: Site, deltas: SiteDeltas, step: Step) -> None:
-    """A table that is not the vocabulary's."""
+    """A table other than the vocabulary's."""
     module = site.module
     own = () if type(module) is torch.nn.Embedding else (type(module),)
     _derive(step, module, *own, DeltaEmbedding)

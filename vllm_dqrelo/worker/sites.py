@@ -197,7 +197,7 @@ class Place:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What the parameter must look like, in the checkpoint."""
+        """The shape of the parameter in the checkpoint."""
         size = self.site.whole_sizes[self.index]
         matrix = self.leaf == "weight" and not self.site.is_norm
         return (size, self.site.whole_columns) if matrix else (size,)
@@ -361,7 +361,7 @@ def _language_model(model: Any) -> torch.nn.Module:
 
 
 def _slices_of(module: Any, added_tokens: int) -> tuple[Shape, Shape] | None:
-    """What a site has here, and in all workers; None when the module is none."""
+    """The slices of a site here, and in all workers; None where it is not a site."""
     if isinstance(module, LinearBase | VocabParallelEmbedding):
         return (
             shards.sizes_here(module, added_tokens),
@@ -386,7 +386,7 @@ def _norm(module: torch.nn.Module) -> tuple[Shape, Shape] | None:
 
 
 def _index(shard: Any) -> int | None:
-    """The slice that a vLLM shard id means; None for one that is not one slice."""
+    """The slice of a vLLM shard id; None for several slices."""
     if isinstance(shard, str):
         return QKV.get(shard)
     return shard or 0 if isinstance(shard, int | None) else None
