@@ -4,6 +4,7 @@
 import os
 import platform
 import re
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -67,6 +68,8 @@ def commit() -> str:
 
 
 def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
+    if not (git := shutil.which("git")):
+        return ""
+    command = [git, "-C", str(ROOT), *arguments]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip()

@@ -34,6 +34,30 @@ def test_the_manager_has_all_that_vllm_calls():
             assert len(ours) == len(theirs), name
 
 
+def test_what_a_server_s_start_needs_is_there(monkeypatch):
+    """The names that functions import when they are called, but RequestError."""
+    import ast
+
+    import vllm_dqrelo
+    from vllm_dqrelo.frontend.compat import set_up_environment
+
+    found = {}
+    for folder in vllm_dqrelo.__path__:
+        for path in __import__("pathlib").Path(folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.module.startswith("vllm."):
+                    names = found.setdefault(node.module, set())
+                    names |= {alias.name for alias in node.names}
+    assert found["vllm.outputs"] == {"RequestOutput", "RequestError"}
+    found["vllm.outputs"].remove("RequestError")  # where EngineCoreOutput has it
+    for module, names in found.items():
+        exec(f"from {module} import {', '.join(names)}", {})
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "")
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")
+    set_up_environment()
+    assert __import__("os").environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+
+
 def test_the_contract_test_can_fail(monkeypatch):
     from vllm_dqrelo.worker.manager import DeltaManager
 
@@ -72,7 +96,7 @@ def test_register_twice_and_the_method_is_known():
     assert get_quantization_config("dqrelo") is DqreloConfig
 
 
-@pytest.mark.parametrize("version", ["0.30.2", "0.33.0", "1.0.0rc1"])
+@pytest.mark.parametrize("version", ["0.30.2", "0.34.0", "1.0.0rc1"])
 def test_vllm_outside_the_tested_range(monkeypatch, caplog, version):
     from vllm.model_executor.layers import quantization
 
@@ -86,8 +110,8 @@ def test_vllm_outside_the_tested_range(monkeypatch, caplog, version):
     monkeypatch.setattr(plugin.logger, "error", lambda *args: logged.append(args))
     plugin.register()
     assert quantization.QUANTIZATION_METHODS == []
-    assert f"tested with vLLM >=0.31,<0.33, this is {version}" in str(logged)
-    with pytest.raises(DqreloError, match="tested with vLLM >=0.31,<0.33"):
+    assert f"tested with vLLM >=0.31,<0.34, this is {version}" in str(logged)
+    with pytest.raises(DqreloError, match="tested with vLLM >=0.31,<0.34"):
         check_plugin()
 
 

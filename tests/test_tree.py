@@ -70,7 +70,9 @@ def absent(text):
     modules = [
         name
         for name in MODULE.findall(text)
-        if not (ROOT / f"{name.replace('.', '/')}.py").is_file()
+        if {
+            f"{name.replace('.', '/')}{end}" for end in (".py", "/__main__.py")
+        }.isdisjoint(FILES)
     ]
     return missing + folders + modules
 

@@ -4,15 +4,15 @@
 For each linear layer, number of distinct deltas in a step and rows per delta: the
 median time of one ``dqrelo::delta_linear_`` (both of its kernels) with a cold L2,
 beside what the device needs to copy the bytes that it must move, as a copy does it
-here, and beside what else could do the work (rivals.py). An op that disagrees
-with the reference is not timed. A shape that the results have is not measured again.
+here, what else could do the work (rivals.py), and what roofline.py predicts for this
+device. An op that disagrees with the reference is not timed. A shape that the results
+have is not measured again. ``--tiny`` rehearses it, in Triton's interpreter, too.
 
     python -m benchmarks.ops.gpu
 """
 
 import argparse
 import os
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,8 +21,16 @@ from matplotlib import pyplot
 from tqdm import tqdm
 
 from benchmarks.machine import MACHINE, machine
-from benchmarks.ops.linear_site import FACTORS, LINEARS, Site
-from benchmarks.ops.rivals import RIVALS, Launch, Step
+from benchmarks.ops.device import (
+    DEVICE,
+    HAS_GPU,
+    NAME,
+    copy_bytes_per_s,
+    median_us,
+)
+from benchmarks.ops.linear_site import FACTORS, LINEARS, TINY, Site
+from benchmarks.ops.rivals import RIVALS, Step
+from benchmarks.ops.roofline import DEVICES, predict
 from benchmarks.paths import RESULTS
 from benchmarks.table import Table
 from dqrelo_kernels import reference
@@ -30,6 +38,7 @@ from dqrelo_kernels import reference
 KEYS = ("device", "linear", "deltas", "rows_per_delta", "ratio", "factors")
 COLUMNS = (*KEYS, "ranks", "us", "copy_us", "of_copy")
 COLUMNS += tuple(f"{rival.__name__}_us" for rival in RIVALS)
+COLUMNS += ("roofline_us", "roofline_base_us", "roofline_merged_us")
 COLUMNS += ("smallest_kernel_us", "copy_gb_per_s", "relative_error", *MACHINE)
 LARGEST = 2**32  # bytes of an output, or of what a rival keeps for each delta
 OUTPUT = Path(os.environ.get("OUT") or RESULTS)
@@ -50,34 +59,6 @@ def check(arguments: dict[str, torch.Tensor]) -> float:
     return error
 
 
-def median_us(launch: Launch, repeats: int) -> float:
-    """Median time of ``launch`` with a cold L2, replayed from a CUDA graph."""
-    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        launch()
-    events = [
-        [torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)
-    ]
-    for start, end in events:
-        flush.zero_()
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(1e3 * start.elapsed_time(end) for start, end in events)
-
-
-def copy_bytes_per_s(repeats: int) -> float:
-    """Bytes that a copy of 1 GiB reads and writes in a second."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    us = median_us(lambda: target.copy_(source), repeats)
-    return 2 * source.nbytes / us * 1e6
-
-
 def rivals(site: Site, step: Step, repeats: int) -> dict[str, float | str]:
     """Microseconds of each rival; empty for those that are not there or too large."""
     found: dict[str, float | str] = {}
@@ -89,23 +70,35 @@ def rivals(site: Site, step: Step, repeats: int) -> dict[str, float | str]:
             continue
         try:
             found[name] = round(median_us(rival(site, step), repeats), 2)
-        except ImportError:
-            continue
+        except Exception as error:  # not there, or more than the device has
+            tqdm.write(f"{rival.__name__}: {error}")
     return found
+
+
+def predicted(name: str, key: dict[str, object]) -> dict[str, float | str]:
+    """What roofline.py says of a shape; empty for a device that it does not know."""
+    known = next((DEVICES[one] for one in DEVICES if one in NAME), None)
+    columns = ("roofline_us", "roofline_base_us", "roofline_merged_us")
+    if known is None:
+        return dict.fromkeys(columns, "")
+    shape = (int(str(key["deltas"])), int(str(key["rows_per_delta"])))
+    said = predict(known, name, *shape, float(str(key["ratio"])), str(key["factors"]))
+    values = [round(said[one], 2) for one in ("delta_us", "base_us", "merged_us")]
+    return dict(zip(columns, values, strict=True))
 
 
 def measurements(
     options: argparse.Namespace, table: Table
 ) -> Iterator[dict[str, object]]:
     """One row per linear layer, number of deltas and rows per delta that lacks one."""
-    device = torch.cuda.get_device_name()
-    about = {"device": device, "ratio": options.ratio, "factors": options.factors}
+    about = {"device": NAME, "ratio": options.ratio, "factors": options.factors}
     copy = copy_bytes_per_s(options.repeats)
-    one = torch.zeros(1, device="cuda")
+    one = torch.zeros(1, device=DEVICE)
     smallest = median_us(lambda: one.add_(1), options.repeats)
-    shapes = [(name, deltas) for name in options.linears for deltas in options.deltas]
+    linears = TINY if options.tiny else {n: LINEARS[n] for n in options.linears}
+    shapes = [(name, deltas) for name in linears for deltas in options.deltas]
     for name, deltas in tqdm(shapes, unit="site"):
-        sizes, k = LINEARS[name]
+        sizes, k = linears[name]
         site = Site(sizes, k, deltas, options.ratio, FACTORS[options.factors])
         for rows in options.rows:
             key = {**about, "linear": name, "deltas": deltas, "rows_per_delta": rows}
@@ -127,6 +120,7 @@ def measurements(
                 "copy_us": round(moved / copy * 1e6, 2),
                 "of_copy": round(moved / copy * 1e6 / us, 3),
                 **rivals(site, step, options.repeats),
+                **predicted(name, key),
                 "smallest_kernel_us": round(smallest, 2),
                 "copy_gb_per_s": round(copy / 1e9),
                 "relative_error": f"{error:.2g}",
@@ -153,8 +147,12 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     figure.savefig(path, bbox_inches="tight")
 
 
-def main() -> None:
-    """Parse the command line and measure."""
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, and write each row, and in the end a figure.
+
+    Args:
+        arguments: of the command line; None: those of this process.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--output", type=Path, default=OUTPUT / "kernels.csv")
     parser.add_argument("--linears", nargs="+", choices=LINEARS, default=list(LINEARS))
@@ -165,8 +163,9 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=1 / 8)
     parser.add_argument("--factors", choices=FACTORS, default="int4")
     parser.add_argument("--repeats", type=int, default=50)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
+    parser.add_argument("--tiny", action="store_true", help="tiny layers: a rehearsal")
+    options = parser.parse_args(arguments)
+    if not HAS_GPU and not options.tiny:
         raise SystemExit("needs a CUDA device; roofline.py predicts without one")
     torch.manual_seed(0)
     table = Table(options.output, KEYS, COLUMNS)

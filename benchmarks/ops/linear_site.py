@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear layers of Llama-3-8B with random deltas on a GPU, and what they take."""
+"""The linear layers of Llama-3-8B with random deltas, and what they take."""
 
 import math
 
 import numpy as np
 import torch
 
+from benchmarks.ops.device import DEVICE, DTYPE
 from dqrelo_kernels import ops as _  # noqa: F401  registers torch.ops.dqrelo
 from dqrelo_kernels.layout import INT4_BLOCK, words_per_row
 from dqrelo_kernels.rows import RowGroups
@@ -26,8 +27,8 @@ LINEARS = {  # output features of each slice, input features
     "down": ([4096], 14336),
     "lm_head": ([128256], 4096),
 }
+TINY = {"qkv": ([48, 16], 256), "lm_head": ([32], 256)}  # ranks: not of integers
 LAYERS = 32  # of all but the last
-DTYPE = torch.bfloat16
 FACTORS = {"int4": INT4, "bfloat16": DTYPE}
 
 
@@ -86,28 +87,28 @@ class Site:
                         row[Field.LORA_SCALE] = place(4 * rank)
         place_ranks(table)
         self.bytes_per_delta = size // deltas
-        arena = torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda")
+        arena = torch.randint(0, 256, (size,), dtype=torch.uint8, device=DEVICE)
         for row, n, rank in (
             (row, n, rank)
             for delta in table.tolist()
             for row, n, rank in zip(delta, sizes, self.ranks, strict=True)
         ):
-            values = [(Field.SCALE, torch.full((n,), 0.01, device="cuda"))]
+            values = [(Field.SCALE, torch.full((n,), 0.01, device=DEVICE))]
             if rank and factors == INT4:  # any bytes are integers; their RMS is 4.6
-                scale = torch.full((rank,), (k * rank) ** -0.5 / 21, device="cuda")
+                scale = torch.full((rank,), (k * rank) ** -0.5 / 21, device=DEVICE)
                 values += [(Field.LORA_SCALE, scale)]
             elif rank:
-                a = torch.randn(rank * k, device="cuda", dtype=DTYPE) / k**0.5
-                b = torch.randn(n * rank, device="cuda", dtype=DTYPE) / rank**0.5
+                a = torch.randn(rank * k, device=DEVICE, dtype=DTYPE) / k**0.5
+                b = torch.randn(n * rank, device=DEVICE, dtype=DTYPE) / rank**0.5
                 values += [(Field.LORA_A, a), (Field.LORA_B, b)]
             for field, value in values:
                 arena[row[field] : row[field] + value.nbytes] = value.view(torch.uint8)
-        self.arena, self.table = arena, table.cuda()
-        self.slices = torch.tensor([0, *sizes]).cumsum(0).to("cuda", torch.int32)
+        self.arena, self.table = arena, table.to(DEVICE)
+        self.slices = torch.tensor([0, *sizes]).cumsum(0).to(DEVICE, torch.int32)
 
     def groups(self, slot_of_row: np.ndarray, merge_rows: int | None) -> RowGroups:
         """Which row is whose."""
-        groups = RowGroups(len(slot_of_row), len(self.table), "cuda", merge_rows)
+        groups = RowGroups(len(slot_of_row), len(self.table), DEVICE, merge_rows)
         groups.set(slot_of_row)
         return groups
 
@@ -117,9 +118,9 @@ class Site:
         m = deltas * rows_per_delta
         groups = self.groups(np.arange(m, dtype=np.int32) % deltas, None)
         return {
-            "y": torch.zeros(m, self.n, dtype=DTYPE, device="cuda"),
-            "scratch": torch.empty(m, sum(self.ranks), device="cuda"),
-            "x": torch.randn(m, self.k, dtype=DTYPE, device="cuda"),
+            "y": torch.zeros(m, self.n, dtype=DTYPE, device=DEVICE),
+            "scratch": torch.empty(m, sum(self.ranks), device=DEVICE),
+            "x": torch.randn(m, self.k, dtype=DTYPE, device=DEVICE),
             "arena": self.arena,
             "table": self.table,
             "slices": self.slices,

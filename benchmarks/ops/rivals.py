@@ -6,28 +6,26 @@ Others' raise ImportError where their package is not there; BitDelta's is used f
 where PYTHONPATH finds it.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
-from benchmarks.ops.linear_site import DTYPE, Site
+from benchmarks.ops.device import DEVICE, DTYPE, Launch
+from benchmarks.ops.linear_site import Site
 from dqrelo_kernels.ops import whole_bytes
 
 Step = dict[str, torch.Tensor]
-Launch = Callable[[], object]
 
 
 def base_gemm(site: Site, step: Step) -> Launch:
     """The base's own product of all rows: what a step costs without any delta."""
-    weight = torch.randn(site.n, site.k, dtype=DTYPE, device="cuda")
+    weight = torch.randn(site.n, site.k, dtype=DTYPE, device=DEVICE)
     return lambda: torch.nn.functional.linear(step["x"], weight)
 
 
 def dense(site: Site, step: Step) -> Launch:
     """A dense product for each delta: what N models that are kept whole would do."""
     count = len(site.table)
-    weights = torch.randn(count, site.n, site.k, dtype=DTYPE, device="cuda")
+    weights = torch.randn(count, site.n, site.k, dtype=DTYPE, device=DEVICE)
     x = step["x"].view(-1, count, site.k).unbind(1)
 
     def run() -> None:
@@ -55,14 +53,14 @@ def loop(site: Site, step: Step) -> Launch:
 
 def merged(site: Site, step: Step) -> Launch:
     """The base's product and the deltas' in one, with matrices that are made for it."""
-    weight = torch.randn(site.n, site.k, dtype=DTYPE, device="cuda")
+    weight = torch.randn(site.n, site.k, dtype=DTYPE, device=DEVICE)
     slots = np.arange(len(step["x"]), dtype=np.int32) % len(site.table)
     groups = site.groups(slots, 1)
     own = ("rows", "slots", "starts", "num_active", "unmerged", "merged")
     shared = ("x", "scratch", "arena", "table", "slices")
     call = {name: step[name] for name in shared}
     call |= {name: getattr(groups, name) for name in own}
-    whole = torch.empty(whole_bytes(weight), dtype=torch.uint8, device="cuda")
+    whole = torch.empty(whole_bytes(weight), dtype=torch.uint8, device=DEVICE)
     call |= {"weight": weight, "bias": None, "whole": whole}
     return lambda: torch.ops.dqrelo.linear(**call)
 
@@ -76,14 +74,14 @@ def lora(site: Site, step: Step) -> Launch:
     rank = 16 * max(1, round(rank / 16))
 
     def factors(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(count, 1, rows, columns, dtype=DTYPE, device="cuda")
+        return torch.randn(count, 1, rows, columns, dtype=DTYPE, device=DEVICE)
 
     a = [factors(rank, site.k) for _ in site.sizes]
     b = [factors(size, rank) for size in site.sizes]
-    meta = LoRAKernelMeta.make(count, m, device="cuda")
-    meta.prepare_tensors(torch.arange(m, device="cuda") % count)
+    meta = LoRAKernelMeta.make(count, m, device=DEVICE)
+    meta.prepare_tensors(torch.arange(m, device=DEVICE) % count)
     arguments = meta.meta_args(m, False)
-    buffer = torch.empty(slices, m, rank, device="cuda")
+    buffer = torch.empty(slices, m, rank, device=DEVICE)
 
     def run() -> None:
         buffer.zero_()
@@ -100,7 +98,7 @@ def bitdelta(site: Site, step: Step) -> Launch:
     count = len(site.table)
     x = step["x"].view(-1, count, site.k).transpose(0, 1).half().contiguous()
     shape = (count, site.k // 32, site.n)
-    words = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device="cuda")
+    words = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=DEVICE)
     return lambda: binary_bmm(x, words)
 
 

@@ -31,7 +31,8 @@ from benchmarks.table import Table
 
 # All that are built for torch 2.13.
 VERSIONS = ("0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
-SUBJECTS = "plugin engine_config serving identity frontend vocabulary metrics http"
+SUBJECTS = "plugin runner engine_config serving identity frontend vocabulary metrics"
+SUBJECTS += " http"
 TESTS = [f"tests/test_{subject}.py" for subject in SUBJECTS.split()]
 # The range that this one is about is the one that the copy does not have.
 TESTS += ["--deselect=tests/test_plugin.py::test_vllm_outside_the_tested_range"]

@@ -2,6 +2,7 @@
 """The private names of vLLM's front end; ``vllm_dqrelo/compat.py`` has the form."""
 
 import functools
+import importlib
 import inspect
 import sys
 from collections.abc import Awaitable, Callable
@@ -13,7 +14,7 @@ import vllm.logger
 from vllm.config import VllmConfig
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from vllm_dqrelo.compat import find, replace, says_why
+from vllm_dqrelo.compat import find, release, replace, says_why
 
 
 def after_engine_init(hook: Callable[[Any], None]) -> None:
@@ -273,10 +274,9 @@ def run_serve(arguments: list[str]) -> None:
     Until: ``main`` takes the version from ``vllm.__version__``.
     """
     from vllm.entrypoints.cli.serve import cmd_init
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    cli_env_setup()
+    set_up_environment()
     parser = FlexibleArgumentParser(prog="dqrelo")
     subparsers = parser.add_subparsers(dest="subparser")
     command = cmd_init()[0]
@@ -287,6 +287,17 @@ def run_serve(arguments: list[str]) -> None:
         configure(parsed)
     command.validate(parsed)
     command.cmd(parsed)
+
+
+def set_up_environment() -> None:
+    """Set the environment variables that ``vllm serve`` sets.
+
+    Where: ``cli_env_setup``, entrypoints/serve/utils/api_utils.py:148; from vLLM 0.33
+        on entrypoints/common/startup.py:131.
+    """
+    place = "common.startup" if release() >= (0, 33) else "serve.utils.api_utils"
+    module = importlib.import_module(f"vllm.entrypoints.{place}")
+    find(module, "cli_env_setup")()
 
 
 def plugin_groups() -> list[str]:

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine starts and checks itself: eager, or with graphs as vLLM makes them."""
+
+import logging
+import time
+
+from benchmarks.gpu.engine import CAPTURED, engine, tokens
+from benchmarks.gpu.models import base
+from benchmarks.gpu.part import HAS_GPU, options, skip
+from benchmarks.table import Table
+from vllm_dqrelo.options import Options
+
+SAID = "self-check"  # in the line that the plugin logs
+COLUMNS = ("mode", "seconds", "said")
+
+
+class Lines(logging.Handler):
+    """Keeps the log lines that have ``SAID``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if SAID in (line := record.getMessage()):
+            self.found.append(line)
+
+
+def main() -> None:
+    """Start the engine, and write how long that took and what the check said."""
+    found = options("mode")
+    if found.mode == "graphs" and not HAS_GPU:
+        skip("graphs need a CUDA device")
+    if not hasattr(Options, "self_check"):
+        skip("this plugin does not check itself at start")
+    lines = Lines()
+    logging.getLogger("vllm").addHandler(lines)
+    eager = found.mode == "eager"
+    start = time.perf_counter()
+    llm = engine(
+        base(found.models, found.sizes),
+        found.sizes,
+        quantization="dqrelo",
+        max_loras=8,
+        enforce_eager=eager,
+        compilation_config={} if eager else {"cudagraph_capture_sizes": CAPTURED},
+        additional_config={"dqrelo": {"self_check": "always"}},
+    )
+    seconds = round(time.perf_counter() - start, 1)
+    llm.generate(tokens(8, 0, found.sizes), use_tqdm=False)
+    if not lines.found:
+        raise SystemExit(f"the engine logged no line with {SAID!r}")
+    table = Table(found.output / f"start_{found.mode}.csv", ("mode",), COLUMNS)
+    said = "; ".join(lines.found)
+    table.add({"mode": found.mode, "seconds": seconds, "said": said})
+
+
+if __name__ == "__main__":
+    main()
