@@ -263,9 +263,25 @@ def test_nothing_changed(models, tmp_path, capsys):
     refused(tmp_path, capsys, "has the weights of", base, base)
 
 
-@pytest.mark.parametrize("ratio", ["0", "1.01", "nan", "-1"])
+@pytest.mark.parametrize("ratio", ["0", "1.01", "nan", "-1", "0/8", "9/8", "-1/8"])
 def test_ratio_out_of_range(models, tmp_path, capsys, ratio):
     refused(tmp_path, capsys, "out of range", *models, "--ratio", ratio)
+
+
+def test_ratio_as_a_fraction(models, tmp_path):
+    command = ["convert", "--base", models[0], "--model", models[1]]
+    written = []
+    for name, ratio in (("text", "1/16"), ("number", "0.0625")):
+        assert run(*command, "--output", tmp_path / name, "--ratio", ratio) == 0
+        written.append((tmp_path / name / "delta_config.json").read_text())
+    assert written[0] == written[1]  # the digest is in it
+
+
+@pytest.mark.parametrize("ratio", ["1/0", "1/", "/8", "1/8/2", "an eighth", "1/x"])
+def test_ratio_is_not_a_number(models, tmp_path, capsys, ratio):
+    with pytest.raises(SystemExit):
+        refused(tmp_path, capsys, "", *models, "--ratio", ratio)
+    assert f"{ratio} is not a ratio such as 0.0625 or 1/16" in capsys.readouterr().err
 
 
 def test_ratio_too_small_for_signs(models, tmp_path, capsys):

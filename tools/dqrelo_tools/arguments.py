@@ -48,6 +48,17 @@ def share(text: str) -> float:
     return value
 
 
+def ratio(text: str) -> float:
+    """A number, "0.0625" or "1/16"; ``convert`` has its range."""
+    over, slash, under = text.partition("/")
+    try:
+        return float(over) / float(under) if slash else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a ratio such as 0.0625 or 1/16"
+        ) from None
+
+
 def add_models(command: argparse.ArgumentParser, *options: str) -> None:
     """Add the options that name models and deltas."""
     texts = {

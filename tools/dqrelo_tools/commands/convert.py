@@ -8,6 +8,7 @@ from dqrelo_tools.arguments import (
     Commands,
     add_device,
     add_models,
+    ratio,
     require_device,
     size,
 )
@@ -40,9 +41,10 @@ def add(commands: Commands) -> None:
     either = command.add_mutually_exclusive_group()
     either.add_argument(
         "--ratio",
-        type=float,
+        type=ratio,
         default=DEFAULT_RATIO,
-        help=f"size as a fraction of 16 bits per weight (default: {DEFAULT_RATIO})",
+        help="size as a fraction of 16 bits per weight, such as 0.0625 or 1/16 "
+        f"(default: {DEFAULT_RATIO})",
     )
     either.add_argument(
         "--budget",
