@@ -263,7 +263,7 @@ def test_nothing_changed(models, tmp_path, capsys):
     refused(tmp_path, capsys, "has the weights of", base, base)
 
 
-@pytest.mark.parametrize("ratio", ["0", "1.01", "nan", "-1", "0/8", "9/8", "-1/8"])
+@pytest.mark.parametrize("ratio", ["0", "1.01", "nan", "-1", "0/8", "9/8", "1/-8"])
 def test_ratio_out_of_range(models, tmp_path, capsys, ratio):
     refused(tmp_path, capsys, "out of range", *models, "--ratio", ratio)
 
