@@ -94,6 +94,11 @@ def test_the_kernels_are_compared_and_timed(tmp_path):
     assert set(tiles["a CPU, interpreted"]) == {"short", "tall"}
     table = rows_of(tmp_path / "kernels.csv")
     assert len(table) == 4 and (tmp_path / "kernels.svg").exists()
+    one, _ = rows_of(tmp_path / "layers.csv")
+    first, _, head, _ = (float(row["us"]) for row in table)
+    # 32 layers and one LM head; in milliseconds, of three digits.
+    assert float(one["ms"]) == pytest.approx((32 * first + head) / 1e3, abs=1e-3)
+    assert one["deltas"] == "1" and one["lora_ms"] == ""
     # One rounding of y to float16.
     assert all(float(row["relative_error"]) < 2**-10 for row in table)
 
@@ -117,20 +122,15 @@ def test_the_table_names_what_the_roofline_predicts(monkeypatch):
 def test_vllm_is_checked_and_timed(tmp_path):
     """On the CPU: the start, a mixed batch against merged weights, and steps."""
     pytest.importorskip("vllm")
-    from vllm_dqrelo.options import Options
-
     parts = ["models", "start_eager", "start_graphs", "mixed", "steps"]
     output, models = tmp_path / "output", tmp_path / "models"
     done, found = command(output, models, "--parts", *parts)
     assert done.returncode == 0, done.stdout
     outcomes = [found[part]["outcome"] for part in parts]
-    checks_itself = hasattr(Options, "self_check")
-    eager = "ok" if checks_itself else "skipped"
-    assert outcomes == ["ok", eager, "skipped", "ok", "ok"], done.stdout
+    assert outcomes == ["ok", "ok", "skipped", "ok", "ok"], done.stdout
     assert "CUDA" in found["start_graphs"]["why"]
-    if checks_itself:
-        (start,) = rows_of(output / "start_eager.csv")
-        assert "self-check" in start["said"]
+    (start,) = rows_of(output / "start_eager.csv")
+    assert "self-check passed" in start["said"]
     mixed = rows_of(output / "mixed.csv")
     assert len(mixed) == 6 and {row["model"] for row in mixed} >= {"base"}
     for row in mixed:

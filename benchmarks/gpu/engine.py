@@ -18,8 +18,9 @@ GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 def engine(folder: Path, sizes: Sizes, **options: Any) -> LLM:
     """An engine for the base; with ``quantization="dqrelo"`` also for its deltas."""
     if HAS_GPU:
-        options.setdefault("compilation_config", GRAPHS)
-        options["compilation_config"] |= {"cudagraph_capture_sizes": CAPTURED}
+        chosen = options.get("compilation_config", GRAPHS)
+        chosen = {**chosen, "cudagraph_capture_sizes": CAPTURED}
+        options["compilation_config"] = chosen
         options.setdefault("gpu_memory_utilization", 0.7)
     else:
         options |= {"enforce_eager": True, "num_gpu_blocks_override": 256}

@@ -77,13 +77,21 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measured(llm: LLM, requests: list[Any], sizes: Sizes) -> Iterator[Row]:
-    """Both phases, for each number of deltas."""
+def measured(
+    llm: LLM, request: Callable[[int], LoRARequest | None], sizes: Sizes
+) -> Iterator[Row]:
+    """Both phases, for each number of deltas.
+
+    Args:
+        request: of the delta with a number; called when the delta is needed.
+    """
+    requests: list[LoRARequest | None] = []
     for count in sizes.steps:
-        some, each = requests[:count], sizes.step_tokens // count
-        ms = decode_ms(llm, some, sizes)
+        requests += [request(i) for i in range(len(requests), count)]
+        each = sizes.step_tokens // count
+        ms = decode_ms(llm, requests, sizes)
         yield {"phase": "decode", "deltas": count, "rows_per_delta": 1, "ms": ms}
-        ms = prompt_ms(llm, some, sizes, each)
+        ms = prompt_ms(llm, requests, sizes, each)
         yield {"phase": "prompt", "deltas": count, "rows_per_delta": each, "ms": ms}
 
 
@@ -97,8 +105,11 @@ def of_deltas(found: Options, ratio: float) -> Iterator[Row]:
         quantization="dqrelo",
         max_loras=count,
     )
-    requests = [load_delta(llm, path.name, str(path)) for path in made]
-    for row in measured(llm, requests, found.sizes):
+
+    def request(i: int) -> LoRARequest:
+        return load_delta(llm, made[i].name, str(made[i]))
+
+    for row in measured(llm, request, found.sizes):
         yield {"system": "deltas", "ratio": ratio, **row}
 
 
@@ -106,7 +117,7 @@ def of_base(found: Options, _: float) -> Iterator[Row]:
     """vLLM alone: as many rows in a step, and those of each model on their own."""
     sizes = found.sizes
     llm = engine(base(found.models, sizes), sizes)
-    for row in measured(llm, [None] * max(sizes.steps), sizes):
+    for row in measured(llm, lambda i: None, sizes):
         yield {"system": "base", **row}
     one = decode_ms(llm, [None], sizes)
     for count in sizes.steps:
@@ -130,8 +141,11 @@ def of_lora(found: Options, ratio: float) -> Iterator[Row]:
         max_loras=count,
         max_lora_rank=rank,
     )
-    requests = [LoRARequest(f"lora-{i}", i + 1, str(adapter)) for i in range(count)]
-    for row in measured(llm, requests, found.sizes):
+
+    def request(i: int) -> LoRARequest:
+        return LoRARequest(f"lora-{i}", i + 1, str(adapter))
+
+    for row in measured(llm, request, found.sizes):
         yield {"system": "lora", "ratio": ratio, "rank": rank, **row}
 
 
