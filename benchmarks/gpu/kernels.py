@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of benchmarks/ops/gpu.py: the shapes that say most; and sums of its rows.
 
-A step of vLLM with the few layers of models.py is bound by the host. ``layers.csv`` has
-what the linear layers of the whole Llama-3.1-8B take, the sum of their rows.
+A step of vLLM with the few layers of models.py is bound by the host. The sums are what
+the linear layers of the whole Llama-3.1-8B take on the device.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ def sums(rows: list[Row]) -> list[dict[str, object]]:
     """Milliseconds of all linear layers of a model, by shape.
 
     Args:
-        rows: of kernels.csv.
+        rows: of the table.
 
     Returns:
         A row for each shape of which every layer was timed. A column that a layer

@@ -3,6 +3,7 @@
 
 import logging
 import time
+from typing import Any
 
 from benchmarks.gpu.engine import engine, tokens
 from benchmarks.gpu.models import base
@@ -13,16 +14,22 @@ SAID = "self-check"  # in the line that the plugin logs
 COLUMNS = ("mode", "seconds", "said")
 
 
-class Lines(logging.Handler):
-    """Keeps the log lines that have ``SAID``."""
+def kept_lines() -> list[str]:
+    """A list to which each log line that has ``SAID`` is added from now on.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
+    vLLM configures its loggers again when an engine starts, and removes handlers.
+    """
+    lines: list[str] = []
+    make = logging.getLogRecordFactory()
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def record_of(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
         if SAID in (line := record.getMessage()):
-            self.found.append(line)
+            lines.append(line)
+        return record
+
+    logging.setLogRecordFactory(record_of)
+    return lines
 
 
 def main() -> None:
@@ -30,8 +37,7 @@ def main() -> None:
     found = options("mode")
     if found.mode == "graphs" and not HAS_GPU:
         skip("graphs need a CUDA device")
-    lines = Lines()
-    logging.getLogger("vllm").addHandler(lines)
+    lines = kept_lines()
     start = time.perf_counter()
     llm = engine(
         base(found.models, found.sizes),
@@ -44,10 +50,10 @@ def main() -> None:
     )
     seconds = round(time.perf_counter() - start, 1)
     llm.generate(tokens(8, 0, found.sizes), use_tqdm=False)
-    if not lines.found:
+    if not lines:
         raise SystemExit(f"the engine logged no line with {SAID!r}")
     table = Table(found.output / f"start_{found.mode}.csv", ("mode",), COLUMNS)
-    said = "; ".join(lines.found)
+    said = "; ".join(lines)
     table.add({"mode": found.mode, "seconds": seconds, "said": said})
 
 
