@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from dqrelo_tools.compress import (
     compress,
     four_levels,
     rank_of,
+    strength,
 )
 from dqrelo_tools.svd import truncated_svd
 from vllm_dqrelo.format.tensors import INT4
@@ -160,3 +162,35 @@ def test_int4_golden_bytes():
     packed = pack_int4(values)  # a block of 5 columns is 3 bytes; spare bits clear
     assert packed.tolist() == [[0x90, 0x7F, 0x08]]
     assert torch.equal(unpack_int4(packed, 5), values)
+
+
+@pytest.mark.parametrize("ratio", [1 / 32, 1 / 16, 3 / 32, 1 / 8, 1])
+def test_a_low_rank_part_alone_has_the_length_of_the_change_up_to_a_twentieth(ratio):
+    delta, method = change(300, 200), METHODS["dqrelo"]
+    size = replace(method.size(300, 200, ratio, torch.bfloat16), planes=0)
+    fitted = Factors.of(delta, size.rank, INT4).dense().double()
+    got = compress(delta, size, method).dense().double()
+    factor = min(float(delta.double().norm() / fitted.norm()), 1.05)
+    # The same float32 sums of rank terms, of which each is rounded in another place.
+    slack = 8 * torch.finfo(torch.float32).eps * float(delta.abs().max())
+    torch.testing.assert_close(got, factor * fitted, rtol=1e-6, atol=slack)
+    assert factor == pytest.approx(strength(delta, fitted))
+    assert factor == 1.05 if ratio <= 1 / 16 else 1 < factor <= 1.05
+    assert ratio < 1 or factor < 1.05
+
+
+def test_signs_and_floats_and_the_paper_are_as_long_as_they_were_fitted():
+    delta = change(60, 90)
+    for method, planes in ((Method(planes=1), 1), (Method(planes=0, dtype=None), 0)):
+        size = method.size(60, 90, 1 / 4, torch.bfloat16)
+        assert size.planes == planes
+        got, part = compress(delta, size, replace(method, sweeps=0)), None
+        part = Factors.of(delta, size.rank, size.dtype)
+        planes_of_rest = Planes.of(delta - part.dense(), size)
+        torch.testing.assert_close(got.dense(), part.dense() + planes_of_rest.dense())
+
+
+def test_strength_of_nothing_and_of_more_than_the_change():
+    one = torch.ones(2, 2)
+    assert strength(one, torch.zeros(2, 2)) == strength(one, 2 * one) == 1
+    assert strength(one, one) == 1 and strength(1.01 * one, one) == pytest.approx(1.01)

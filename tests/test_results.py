@@ -45,6 +45,7 @@ COLUMNS = {
     "quality.quality.SCALE_COLUMNS": "finetunes",
     "quality.quantized.COLUMNS": "quantized",
     "quality.real.COLUMNS": "real",
+    "quality.strength.COLUMNS": "strength",
     "reliability.vllm_versions.COLUMNS": "versions",
     "serving.capacity.COLUMNS": "capacity",
     "serving.overhead.COLUMNS": "overhead",

@@ -156,6 +156,37 @@ def prediction_table(rows: list[Row], predicted: list[Row]) -> str:
     return f"{text}\n\nCorrelation of all pairs: {value:.4f}."
 
 
+def strength_table(rows: list[Row]) -> str:
+    """KL of low-rank parts as fitted, and relative to it with limits of strength."""
+    found: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        found[row["ratio"], row["fine_tune"]][row["limit"]] = row
+    limits = [
+        limit for limit in dict.fromkeys(r["limit"] for r in rows) if limit != "1"
+    ]
+    body: list[list[str]] = []
+    relative: dict[str, list[list[float]]] = defaultdict(list)
+    for (ratio, name), some in sorted(found.items(), key=lambda one: -float(one[0][0])):
+        cells, values = [], []
+        for column in ("kl", "kl_off_task"):
+            first = float(some["1"][column])
+            less = [float(some[limit][column]) / first for limit in limits]
+            cells += [f"{first:.2e}", *(f"{value:.2f}" for value in less)]
+            values += [first, *less]
+        body.append([ratio, name, *cells])
+        relative[ratio].append(values)
+    for ratio, some_values in relative.items():
+        means = [geometric_mean(list(v)) for v in zip(*some_values, strict=True)]
+        cells = [
+            f"{v:.2e}" if i % (len(limits) + 1) == 0 else f"{v:.2f}"
+            for i, v in enumerate(means)
+        ]
+        body.append([ratio, "geometric mean", *cells])
+    heads = [f"at most {limit}" for limit in limits]
+    head = ["ratio", "fine-tune", "KL, task", *heads, "KL, other text", *heads]
+    return table(head, body)
+
+
 def quantized_table(rows: list[Row]) -> str:
     """KL on a rounded base: of a delta made without it, and of one made from it."""
     found = {(row["fine_tune"], row["base"], row["delta_of"]): row for row in rows}

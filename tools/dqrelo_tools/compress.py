@@ -25,6 +25,10 @@ SHAPE_BYTES = 16  # of the stored shape of each matrix
 # (docs/benchmarks.md).
 LOW_RANK_BITS = 0.5
 MAX_PLANES = 2
+# The most by which a low-rank part alone is lengthened. What truncation leaves out
+# pulls every matrix back to the base, and the pulls add up. KL falls until about here
+# (benchmarks/results/strength.csv).
+MAX_STRENGTH = 1.05
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,8 @@ def compress(delta: torch.Tensor, size: Size, method: Method) -> MatrixDelta:
 
     Semantics: ``delta ~ sum_q scale_q * signs_q + B A``. Each part is taken from what
     the other one leaves, first in the method's order and then ``sweeps`` times more;
-    the best of all pairs, by squared error, is kept. Neither is random.
+    the best of all pairs, by squared error, is kept. Neither is random. A low-rank part
+    of integers without planes is then multiplied by its ``strength``.
 
     Args:
         delta: [N, K] float32, fine-tune minus base.
@@ -144,7 +149,19 @@ def compress(delta: torch.Tensor, size: Size, method: Method) -> MatrixDelta:
             planes = Planes.of(delta - part.dense(), size)
             if (error := squared_error(delta, planes, part)) < least:
                 least, best = error, (planes, part)
-    return stored(delta.shape, *best)
+    planes, part = best
+    if not size.planes and part.scale is not None:
+        part.scale = part.scale * strength(delta, part.dense())
+    return stored(delta.shape, planes, part)
+
+
+def strength(delta: torch.Tensor, kept: torch.Tensor) -> float:
+    """The factor that gives ``kept`` the length of ``delta``, at most MAX_STRENGTH.
+
+    Semantics: ``min(||delta|| / ||kept||, MAX_STRENGTH)`` (Frobenius), at least 1.
+    """
+    whole, length = (float(m.norm(dtype=torch.float64)) for m in (delta, kept))
+    return min(max(whole / length, 1.0), MAX_STRENGTH) if length else 1.0
 
 
 class Planes:
