@@ -13,9 +13,9 @@ pytestmark = pytest.mark.vllm
 @pytest.fixture
 def start(engine, family, monkeypatch, tmp_path):
     """``start(kind)``: an engine that checks itself; returns what it says of that."""
-    from vllm_dqrelo.worker.self_check import check
+    from vllm_dqrelo.worker.self_check import check, remembered
 
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr(remembered, "FOLDER", str(tmp_path))
     said = []
     monkeypatch.setattr(check.logger, "info", lambda text, line: said.append(line))
 
@@ -46,8 +46,17 @@ def test_it_passes(start, kind, max_loras):
     assert "not checked" not in line
 
 
+@pytest.fixture
+def few(monkeypatch):
+    """Few rows and kinds of deltas: the interpreter takes seconds for a step."""
+    from vllm_dqrelo.worker.self_check import ops
+
+    monkeypatch.setattr(ops, "ROWS", {"cpu": (17,)})
+    monkeypatch.setattr(ops, "KINDS", ops.KINDS[:1])
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "mixtral"])
-def test_it_passes_with_the_kernels_of_a_gpu(start, like_a_gpu, merges, kind):
+def test_it_passes_with_the_kernels_of_a_gpu(start, like_a_gpu, merges, few, kind):
     (line,) = start(kind)
     assert "not checked" not in line
     assert merges
@@ -57,7 +66,7 @@ def test_a_check_that_passed_is_remembered(start, tmp_path):
     assert start(self_check="never") == []
     (line,) = start(self_check="once")
     assert start(self_check="once") == []
-    (file,) = (tmp_path / "dqrelo" / "self_check").iterdir()
+    (file,) = tmp_path.glob("*.json")
     assert json.loads(file.read_text())["result"] == line
     assert len(start(self_check="once", max_loras=2)) == 1, "another kind of worker"
     assert len(start(self_check="always")) == 1
@@ -247,7 +256,54 @@ def test_a_fault_of_a_merged_matrix_is_found(start, merges, monkeypatch):
         start("llama")
 
 
-def test_a_fault_of_a_kernel_is_found(start, like_a_gpu, monkeypatch):
+def test_a_fault_of_a_kernel_is_found(start, like_a_gpu, few, monkeypatch):
     wrong_kernel_signs(monkeypatch)
     with pytest.raises(Exception, match="self-check failed: delta_linear_"):
+        start("llama")
+
+
+@pytest.fixture
+def graphs(like_a_gpu, few, monkeypatch):
+    """torch.cuda's graphs, emulated, of ops alone: what was captured, in order."""
+    from support.graphs import Graph
+
+    from vllm_dqrelo.worker.self_check import check, ops
+
+    monkeypatch.setattr(check, "check_step", lambda *_: None)
+
+    captured = []
+
+    class CUDAGraph(Graph):
+        def __init__(self):
+            super().__init__(host=())
+            captured.append(self)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+    monkeypatch.setattr(torch.cuda, "graph", CUDAGraph.capture)
+    monkeypatch.setattr(ops, "has_graphs", lambda device: True)
+    return captured
+
+
+def test_graphs_are_replayed(start, graphs):
+    (line,) = start("llama")
+    assert ", graph 0" in line
+    assert graphs and all(graph.triton for graph in graphs)
+
+
+def test_a_graph_that_keeps_the_rows_of_its_capture_is_found(
+    start, graphs, monkeypatch
+):
+    from dqrelo_kernels.rows import RowGroups
+
+    write = RowGroups.set
+
+    def elsewhere(self, slots):
+        buffers, count = self._device.clone(), self.capacity
+        self._device, self.starts = buffers, buffers[4 * count :]
+        self.rows, self.slots, self.by_row, _ = buffers[: 4 * count].chunk(4)
+        self.of_rows = (self.rows, self.slots, self.starts, self.num_active)
+        write(self, slots)
+
+    monkeypatch.setattr(RowGroups, "set", elsewhere)
+    with pytest.raises(Exception, match="self-check failed: graph: "):
         start("llama")

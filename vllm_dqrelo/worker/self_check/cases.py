@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.distributed import all_reduce
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 
@@ -265,7 +266,9 @@ class Linear(Case):
         """Sums over workers that have some ranks of B, and some columns, each."""
         if not (self.site.fully_sharded and self.site.splits_columns):
             return list(parts)
-        return [get_tp_group().all_reduce(part.clone()) for part in parts]
+        for part in parts:
+            all_reduce(part, group=get_tp_group().device_group)
+        return list(parts)
 
 
 class Embedding(Case):

@@ -24,8 +24,10 @@ RANK = 32
 KINDS = (Kind(1, RANK // 2, INT4), Kind(0, RANK, torch.bfloat16))
 # Of the size of a matrix: far above what rounding to 16 bits does to a model.
 STRENGTH = 1 / 8
-# What separates two models is so many times the error that is allowed.
-MARGIN = 10
+# What separates two models is so many times the error that is allowed: of the error
+# towards the other model, and of the error in any direction, in which the rounding of
+# 16 bits moves logits through all layers.
+TOWARDS, ANYWHERE = 10, 3
 # Elements of the matrices that deltas change. To merge them takes seconds on a CPU.
 MOST_ELEMENTS = {"cuda": 2**38, "cpu": 2**26}
 PROMPT = 7  # tokens
@@ -45,8 +47,9 @@ def check_step(worker: Any, manager: "DeltaManager", report: Report) -> None:
     A merged model is the base, eager, with ``Oracle`` in place of the ops. The base's
     weights are not written to, so that there is nothing to restore.
 
-    Semantics: for the logits of each request and each step,
-    ``|served - merged| <= min |merged - merged of another model| / MARGIN``.
+    Semantics: for each request and step, with the logits ``error = served - merged``
+    and ``apart = merged of another model - merged``,
+    ``|error . apart| <= |apart|^2 / TOWARDS`` and ``|error| <= |apart| / ANYWHERE``.
 
     Args:
         worker: vLLM's, with its KV cache and without requests. Mutated: the cache.
@@ -121,22 +124,29 @@ def _near(
     length: int,
     report: Report,
 ) -> None:
-    """See that logits are near those of their own model, and far from the others'."""
-    right = getattr(own, step)
-    apart = min(_distance(getattr(other, step), right) for other in others)
-    error = _distance(getattr(got, step), right)
-    report.note(
-        "step",
-        error * MARGIN / apart if apart else torch.inf,
-        f"{step} of {model.name} after {length} tokens, {mode}: logits are {error:.3g} "
-        f"from those of the merged model, other models are {apart:.3g} away",
-    )
+    """See that logits are those of their own model, and not of another."""
+    merged = getattr(own, step)
+    error = _difference(getattr(got, step), merged)
+    for other in others:
+        apart = _difference(getattr(other, step), merged)
+        distance = apart.norm()
+        towards, anywhere = error @ apart / distance, error.norm()
+        part = max(abs(towards) * TOWARDS, anywhere * ANYWHERE) / distance
+        report.note(
+            "step",
+            float(part.nan_to_num(nan=torch.inf)),
+            f"{step} of {model.name} after {length} tokens, {mode}: of the "
+            f"{distance:.3g} between the logits of its merged model and those of "
+            f"another, the served logits are {anywhere:.3g} off, {towards:.3g} of "
+            "these towards the other model",
+        )
 
 
-def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Euclidean; where a model has no token both are -inf."""
+def _difference(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Of the logits of tokens that a model has; what they have in common is nothing."""
     known = one.isfinite() | other.isfinite()
-    return float((one[known] - other[known]).norm())
+    difference = one[known].double() - other[known].double()
+    return difference - difference.mean()
 
 
 def _deltas(manager: "DeltaManager", parameters: dict[str, list[Named]]) -> list[Model]:
