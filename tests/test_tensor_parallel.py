@@ -354,7 +354,11 @@ def test_workers_equal_each_model_alone(
             pipeline_parallel_size=stages,
             fully_sharded_loras=stages == 1,
             additional_config={
-                "dqrelo": {"delta_memory_gib": 0.001, "added_tokens": 6}
+                "dqrelo": {
+                    "delta_memory_gib": 0.001,
+                    "added_tokens": 6,
+                    "self_check": "always",
+                }
             },
         )
         requests = [None] + [load(llm, folder.name, folder) for folder in deltas]
