@@ -160,5 +160,5 @@ def test_the_worker_refuses_rows_of_a_delta_that_it_was_not_given(
     llm = engine(made.base, quantization="dqrelo")
     load(llm, "math", made.deltas[0])
     mapping = LoRAMapping((0, 3), (0, 3), is_prefill=True)
-    with pytest.raises(RuntimeError, match="rows of a delta that it does not name"):
+    with pytest.raises(RuntimeError, match="rows of a delta that is not among"):
         manager_of(llm).set_active_adapters(set(), mapping)

@@ -21,7 +21,7 @@ class Arena:
 
     def __init__(self, size: int, device: torch.device | str) -> None:
         self.data = torch.empty(aligned(size), dtype=torch.uint8, device=device)
-        # Allocated with the arena, before vLLM measures what is left for the KV cache.
+        # Allocated with the arena, before vLLM measures memory for the KV cache.
         self._bounce = torch.empty_like(self.data[:BOUNCE])
         self._extents: dict[str, tuple[int, int]] = {}  # key -> offset, size
 

@@ -24,7 +24,7 @@ def manager_of(worker: Any) -> "DeltaManager":
 
 
 def start_deltas(worker: Any) -> Memory:
-    """Begin to serve deltas, in a worker that has its KV cache, if it does so right."""
+    """Check a worker that has its KV cache, and let the worker serve deltas."""
     manager, runner = manager_of(worker), worker.model_runner
     manager.attach(runner)
     self_check(worker, manager)

@@ -37,7 +37,7 @@ class HostTier:
         return self.packed[digest]
 
     def put(self, packed: PackedDelta) -> None:
-        """Add a delta, or note that it was used."""
+        """Add a delta, or mark a delta as used."""
         self.packed.setdefault(packed.digest, packed)
         self.packed.move_to_end(packed.digest)
 
@@ -46,9 +46,9 @@ class HostTier:
         self.packed.pop(digest, None)
 
     def shed(self, resident: Collection[str]) -> None:
-        """Drop deltas that the device has, too, until the limit is kept.
+        """Drop deltas that the device has as well, until the limit is kept.
 
-        A delta that is evicted from the device comes back.
+        A delta that the device evicts is put here again.
         """
         self._drop_until([digest for digest in self.packed if digest in resident])
 

@@ -74,7 +74,7 @@ class DeltaManager:
     def create_lora_manager(
         self, model: torch.nn.Module, vllm_config: VllmConfig
     ) -> torch.nn.Module:
-        """Put deltas behind every site of the loaded ``model``; returns it."""
+        """Add deltas to every site of the loaded ``model``, and return the model."""
         ops.prepare(self.device)
         stages = get_pp_group()
         self.sites = Sites(
@@ -240,13 +240,13 @@ class DeltaManager:
 
         Args:
             request: its path is the delta's folder.
-            others: digest -> bytes of the ``--max-loras`` largest deltas that it must
-                have room beside.
+            others: digest -> bytes of the ``--max-loras`` largest deltas that must fit
+                the arena together with this delta.
 
         Raises:
             FileNotFoundError: there is no such folder.
-            DqreloError: it cannot be served, or it has another digest than the path
-                names.
+            DqreloError: the delta cannot be served, or its digest is not the digest of
+                the path.
         """
         path, digest = split_path(request.lora_path)
         folder = str(path)
@@ -332,7 +332,7 @@ class DeltaManager:
         elif self.host.packed or self.residency.resident:
             raise RuntimeError(NEW_WEIGHTS)
 
-    # What the engine asks a worker for with plain LoRA; here it knows itself.
+    # Questions that an engine with plain LoRA asks; an engine with deltas knows.
 
     def add_adapter(self, request: LoRARequest) -> bool:
         """Not used: the engine answers, see ``engine/deltas.py``."""
@@ -363,7 +363,7 @@ def _slots_of(adapter_ids: np.ndarray, by_id: dict[int, int]) -> np.ndarray:
         slots[mine] = slot
         known |= mine
     if not known.all():
-        raise RuntimeError("a step has rows of a delta that it does not name")
+        raise RuntimeError("a step has rows of a delta that is not among its requests")
     return slots
 
 

@@ -96,7 +96,7 @@ class _Extent:
         return self.add(torch.cat([side_by_side(matrix) for matrix in packed]))
 
     def bytes(self) -> torch.Tensor:
-        """All of it: uint8, in pageable memory."""
+        """All bytes, uint8, in pageable memory."""
         data = torch.zeros(self._size, dtype=torch.uint8)
         for offset, part in self._parts:
             data[offset : offset + part.numel()].copy_(part)
@@ -214,7 +214,7 @@ def _vector(
     value = delta.parameter(name).float()
     shape = tuple(value.shape)
     if place.site.is_norm:
-        # Gemma's norm multiplies by 1 + weight; the op multiplies by what it is given.
+        # Gemma's norm multiplies by 1 + weight; the op multiplies by its argument.
         gemma = isinstance(place.site.module, GemmaRMSNorm)
         field = NORM_FIELDS[place.leaf]
         return {field: extent.add(value + 1 if gemma else value)}, shape

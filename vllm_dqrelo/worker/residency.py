@@ -20,7 +20,7 @@ from vllm_dqrelo.worker.vocabulary import AddedRows, Vocabularies
 class _Resident:
     """A delta on the device: its slot and its extent.
 
-    ``packed`` is what it was made of; its bytes are in the arena only.
+    ``packed`` is the delta without its bytes, which the arena has.
     """
 
     slot: int
@@ -60,7 +60,7 @@ class Residency:
         self.resident: OrderedDict[str, _Resident] = OrderedDict()
         self.evicted = 0
         self._free = list(reversed(range(slots)))
-        # The tables of all sites, one behind another: a site's is contiguous.
+        # The tables of all sites follow one another: each is contiguous.
         self._table = empty_table(1, slots * sites.count, device)[0]
         rows_of_slots = torch.empty(slots, sites.count, dtype=torch.int64)
         self._sites: dict[str, torch.Tensor] = {}
@@ -140,7 +140,7 @@ class Residency:
         self.vocabularies.set(delta.slot, packed.vocab_size)
 
     def evict(self, digest: str) -> None:
-        """Take a delta off the device; host memory gets it back."""
+        """Evict a delta from the device to host memory."""
         if digest not in self.host:
             delta = self.resident[digest]
             extent = torch.empty(delta.size, dtype=torch.uint8)

@@ -95,7 +95,7 @@ def _attach_v1(runner: Any, manager: Any) -> None:
     """Attach Model Runner V1.
 
     Why: as for V2; V1 does describe the rows of drafts. A step of the
-        base need not wait for the question which adapters it has.
+        base skips the search for its adapters.
     Where: ``set_active_loras``, v1/worker/gpu_model_runner.py:2239, and in the same
         ``execute_model`` what is sampled (:4242); ``_get_prompt_logprobs_dict`` (:5306)
         in another call.

@@ -42,7 +42,7 @@ class Step:
         merge_rows: int | None = None,
         whole_bytes: int = 0,
     ) -> None:
-        # Allocated before vLLM measures what is left for the KV cache.
+        # Allocated before vLLM measures the memory left for the KV cache.
         self.scratch = torch.empty(max_tokens, ranks, device=device)
         self.whole = torch.empty(whole_bytes, dtype=torch.uint8, device=device)
         self.merges = merge_rows is not None
@@ -60,7 +60,7 @@ class Step:
         return self.tokens.is_base
 
     def put(self, module: torch.nn.Module, name: str, value: Any) -> None:
-        """Set an attribute of a layer; it is vLLM's own in steps that are skipped."""
+        """Set an attribute of a layer; steps that are skipped restore vLLM's."""
         self._put.append((module, name, getattr(module, name), value))
         object.__setattr__(module, name, value)
 
