@@ -190,7 +190,7 @@ FORMATS = {
 }
 
 
-SERVED = ["w4a16", "w8a8", "w8a8-fp8", "fp8-block", "gptq", "awq"]  # by vLLM's CPU
+SERVED = ["w4a16", "w8a8-fp8", "w8a8", "fp8-block", "gptq", "awq"]  # by vLLM's CPU
 
 
 def quantize(folder, output, kind):
@@ -336,18 +336,11 @@ def rms(difference):
     return float(difference.square().mean().sqrt())
 
 
-ON_V2 = ("w4a16", "w8a8-fp8")
+ON_V2 = [pytest.param(kind, marks=pytest.mark.v2) for kind in SERVED[:2]]
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize(
-    "kind",
-    [
-        *(pytest.param(kind, marks=pytest.mark.v2) for kind in ON_V2),
-        *(kind for kind in SERVED if kind not in ON_V2),
-        "w4a16 -tp 2",
-    ],
-)
+@pytest.mark.parametrize("kind", [*ON_V2, *SERVED[2:], "w4a16 -tp 2"])
 def test_a_mixed_batch_on_a_quantised_base(
     kind, models, tmp_path, prompts, load, monkeypatch
 ):
