@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Sizes and ratios, as options and as text."""
+
 import argparse
 
 import pytest
 
-from dqrelo_tools.arguments import size
+from dqrelo_tools.arguments import ratio, size
 from dqrelo_tools.footprint import bytes_of
 from dqrelo_tools.sizes import format_size, parse_size
 
@@ -49,3 +51,15 @@ def test_a_speed_is_a_size_a_second():
 @pytest.mark.parametrize("count", [1, 999, 1000, 120_000, 1_234_567, 10**9, 3 * 10**12])
 def test_the_text_of_a_size_is_that_size(count):
     assert parse_size(format_size(count)) == count
+
+
+@pytest.mark.parametrize("text", ["1/16", "0.0625", " 1 / 16 "])
+def test_a_ratio_is_a_number_or_a_fraction(text):
+    assert ratio(text) == 0.0625
+
+
+@pytest.mark.parametrize("text", ["1/0", "1/", "/8", "1/8/2", "an eighth", "1/x", ""])
+def test_what_is_not_a_ratio_is_refused(text):
+    message = f"^{text} is not a ratio such as 0.0625 or 1/16"
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        ratio(text)
