@@ -304,7 +304,7 @@ def test_a_pinned_delta_is_not_read_again(
     pinned = load(llm, "pinned", tmp_path / "pinned")
     other = load(llm, "other", made.deltas[1])
     assert llm.llm_engine.pin_lora(pinned.lora_int_id)
-    with pytest.raises(ValueError, match="no delta with the id 999"):
+    with pytest.raises(ValueError, match="cannot pin 999: not the id of a delta"):
         llm.llm_engine.pin_lora(999)
     answers(llm, prompts[:1], [pinned])
     shutil.rmtree(tmp_path / "pinned")

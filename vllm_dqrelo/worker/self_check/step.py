@@ -61,7 +61,13 @@ def check_step(worker: Any, manager: "DeltaManager", report: Report) -> None:
         report.left_out.append(f"a step: {problem}")
         return
     parameters = by_site(manager)
-    models = [Model("the base"), *_deltas(manager, parameters)]
+    names = _names(manager, parameters)
+    norms = (parameters[s.name] for s in manager.sites.by_name.values() if s.is_norm)
+    if not names or any(p.name not in names for norm in norms for p in norm):
+        # So small a change would be lost in the rounding of 16 bits.
+        report.left_out.append("a step: delta_memory_gib has no room for two deltas")
+        return
+    models = [Model("the base"), *_deltas(manager, names)]
     nothing = _nothing(manager)
     _compare(worker, manager, models, nothing, parameters, PROMPT, report)
     merge_rows = manager.step.tokens.merge_rows
@@ -149,9 +155,8 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return difference - difference.mean()
 
 
-def _deltas(manager: "DeltaManager", parameters: dict[str, list[Named]]) -> list[Model]:
-    """Two deltas in host memory that change as much of the model as fits."""
-    names = _names(manager, parameters)
+def _deltas(manager: "DeltaManager", names: list[str]) -> list[Model]:
+    """Two deltas in host memory that change these parameters."""
     most = min(
         manager.memory.rank // len(site.of_a_row) // 2 * 2
         for site in manager.sites.by_name.values()
@@ -167,7 +172,7 @@ def _deltas(manager: "DeltaManager", parameters: dict[str, list[Named]]) -> list
 
 
 def _names(manager: "DeltaManager", parameters: dict[str, list[Named]]) -> list[str]:
-    """Parameters of the first and the last sites, and on to the middle of the model."""
+    """Parameters of the first and the last sites, and on to the middle, that fit."""
     sites = list(manager.sites.by_name.values())
     elements = MOST_ELEMENTS[manager.device.type]
     size = manager.memory.arena // min(len(KINDS), manager.max_loras)
