@@ -8,6 +8,7 @@ v1/worker/gpu/warmup.py:82.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from vllm import SamplingParams
@@ -147,19 +148,16 @@ def _step(
 @contextmanager
 def _recorded(runner: Any) -> Iterator[list[torch.Tensor | None]]:
     """What the model's ``compute_logits`` returns."""
-    model, found = runner.model, []
-    compute = model.compute_logits
+    found: list[torch.Tensor | None] = []
+    compute = runner.model.compute_logits
 
     def compute_logits(*args: Any, **kwargs: Any) -> torch.Tensor | None:
         logits = compute(*args, **kwargs)
         found.append(None if logits is None else logits.clone())
         return logits
 
-    model.compute_logits = compute_logits
-    try:
+    with patch.object(runner.model, "compute_logits", compute_logits):
         yield found
-    finally:
-        model.compute_logits = compute
 
 
 @contextmanager
