@@ -86,31 +86,32 @@ def serve(
     runner = worker.model_runner
     names = [f"self-check {i}" for i in range(len(requests))]
     groups = runner.kv_cache_config.kv_cache_groups
+    # A stage learns what was sampled only between steps of an engine: there the token
+    # is a second part of the prompt.
+    in_stages = get_pp_group().world_size > 1
+    tokens = [*prompt, NEXT] if in_stages else prompt
     blocks = _numbers(runner, len(requests), len(prompt))
     sampling = SamplingParams(temperature=0.0, max_tokens=2, allowed_token_ids=[NEXT])
     first = SchedulerOutput.make_empty()
     first.scheduled_new_reqs = [
         NewRequestData(
             req_id=name,
-            prompt_token_ids=prompt,
+            prompt_token_ids=tokens,
             mm_features=[],
             sampling_params=sampling,
             pooling_params=None,
             block_ids=next(blocks),
             num_computed_tokens=0,
             lora_request=request,
-            prefill_token_ids=prompt,
+            prefill_token_ids=tokens,
         )
         for name, request in zip(names, requests, strict=True)
     ]
     cached = CachedRequestData.make_empty()
     cached.req_ids = names
     cached.num_computed_tokens = [len(prompt)] * len(names)
-    cached.num_output_tokens = [1] * len(names)
+    cached.num_output_tokens = [int(not in_stages)] * len(names)
     cached.new_block_ids = [None] * len(names)
-    cached.new_token_ids = (
-        [[NEXT]] * len(names) if get_pp_group().world_size > 1 else []
-    )
     second = SchedulerOutput.make_empty()
     second.scheduled_cached_reqs = cached
     last = SchedulerOutput.make_empty()
