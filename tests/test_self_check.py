@@ -72,6 +72,22 @@ def test_a_check_that_passed_is_remembered(start, tmp_path):
     assert len(start(self_check="always")) == 1
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.int16, torch.int8, torch.uint8, torch.bfloat16, torch.float32]
+)
+def test_a_key_has_the_same_numbers_when_its_pool_has_grown(dtype):
+    from vllm_dqrelo.worker.self_check import synthetic
+
+    synthetic.free_pools()
+    keys = [f"key {i}" for i in range(50)]
+    before = [synthetic._random(dtype, (301, 7), key).clone() for key in keys]
+    synthetic._random(dtype, (2**20 + 3,), "a larger tensor")
+    after = [synthetic._random(dtype, (301, 7), key) for key in keys]
+    synthetic.free_pools()
+    assert all(map(torch.equal, before, after))
+    assert not torch.equal(after[0], after[1])
+
+
 def swapped_slices(patch):
     """k and v of the first layer have each other's entries."""
     from vllm_dqrelo.worker import residency

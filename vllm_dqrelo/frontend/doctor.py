@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``dqrelo doctor``: whether this machine can serve deltas, and what a report needs."""
 
+import json
 import os
 import platform
 import sys
@@ -12,7 +13,7 @@ from typing import NamedTuple
 from vllm_dqrelo import __version__
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.frontend.serve import check_plugin, check_vllm
-from vllm_dqrelo.messages.self_check import RESULT, newest
+from vllm_dqrelo.messages.self_check import FOLDER, RESULT
 
 PACKAGES = ("torch", "transformers", "safetensors", "triton")
 # That kernels are chosen by.
@@ -152,9 +153,12 @@ def self_check() -> str:
     """The newest self-check of a server on this machine."""
     from vllm import envs
 
+    files = Path(envs.VLLM_CACHE_ROOT, FOLDER).glob("*.json")
+    newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        return "not remembered: run a server once"
     try:
-        found = newest(Path(envs.VLLM_CACHE_ROOT))
-        return found[RESULT] if found else "not remembered: run a server once"
+        return str(json.loads(newest.read_text())[RESULT])
     except (OSError, ValueError, KeyError) as error:
         return f"not readable: {error}"
 

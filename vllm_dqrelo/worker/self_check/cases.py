@@ -188,7 +188,6 @@ class Linear(Case):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.add = linear_of(self.site)
-        self.ranks = self.manager.step.scratch.shape[1]
         slices = len(self.on_device.slices) - 1
         entries = self.on_device.table
         self.on_device = self.on_device._replace(

@@ -71,9 +71,11 @@ def check_step(worker: Any, manager: "DeltaManager", report: Report) -> None:
     nothing = _nothing(manager)
     _compare(worker, manager, models, nothing, parameters, PROMPT, report)
     merge_rows = manager.step.tokens.merge_rows
-    if manager.step.merges and not requests.why_none(runner, merge_rows):
-        # The second model is a delta, whose prompt is merged.
-        _compare(worker, manager, models, nothing, parameters, merge_rows, report)
+    if manager.step.merges:  # prompts of so many tokens
+        if problem := requests.why_none(runner, merge_rows):
+            report.left_out.append(f"a merged prompt: {problem}")
+        else:
+            _compare(worker, manager, models, nothing, parameters, merge_rows, report)
     for model in (*models, nothing):
         if model.request:
             manager.forget(model.request.lora_name)

@@ -176,7 +176,10 @@ _pools: dict[torch.dtype, torch.Tensor] = {}
 
 
 def _random(dtype: torch.dtype, shape: tuple[int, ...], key: str) -> torch.Tensor:
-    """A view of random numbers: normal, or all integers of ``dtype``."""
+    """A view of random numbers: normal, or all integers of ``dtype``.
+
+    A key has the same numbers each time: a larger pool begins as a smaller one does.
+    """
     count, offset = math.prod(shape), zlib.crc32(key.encode()) % OFFSETS
     offset -= offset % ALIGNMENT
     pool = _pools.get(dtype)
