@@ -3,10 +3,10 @@
 """What the kernels share: the table's fields, factors, and how programs share work.
 
 A *row tile* is up to BLOCK_M rows of one slot. The programs of a launch take the
-(row tile, output tile) pairs by stride. Only the device knows how many pairs there are,
-and a captured graph fits every later step, because the grid has the size of the device.
-Which program computes a pair does not change the result, and no pair reads what another
-pair wrote.
+(row tile, output tile) pairs by stride. Only the device knows the number of pairs. The
+size of the grid depends on the device alone: a captured graph fits every later step.
+Which program computes a pair does not change the result. A pair reads nothing that
+another pair wrote.
 """
 
 import torch
@@ -41,7 +41,7 @@ INT4_BYTES = tl.constexpr(layout.INT4_BLOCK // 2)  # of a full block
 WORD_BITS = tl.constexpr(layout.WORD_BITS)
 BLOCK = tl.constexpr(layout.BLOCK)
 
-# As many as an SM can hold at a time at the registers that the kernels take.
+# The programs that an SM holds at a time with the registers that the kernels take.
 PROGRAMS_PER_SM = 8
 
 
@@ -92,8 +92,8 @@ def decode_int4(pairs, HALF: tl.constexpr, dtype: tl.constexpr, IN_FOURS: tl.con
     """The lower (0) or upper (1) integers of the bytes ``pairs`` as ``dtype``, exactly.
 
     In fours: four bytes of a register at a time. A nibble becomes the last bits of
-    128 (bfloat16) or 1024 (float16), whose last bit is worth 1; that is subtracted
-    again together with the 8.
+    128 (bfloat16) or 1024 (float16), whose last bit is worth 1. One operation
+    subtracts this number and the 8.
     """
     if IN_FOURS:
         one: tl.constexpr = 0x3F803F80 if dtype == tl.bfloat16 else 0x3C003C00

@@ -172,8 +172,8 @@ def low_rank(
 
     Semantics: ``scratch[m, first_dj + r] = lora_scale_dj[r] * (A_dj[r] . x[m])``, where
     first is the table's FIRST_A and an absent lora_scale is 1.
-    Products of integer or 16-bit factors and 16-bit activations are exact; float32
-    factors meet these as TF32.
+    Products of integer or 16-bit factors and 16-bit activations are exact. Float32
+    factors are rounded to TF32 before a product with 16-bit activations.
 
     Args:
         scratch: float32 [>= M, ranks], see ops.py. Mutated where a rank exists.
@@ -184,7 +184,7 @@ def low_rank(
     (m, k), (slots, slices, _) = x.shape, table.shape
     tall = are_tall(m, slots) and x.dtype != torch.float32
     block_m, stages = (64, 3) if tall else (16, 4)
-    # The same for all heights, so that a row's bits do not depend on the height: an
+    # Both are the same for all heights. A row's bits do not depend on the height: an
     # int4 sum goes by halves of block_k, and Hopper takes wgmma from block_r 64 on.
     block_r, block_k = 32, 128
     row_tiles_at_most = min(slots, m) + m // block_m
@@ -211,6 +211,6 @@ def low_rank(
         BLOCK_M=block_m,
         BLOCK_R=block_r,
         BLOCK_K=block_k,
-        num_warps=2,  # of tall tiles each decodes all of A: no more of them
+        num_warps=2,  # each warp of a tall tile decodes all of A
         num_stages=stages,
     )

@@ -2,8 +2,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """The base's weight with one delta in it: ``weight + sum of scale * S + B A``.
 
-A delta with many rows in a step, which is a prompt's, costs least so: its matrix is
-made once, and one dense product takes the place of the base's and the delta's.
+A delta with many rows in a step (a prompt) costs least this way: the kernel makes the
+merged matrix once, and one dense product replaces the base's and the delta's.
 """
 
 import torch

@@ -30,7 +30,7 @@ def delta_linear_(
     slots: torch.Tensor,
     starts: torch.Tensor,
 ) -> None:
-    """Both halves: A x into the scratch, then all else."""
+    """Write A x to the scratch, then add signs, B and bias."""
     low_rank(scratch, x, arena, table, rows, starts)
     sign_matmul(y, scratch, x, arena, table, slices, rows, starts)
 
@@ -44,7 +44,7 @@ def delta_shrink_(
     slots: torch.Tensor,
     starts: torch.Tensor,
 ) -> None:
-    """The first half."""
+    """Write A x to the scratch."""
     low_rank(scratch, x, arena, table, rows, starts)
 
 
@@ -59,5 +59,5 @@ def delta_expand_(
     slots: torch.Tensor,
     starts: torch.Tensor,
 ) -> None:
-    """The second half, with A x in the scratch."""
+    """Add signs, B and bias; the scratch holds A x."""
     sign_matmul(y, scratch, x, arena, table, slices, rows, starts)

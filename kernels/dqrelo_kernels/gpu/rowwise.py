@@ -185,8 +185,8 @@ def norm(
     """Redo a norm with the weight and the bias of every row's delta.
 
     Semantics: ``y[m, g] = z / sqrt(mean(z^2) + eps) * weight_d + bias_d`` in float32,
-    where z is ``x[m, g]``, less its mean if ``centred``; rows whose delta has no
-    weight for this norm keep what they have.
+    where z is ``x[m, g]``, less its mean if ``centred``. Rows whose delta has no
+    weight for this norm are unchanged.
 
     Args:
         y: [M, K] or [M, G, K] float. Mutated.

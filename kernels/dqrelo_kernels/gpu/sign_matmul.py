@@ -2,11 +2,11 @@
 # mypy: disable-error-code="no-untyped-def"
 """Grouped delta linear: ``y[m] += sum of scale * (S x[m]) + B scratch[m] + bias``.
 
-One launch for all slices and slots of a site. A program makes a tile of y^T: it loads
-the words of BLOCK_N output features and 256 columns once (layout.py), decodes them
-bit by bit straight into the tensor core's first operand, and multiplies each with
-the 16 consecutive columns of up to BLOCK_M rows of one delta. A sum over K is never
-split, so a row's result depends neither on the other rows nor on where they are.
+One launch covers all slices and slots of a site. A program computes a tile of y^T. The
+program loads the words of BLOCK_N output features and 256 columns once (layout.py),
+decodes the words bit by bit into the tensor core's first operand, and multiplies each
+bit with its 16 consecutive columns of up to BLOCK_M rows of one delta. A sum over K is
+never split: a row's result depends neither on the other rows nor on their order.
 """
 
 import torch
@@ -47,8 +47,8 @@ def _decode(words, BIT: tl.constexpr, dtype: tl.constexpr, IN_PAIRS: tl.constexp
     """Bit ``BIT`` of each word as +1 (set) or -1 of ``dtype``.
 
     In pairs: two words of a register at a time. The bit moves to the place of a 16-bit
-    float's sign; one operation keeps it and fills in 1.0: (t & 0x8000) ^ -1.0. Written
-    as an and and a xor, ptxas makes two of it.
+    float's sign; one operation keeps it and fills in 1.0: (t & 0x8000) ^ -1.0. ptxas
+    makes two operations of a separate and and xor.
     """
     if IN_PAIRS:
         minus_one: tl.constexpr = 0xBF80BF80 if dtype == tl.bfloat16 else 0xBC00BC00
