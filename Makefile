@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo   a real model, fine-tuned, compressed, served and asked
-# make test   all tests that need no GPU, two files of them at a time
-# make test-slow   all tests with an engine again, with Model Runner V2 (half an hour)
+# make test   the tests that need no GPU, two files of them at a time
+# make test-slow   the long ones of them; .ci/run runs both
+# make test-v2   all tests with an engine again, with Model Runner V2 (half an hour)
 # make bench  short versions of the benchmarks, and all figures and tables again
 # make bench-check   are deltas slower than they were on this kind of machine?
 # make site   the documents as a web site, in .cache/site
@@ -9,20 +10,25 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 V2 := VLLM_USE_V2_MODEL_RUNNER=1
 
-.PHONY: demo test test-slow bench bench-check site lint clean
+.PHONY: demo test test-slow test-v2 bench bench-check site lint clean
 
 demo: .venv/ready
 	$(BIN)/python -m benchmarks.demo
 
 test: .venv/ready
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not timing"
+	$(PYTEST) -m "not slow and not timing"
 	$(BIN)/pytest -m timing
-	$(V2) $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m v2
+	$(V2) $(PYTEST) -m "v2 and not slow"
 
 test-slow: .venv/ready
-	$(V2) $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "vllm and not timing"
+	$(PYTEST) -m "slow and not timing"
+	$(V2) $(PYTEST) -m "v2 and slow"
+
+test-v2: .venv/ready
+	$(V2) $(PYTEST) -m "vllm and not timing"
 
 # Measured anew into .cache/bench; the documents have benchmarks/results.
 bench: .venv/ready

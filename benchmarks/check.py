@@ -12,6 +12,9 @@ record twice on a quiet machine to see what ``BAND`` is worth there.
 ``--record`` adds the new ratios to the history. A kind of machine without a history
 passes, and its ratios are added. Rows without a ``cpu_id`` are older than that column:
 they are compared only on machines that do not have one either.
+
+Last, the check names the results files that are older than the code that they measure
+(age.py). An old file is not an error.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.age import older
 from benchmarks.machine import MACHINE, cpu_id, cpuinfo, machine
 from benchmarks.ops.cpu import Base, Deltas, Loras, best_ms
 from benchmarks.paths import RESULTS
@@ -85,6 +89,8 @@ def main() -> None:
     if unknown:
         kind = f"{about['cpu']} ({about['cpu_id']}), {about['cores']} cores"
         print(f"not a history of {kind} yet: measured, recorded")
+    if names := older():
+        print("older than the code that they measure:", *names, sep="\n  ")
     if problems:
         sys.exit("slower, by more than noise:\n" + "\n".join(problems))
 

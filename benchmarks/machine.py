@@ -62,12 +62,13 @@ def cpu_id(cpuinfo: str) -> str:
 
 def commit() -> str:
     """The commit, with ``-dirty`` when files other than results differ from it."""
-    head = _git("rev-parse", "--short=12", "HEAD")
-    changes = _git("status", "--porcelain", "--", ":!benchmarks/results")
+    head = git("rev-parse", "--short=12", "HEAD")
+    changes = git("status", "--porcelain", "--", ":!benchmarks/results")
     return f"{head}-dirty" if changes else head
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
+    """What git says of this checkout; empty without git or where git fails."""
     if not (git := shutil.which("git")):
         return ""
     command = [git, "-C", str(ROOT), *arguments]

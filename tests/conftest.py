@@ -46,7 +46,7 @@ pytest_plugins = [f"support.{name}" for name in PLUGINS]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files of slow tests first, then those of many tests.
+    """Put the slow files of engines first, then other engines, then many tests.
 
     Workers of xdist take files in this order, and so end at about the same time.
     """
@@ -54,10 +54,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         files.setdefault(item.path, []).append(item)
 
-    def order(item: pytest.Item) -> tuple[bool, int]:
+    def order(item: pytest.Item) -> tuple[bool, bool, int]:
         found = files[item.path]
-        slow = all(other.get_closest_marker("slow") for other in found)
-        return not slow, -len(found)
+        slow, engines = (
+            any(other.get_closest_marker(marker) for other in found)
+            for marker in ("slow", "vllm")
+        )
+        return not engines, not slow, -len(found)
 
     items.sort(key=order)
 

@@ -184,6 +184,7 @@ def test_mixed_batch_equals_each_model_alone(kind, save_model, tmp_path):
     check_mixed_batch(base, tuned, tmp_path)
 
 
+@pytest.mark.slow
 def test_experts_as_on_a_gpu(save_model, tmp_path, monkeypatch):
     """Weights as in the checkpoint, and compiled, as vLLM does by default."""
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (

@@ -52,6 +52,7 @@ def refused_to_write(family, tmp_path, size) -> list[str]:
     return left
 
 
+@pytest.mark.slow
 def test_the_disk_is_full(family, tmp_path):
     """While parameters are kept, and while the delta is put together."""
     whole = (family("llama").deltas[0] / WEIGHTS).stat().st_size

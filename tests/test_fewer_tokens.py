@@ -229,7 +229,11 @@ CAPPED = Gemma3TextConfig(**GROUPED, **TIED, final_logit_softcapping=2.0)
 
 @pytest.mark.vllm
 @pytest.mark.parametrize(
-    ("kind", "room"), [(CAPPED, 3), (phi(), 0)], ids=["cap", "bias"]
+    ("kind", "room"),
+    [
+        pytest.param(CAPPED, 3, marks=pytest.mark.slow, id="cap"),
+        pytest.param(phi(), 0, id="bias"),
+    ],
 )
 def test_a_mixed_batch_equals_each_model_alone(
     kind, room, save_model, tmp_path, engine, load, prompts

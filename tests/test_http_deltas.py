@@ -20,7 +20,7 @@ from benchmarks.serving.server import metric
 from dqrelo_tools import cli
 
 pytest.importorskip("vllm")
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.vllm
 
 BIN = Path(sys.executable).parent
 KEY = "secret"

@@ -37,6 +37,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_and_writes_the_same_bytes(tmp_path):
     base = synthetic(tmp_path / "base", 1, 30, (96, 300))
     model = synthetic(tmp_path / "model", 2, 30, (96, 300))
@@ -100,6 +101,7 @@ print(convert(*sys.argv[4:7]) - small)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux")
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     """Against a conversion of the same matrix, alone, in the same process."""

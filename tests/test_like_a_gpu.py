@@ -68,6 +68,7 @@ def _worker(llm):
     return core.model_executor.driver_worker.worker
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2", "mixtral"])
 def test_the_kernels_of_a_gpu(
     like_a_gpu, merges, family, alone, engine, answers, difference, load, prompts, kind
@@ -110,10 +111,12 @@ def graphs(like_a_gpu, merges, engine, family, load, monkeypatch):
 
 V2_ONLY = pytest.mark.skipif(
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0",
-    reason="graphs are those of Model Runner V2: make test-slow",
+    reason="graphs are those of Model Runner V2",
 )
 
 
+@pytest.mark.slow
+@pytest.mark.v2
 @V2_ONLY
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_graphs_are_replayed_for_other_rows_and_deltas(
@@ -135,6 +138,8 @@ def test_graphs_are_replayed_for_other_rows_and_deltas(
     assert merges
 
 
+@pytest.mark.slow
+@pytest.mark.v2
 @V2_ONLY
 def test_a_graph_that_was_captured_without_deltas_is_seen(
     graphs, alone, answers, difference, prompts

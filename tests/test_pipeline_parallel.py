@@ -21,7 +21,11 @@ TOLERANCE = 1e-4
 # A tied LM head is in another stage than the embedding that it is, and vLLM's Mixtral
 # has a last norm in both stages.
 @pytest.mark.parametrize(
-    "kind", [pytest.param("llama-tied", marks=pytest.mark.v2), "mixtral"]
+    "kind",
+    [
+        pytest.param("llama-tied", marks=pytest.mark.v2),
+        pytest.param("mixtral", marks=pytest.mark.slow),
+    ],
 )
 def test_two_stages_equal_each_model_alone(
     kind,
@@ -66,6 +70,7 @@ def test_two_stages_equal_each_model_alone(
             load(llm, name, folder)
 
 
+@pytest.mark.slow
 def test_a_tied_head_that_is_stored_as_well(
     family,
     alone,

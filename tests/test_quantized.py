@@ -336,11 +336,12 @@ def rms(difference):
     return float(difference.square().mean().sqrt())
 
 
+SHARDED = pytest.param("w4a16 -tp 2", marks=pytest.mark.slow)
 ON_V2 = [pytest.param(kind, marks=pytest.mark.v2) for kind in SERVED[:2]]
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("kind", [*ON_V2, *SERVED[2:], "w4a16 -tp 2"])
+@pytest.mark.parametrize("kind", [*ON_V2, *SERVED[2:], SHARDED])
 def test_a_mixed_batch_on_a_quantised_base(
     kind, models, tmp_path, prompts, load, monkeypatch
 ):

@@ -6,13 +6,14 @@ import itertools
 
 import pytest
 
+from benchmarks import age
 from benchmarks.documents import figures
 from benchmarks.documents import quality_tables as quality
 from benchmarks.documents import reliability_tables as reliability
 from benchmarks.documents import serving_tables as serving
 from benchmarks.documents.rows import table
 from benchmarks.memory.memory import cards
-from benchmarks.paths import RESULTS
+from benchmarks.paths import RESULTS, ROOT
 from benchmarks.table import Table
 
 
@@ -181,3 +182,29 @@ def test_models_on_a_card_by_hand():
         assert row["model_gb"] == pytest.approx(base / ratio / 1e9, rel=0.01)
         expected = (room - base) / (1e9 * row["model_gb"])
         assert row["models"] == int(expected)
+
+
+def test_each_results_file_has_the_code_that_it_measures():
+    assert age.MEASURES.keys() == {path.name for path in RESULTS.glob("*.csv")}
+    for path in itertools.chain(*age.MEASURES.values()):
+        assert (ROOT / path).exists(), path
+
+
+def test_results_that_are_older_than_their_code_are_named(tmp_path, monkeypatch):
+    commits = {
+        "new.csv": ["c2", "c2"],
+        "old.csv": ["c2", "c1-dirty"],
+        "unknown.csv": ["c2", "c9"],
+        "unsaid.csv": ["c2", ""],
+    }
+    for name, column in commits.items():
+        (tmp_path / name).write_text("commit,a\n" + "".join(f"{c},1\n" for c in column))
+    asked = {"c1": "3", "c2": "0", "c9": ""}
+    monkeypatch.setattr(age, "RESULTS", tmp_path)
+    monkeypatch.setattr(age, "MEASURES", dict.fromkeys(commits, ("code",)))
+    monkeypatch.setattr(age, "git", lambda _, __, since, *___: asked[since[:2]])
+    assert age.older() == [
+        "old.csv: 3 commits newer than c1-dirty",
+        "unknown.csv: rows of unknown commits",
+        "unsaid.csv: rows of unknown commits",
+    ]

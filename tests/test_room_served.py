@@ -80,6 +80,7 @@ def test_a_server_that_is_started_again_as_the_error_says(
         assert difference(answer, expected) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_a_worker_of_several_needs_a_part_of_it(
     save_model, tmp_path, engine, load, answers, difference, prompts, monkeypatch

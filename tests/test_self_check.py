@@ -55,6 +55,7 @@ def few(monkeypatch):
     monkeypatch.setattr(ops, "KINDS", ops.KINDS[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2", "mixtral"])
 def test_it_passes_with_the_kernels_of_a_gpu(start, like_a_gpu, merges, few, kind):
     (line,) = start(kind)
@@ -306,6 +307,7 @@ def test_graphs_are_replayed(start, graphs):
     assert graphs and all(graph.triton for graph in graphs)
 
 
+@pytest.mark.slow
 def test_a_graph_that_keeps_the_rows_of_its_capture_is_found(
     start, graphs, monkeypatch
 ):

@@ -67,7 +67,7 @@ class Calls(TorchDispatchMode):
     [
         ("llama-tied", True),
         pytest.param("llama-tied", False, marks=pytest.mark.v2),
-        pytest.param("mixtral", False, marks=pytest.mark.v2),
+        pytest.param("mixtral", False, marks=[pytest.mark.v2, pytest.mark.slow]),
     ],
 )
 def test_steps_with_and_without_deltas(

@@ -332,6 +332,7 @@ def base_and_tuned(tmp_path, save_model):
     return base, *([tmp_path / f"{x}-{i}" for i in (0, 1)] for x in ("delta", "merged"))
 
 
+@pytest.mark.slow
 @pytest.mark.v2
 def test_workers_equal_each_model_alone(
     base_and_tuned, engine, answers, reference, difference, load, prompts, monkeypatch
