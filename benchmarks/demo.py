@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole road on a real model: fine-tune, convert, serve, compare.
 
-One server serves a base and three full fine-tunes of it, these as deltas. Every model
-is asked every task. All files are in .cache/demo; delete it to start afresh.
+One server serves a base and three full fine-tunes of it, these as deltas, one of them
+a second time in half of the bytes. Every model is asked every task. All files are in
+.cache/demo; delete the folder to start afresh.
 """
 
 import json
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from benchmarks.demo_picture import picture
 from benchmarks.machine import ENVIRONMENT, machine
 
 os.environ.update(ENVIRONMENT)
@@ -36,12 +38,15 @@ BASE = BASES["smollm2"].title
 QUESTIONS = 20  # per task
 MAX_BASE_SCORE = 0.20  # a base that scores more knows the task already
 MAX_LOSS = 0.10  # of exact match, from a fine-tune to its delta
+HALF, HALF_RATIO = "orders-half", "0.0625"  # the delta of "orders" in half of the bytes
+REQUESTS, NEW_TOKENS = 48, 32  # of a measurement of speed
 ADVICE = """
 On a model of your own:
   dqrelo convert --base BASE --model FINE_TUNE --output DELTA
   dqrelo serve BASE --delta my-model=DELTA
   curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d \\
-    '{"model": "my-model", "messages": [{"role": "user", "content": "Hello"}]}'"""
+    '{"model": "my-model", "messages": [{"role": "user", "content": "Hello"}]}'
+docs/tutorial.md goes on from there: verify a delta, many deltas, their memory."""
 
 _seconds: dict[str, float] = {}
 
@@ -77,6 +82,26 @@ def ask(address: str, models: list[str]) -> dict[str, dict[str, float]]:
     return {m: {t: right[m, t] / QUESTIONS for t in TASKS} for m in models}
 
 
+def tokens_per_second(address: str, models: list[str]) -> float:
+    """Output tokens per second of requests that take the models by turns."""
+    client = OpenAI(base_url=f"{address}/v1", api_key="none")
+
+    def tokens(number: int) -> int:
+        reply = client.completions.create(
+            model=models[number % len(models)],
+            prompt=f"Here is a story about the number {number}:",
+            max_tokens=NEW_TOKENS,
+            extra_body={"ignore_eos": True},
+        )
+        return reply.usage.completion_tokens
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(tokens, range(len(models))))  # each model once, not measured
+        start = time.perf_counter()
+        total = sum(pool.map(tokens, range(REQUESTS)))
+        return total / (time.perf_counter() - start)
+
+
 def line(first: str, *others: str) -> str:
     """One line of a table."""
     return f"{first:<24}" + "".join(f"{other:>10}" for other in others)
@@ -100,6 +125,9 @@ def main() -> None:
             uncompressed[name] = exact_match(models[name], task, QUESTIONS)
         with stage(f"convert {name}"):
             deltas[name] = converted(name)
+    with stage(f"convert {HALF}"):
+        deltas[HALF] = converted("orders", HALF_RATIO)
+    models[HALF], uncompressed[HALF] = models["orders"], uncompressed["orders"]
     arguments = [*DQRELO, "serve", base(), "--served-model-name=base"]
     arguments += [f"--delta={name}={delta}" for name, delta in deltas.items()]
     arguments += ["--dtype=bfloat16", "--max-model-len=512", "--enforce-eager"]
@@ -108,36 +136,53 @@ def main() -> None:
             address = stack.enter_context(server(arguments, LOG))
         with stage("ask the server"):
             scores = ask(address, ["base", *deltas])
+        with stage("measure its speed"):
+            speeds = {
+                "base": tokens_per_second(address, ["base"]),
+                f"{len(deltas)} deltas mixed": tokens_per_second(address, [*deltas]),
+            }
 
-    megabytes = {n: (weight_mb(models[n]), weight_mb(deltas[n])) for n in TASKS}
+    megabytes = {n: (weight_mb(models[n]), weight_mb(deltas[n])) for n in deltas}
+    copies = weight_mb(base()) + sum(megabytes[name][0] for name in TASKS)
+    served = weight_mb(base()) + sum(megabytes[name][1] for name in TASKS)
     print(f"\nExact match on {QUESTIONS} held-out prompts per task. Base: {BASE}")
     print("fine-tune: the uncompressed fine-tune in transformers, on its own task\n")
     print(line("model", *TASKS, "fine-tune", "MB", "delta MB", "ratio"))
     for name, score in scores.items():
         cells = [f"{share:.0%}" for share in score.values()]
-        if name in TASKS:
+        if name in deltas:
             whole, delta = megabytes[name]
             cells += [f"{uncompressed[name]:.0%}", f"{whole:.1f}"]
             cells += [f"{delta:.1f}", f"{delta / whole:.3f}"]
         print(line(name, *cells))
+    print(f"\nWeights of the base and {len(TASKS)} deltas: {served:.0f} MB.", end=" ")
+    print(f"As {len(TASKS) + 1} whole models: {copies:.0f} MB.")
+    print(*(f"{n}: {s:.0f} output tokens/s" for n, s in speeds.items()), sep="\n")
     print("\n" + line("stage", "seconds"))
-    print(*(line(name, f"{s:.1f}") for name, s in _seconds.items()), ADVICE, sep="\n")
+    print(*(line(name, f"{s:.1f}") for name, s in _seconds.items()), sep="\n")
     results = {
         "base": BASE,
         "questions_per_task": QUESTIONS,
         "exact_match": scores,
         "exact_match_uncompressed": uncompressed,
         "megabytes_of_fine_tune_and_delta": megabytes,
+        "megabytes_served": served,
+        "megabytes_of_whole_models": copies,
+        "output_tokens_per_s": speeds,
         "seconds": _seconds,
         "machine": machine(),
     }
     (DEMO / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    picture(results).savefig(DEMO / "results.png", dpi=150)
+    print(f"\nThe same as a picture: {DEMO / 'results.png'}")
     for name, expected in uncompressed.items():
-        known, kept = scores["base"][name], scores[name][name]
+        task = name.removesuffix("-half")
+        known, kept = scores["base"][task], scores[name][task]
         if known > MAX_BASE_SCORE:
-            raise SystemExit(f"The base solves {known:.0%} of {name} by itself.")
+            raise SystemExit(f"The base solves {known:.0%} of {task} by itself.")
         if kept < expected - MAX_LOSS:
             raise SystemExit(f"The delta {name} does not do what its fine-tune does.")
+    print(ADVICE)
 
 
 if __name__ == "__main__":

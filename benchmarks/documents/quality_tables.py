@@ -213,11 +213,11 @@ def convert_table(rows: list[Row]) -> str:
 def demo_table(found: dict[str, Any]) -> str:
     """Exact match of every model on every task, and how long it took."""
     scores, sizes = found["exact_match"], found["megabytes_of_fine_tune_and_delta"]
-    tasks = list(found["exact_match_uncompressed"])
+    tasks = list(scores["base"])
     body = []
     for model, score in scores.items():
         cells = [f"{score[task]:.0%}" for task in tasks]
-        if model in tasks:
+        if model in sizes:
             whole, delta = sizes[model]
             cells += [f"{found['exact_match_uncompressed'][model]:.0%}"]
             cells += [f"{delta:.1f} MB of {whole:.1f} MB"]

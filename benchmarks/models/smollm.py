@@ -45,10 +45,11 @@ def fine_tune(task: str) -> Path:
     return make(DEMO / "finetunes" / task, *command)
 
 
-def converted(task: str) -> Path:
-    """The folder of the delta of that fine-tune."""
+def converted(task: str, ratio: str = RATIO) -> Path:
+    """The folder of the delta of that fine-tune, in ``ratio`` of its bytes."""
+    name = task if ratio == RATIO else f"{task}-{ratio}"
     command = [*DQRELO, "convert", "--base", base(), "--model", fine_tune(task)]
-    return make(DEMO / "deltas" / task, *command, "--ratio", RATIO)
+    return make(DEMO / "deltas" / name, *command, "--ratio", ratio)
 
 
 def make(folder: Path, *command: str | Path) -> Path:
