@@ -31,6 +31,7 @@ from benchmarks.models.smollm import DEMO, base, converted, fine_tune
 from benchmarks.models.tasks import MAX_ANSWER_TOKENS, TASKS
 from benchmarks.paths import DQRELO
 from benchmarks.serving.server import server
+from dqrelo_kernels.cpu import build
 from vllm_dqrelo.format.folder import file_bytes
 
 LOG = DEMO / "server.log"
@@ -115,6 +116,8 @@ def weight_mb(folder: Path) -> float:
 def main() -> None:
     """Run every stage, print and keep the results, and judge them."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server ends too
+    with stage("build the operators"):
+        build.library()  # without a compiler this says what is slower
     with stage("fetch the base"):
         base()
     models, deltas, uncompressed = {}, {}, {}
