@@ -13,6 +13,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from support.catalogue import BAD, fill
 from transformers import AutoTokenizer
 
@@ -308,6 +309,38 @@ def test_metrics(url, client, own):
     assert sample("delta_bytes", tier="device") > 0
     post(url, "/v1/dqrelo/deltas/own/unload")
     assert eventually(lambda: sample("num_deltas_registered") == registered)
+
+
+def test_a_gateway_sees_which_deltas_run_and_wait(url, client, own, store):
+    """By the metric of vLLM that gateways read, under the name that clients give.
+
+    20 answers to one request are more than --max-num-seqs: some of them wait.
+    """
+    path = str(store / "own")
+    post(url, "/v1/load_lora_adapter", lora_name="routed", lora_path=path)
+    before = {state[1:] for state in adapters(url)}
+    endless = {"ignore_eos": True}
+    options = {"n": 20, "temperature": 1, "max_tokens": 60, "extra_body": endless}
+    stream = chat(client, own, "routed", stream=True, **options)
+    next(stream)
+    routed = ("routed", "routed")  # running, waiting
+    assert {state[1:] for state in adapters(url)} - before == {routed}
+    assert len({part.choices[0].index for part in stream if part.choices}) == 20
+    # Later states have later values: at last nothing runs.
+    assert eventually(lambda: max(adapters(url))[1:] == ("", ""))
+    post(url, "/v1/unload_lora_adapter", lora_name="routed")
+
+
+def adapters(url):
+    """(time, running, waiting) of vllm:lora_requests_info, one for each state."""
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    return [
+        (s.value, s.labels["running_lora_adapters"], s.labels["waiting_lora_adapters"])
+        for family in families
+        for s in family.samples
+        if s.name == "vllm:lora_requests_info"
+    ]
 
 
 def eventually(condition):

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = (".ci", "benchmarks", "docs", "kernels", "tests", "tools", "vllm_dqrelo")
+FOLDERS = (
+    ".ci",
+    "benchmarks",
+    "deploy",
+    "docs",
+    "kernels",
+    "tests",
+    "tools",
+    "vllm_dqrelo",
+)
 FILES = sorted(
     str(path.relative_to(ROOT))
     for path in (
