@@ -118,6 +118,7 @@ def test_experts(dtype):
     check_linear(deltas, y, x, got, slot_of_row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("factors", FACTOR_DTYPES, ids=str)
 @pytest.mark.parametrize("k", [5, 64, 299])
