@@ -337,9 +337,7 @@ def test_language_part_of_a_multimodal_model(kind, tmp_path):
     llm = check_mixed_batch(base, tuned, tmp_path, AutoModelForImageTextToText, **text)
     images = move(model, tmp_path / "images", 4, vision)
     convert(str(base), str(images), tmp_path / "delta", 0.25)
-    with pytest.raises(
-        Exception, match=rf"{vision}\S+ is not a parameter of the model"
-    ):
+    with pytest.raises(Exception, match=rf"{vision}\S+, are outside of the language"):
         load_delta(llm, "images", str(tmp_path / "delta"))
 
 
@@ -360,3 +358,4 @@ def test_only_the_language_model_has_sites():
     sites = Sites(Multimodal(), ["vision.weight", "language.0.weight"])
     assert list(sites.by_name) == ["language.0"]
     assert sites.places("language.0.bias") and not sites.places("vision.bias")
+    assert sites.is_beside("vision.bias") and not sites.is_beside("language.1.bias")

@@ -61,7 +61,7 @@ def drafts(method, adaptive=False):
             True,
             "--enable-batch-sharded-sampling",
         ),
-        ("model_config", "supports_multimodal_inputs", True, "images or sound"),
+        ("lora_config", "enable_tower_connector_lora", True, "--enable-tower-conn"),
         ("model_config", "is_encoder_decoder", True, "encoder-decoder"),
         ("model_config", "is_diffusion", True, "diffusion"),
         ("model_config", "enable_prompt_embeds", True, "--enable-prompt-embeds"),

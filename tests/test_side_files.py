@@ -2,6 +2,7 @@
 """The tokenizer and the generation config that a fine-tune's delta carries."""
 
 import json
+import shutil
 
 import pytest
 from support.command import run
@@ -166,3 +167,23 @@ def test_a_template_without_its_tokenizer(models, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "has chat_template.jinja, but not the tokenizer" in error
     assert not (tmp_path / "d").exists()
+
+
+def test_images_are_prepared_as_for_the_base(models, tmp_path, caplog):
+    """What a delta does not keep of an image processor is said, and nothing else is."""
+    base, model = models
+    own = {"size": {"height": 32}, "do_resize": True, "image_processor_type": "A"}
+    old = {"image_processor": own | {"image_processor_type": "B", "resample": 2}}
+    (base / "preprocessor_config.json").write_text(json.dumps(own))
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": "a"}))
+    path = model / "processor_config.json"
+    path.write_text(json.dumps(old))
+    shutil.copy(base / "chat_template.json", model)
+    options = ["convert", "--base", base, "--model", model, "--output"]
+    run(*options, tmp_path / "same")
+    assert "images" not in caplog.text and "template" not in caplog.text
+    path.write_text(json.dumps({"image_processor": own | {"size": {"height": 64}}}))
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": "b"}))
+    run(*options, tmp_path / "other")
+    assert "(size {'height': 64}, not {'height': 32})" in caplog.text
+    assert f"{model / 'chat_template.json'} is left out" in caplog.text

@@ -158,6 +158,34 @@ def test_arrays_of_scored_tokens():
         keep_to_own_tokens(request, params, 307, "it")
 
 
+def test_placeholders_of_images_may_be_tokens_of_the_base():
+    import torch
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+    from vllm.v1.engine import EngineCoreRequest
+
+    from vllm_dqrelo.frontend.token_ids import keep_to_own_tokens
+
+    def check(*ids):
+        position = PlaceholderRange(1, 3, torch.tensor([False, True, True]))
+        image = MultiModalFeatureSpec(None, "image", "hash", position)
+        params = vllm.SamplingParams()
+        request = EngineCoreRequest(
+            "1", list(ids), [image], params, None, 0.0, None, None, None
+        )
+        keep_to_own_tokens(request, params, 308, "it", 320)
+
+    check(1, 307, 319, 319, 5)
+    for wrong in [
+        (319, 307, 319, 319, 5),
+        (1, 319, 319, 319, 5),
+        (1, 307, 319, 5, 319),
+    ]:
+        with pytest.raises(VLLMValidationError, match=r"319. .* 0 to 307"):
+            check(*wrong)
+    with pytest.raises(VLLMValidationError, match=r"320. .* 0 to 319"):
+        check(1, 307, 319, 320, 5)
+
+
 @pytest.mark.slow
 def test_over_http_it_is_a_400(folders, server, tmp_path):
     command = [Path(sys.executable).parent / "dqrelo", "serve", folders["base"]]

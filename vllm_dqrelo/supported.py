@@ -15,12 +15,15 @@ logger = init_logger(f"vllm.{__name__}")
 
 NGRAM = "ngram"  # drafts from a request's own tokens, for vLLM to check
 
-# Architectures whose deltas tests/test_architectures.py compares with checkpoints.
+# Architectures whose deltas tests/test_architectures.py and tests/test_images.py
+# compare with checkpoints.
 TESTED_ARCHITECTURES = {
     "GPTNeoXForCausalLM",
     "Gemma3ForCausalLM",
+    "Gemma3ForConditionalGeneration",
     "Idefics3ForConditionalGeneration",
     "LlamaForCausalLM",
+    "LlavaForConditionalGeneration",
     "MistralForCausalLM",
     "MixtralForCausalLM",
     "OPTForCausalLM",
@@ -97,10 +100,10 @@ def _problems(vllm_config: VllmConfig, device: torch.device) -> Iterator[str]:
             "capability 9.0 on, where torch multiplies all experts in one launch: use "
             "--enforce-eager"
         )
-    if model.supports_multimodal_inputs:
+    if getattr(vllm_config.lora_config, "enable_tower_connector_lora", False):
         yield (
-            "does not serve images or sound: use --limit-mm-per-prompt with 0 for "
-            "each kind of input"
+            "cannot be used with --enable-tower-connector-lora: deltas change the "
+            "language model only, and images are encoded by the base"
         )
     if model.is_encoder_decoder:
         yield "does not serve encoder-decoder models"

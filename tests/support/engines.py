@@ -82,7 +82,7 @@ def engine(model, **options):
     options.setdefault("num_gpu_blocks_override", 1024)  # 1 GiB takes time to clear
     llm = LLM(
         str(model),
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=options.pop("skip_tokenizer_init", True),
         dtype="float32",
         max_num_seqs=32,
         enable_prefix_caching=True,

@@ -28,7 +28,7 @@ from dqrelo_tools.pair import (
     read_ahead,
 )
 from dqrelo_tools.report import Entry, Report, matrix_entry
-from dqrelo_tools.side_files import side_files
+from dqrelo_tools.side_files import side_files, warn_of_images
 from dqrelo_tools.spectrum import Spectrum
 from dqrelo_tools.vocabulary import smaller_vocabulary
 from vllm_dqrelo import __version__
@@ -143,6 +143,7 @@ def convert(
         config = replace(config, vocab_size=smaller_vocabulary(before, after))
         compressed, tokens = list(after), after.model_config.vocab_size
     others = side_files(before.folder, folder, tokens)
+    warn_of_images(before.folder, folder)
     if budget is not None:
         ratio = budget / (2 * sum(math.prod(after.spec(name)[1]) for name in after))
         config = replace(config, ratio=ratio)

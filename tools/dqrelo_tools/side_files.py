@@ -2,6 +2,7 @@
 """The files that a delta takes from its fine-tune: tokenizer and generation config."""
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ from vllm_dqrelo.format.side_files import (
     VOCABULARIES,
 )
 from vllm_dqrelo.format.tokenizer import MOST_BYTES, folder_of, try_tokenizer
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = "chat_template.json"  # of older versions of transformers, for images
+PROCESSOR = "processor_config.json"
+IMAGE_FILES = ("preprocessor_config.json", PROCESSOR)
 
 
 def side_files(base: Path, model: Path, vocabulary: int | None) -> dict[str, bytes]:
@@ -81,6 +88,38 @@ def check_tokenizer(
             f"{highest + 1}) of transformers before training, or save the tokenizer "
             "that the model was trained with"
         )
+
+
+def warn_of_images(base: Path, model: Path) -> None:
+    """Say what of a fine-tune's image processor a delta does not keep."""
+    template, others = (files_of(folder, [TEMPLATE]) for folder in (model, base))
+    if template and not same_files(template, others):
+        logger.warning(
+            "%s is left out: save the template as chat_template.jinja, which a delta "
+            "keeps with the tokenizer",
+            template[TEMPLATE],
+        )
+    own, old = image_settings(model), image_settings(base)
+    names = sorted(own.keys() & old.keys())
+    changed = [f"{k} {own[k]}, not {old[k]}" for k in names if own[k] != old[k]]
+    if changed:
+        logger.warning(
+            "the fine-tune prepares images otherwise than the base (%s): a server "
+            "prepares them as the base does",
+            "; ".join(changed),
+        )
+
+
+def image_settings(folder: Path) -> dict[str, Any]:
+    """How a model prepares images, without the names of what code does so."""
+    settings: dict[str, Any] = {}
+    for name, path in files_of(folder, IMAGE_FILES).items():
+        value = parsed(path)
+        nested = value.get("image_processor")
+        if name == PROCESSOR:  # the present transformers has them in there
+            value = nested if isinstance(nested, dict) else {}
+        settings |= value
+    return {k: v for k, v in settings.items() if not k.endswith(("_type", "_class"))}
 
 
 def files_of(folder: Path, names: Iterable[str]) -> dict[str, Path]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The private names of vLLM's front end; ``vllm_dqrelo/compat.py`` has the form."""
 
+import copy
 import functools
 import importlib
 import inspect
@@ -8,13 +9,16 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NoReturn
 
 import vllm.logger
 from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_dqrelo.compat import find, release, replace, says_why
+
+PREPARE_IMAGES = ("_process_multimodal", "_process_multimodal_async")
 
 
 def after_engine_init(hook: Callable[[Any], None]) -> None:
@@ -55,6 +59,43 @@ def text_parts(engine: Any) -> tuple[Any, Any, Any]:
     find(inputs, "process_inputs"), find(inputs, "process_inputs_async")
     find(outputs, "add_request")
     return renderer, inputs, outputs
+
+
+def renderer_like(renderer: Any, config: VllmConfig, tokenizer: Any) -> Any:
+    """A renderer with another tokenizer, whose images ``renderer`` prepares.
+
+    Why: the engine's cache of images repeats each step of one cache in front of the
+        engine. A processor renames the tokenizer that it is given. A chat with images
+        loads the tokenizer that the configuration names.
+    Where: renderers/base.py:192 and ``_process_multimodal`` (:894);
+        transformers_utils/processor.py:281; renderers/chat_utils.py:650.
+    Upstream: as for ``after_engine_init``.
+    Until: as for ``after_engine_init``.
+    """
+    if renderer.mm_processor is None:
+        return type(renderer)(config, tokenizer)
+    text = copy.copy(config)
+    text.model_config = model = copy.copy(renderer.model_config)
+    model.multimodal_config = copy.copy(model.multimodal_config)
+    model.multimodal_config.language_model_only = True
+    own = type(renderer)(text, tokenizer)
+    own.config, own.model_config = renderer.config, renderer.model_config
+    for name in ("mm_processor", *PREPARE_IMAGES):
+        setattr(own, name, find(renderer, name))
+    return own
+
+
+def refuse_images(renderer: Any, reason: str) -> None:
+    """Have a renderer refuse requests with images. Mutates it."""
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise VLLMValidationError(reason)
+
+    async def refuse_async(*_: Any, **__: Any) -> NoReturn:
+        refuse()
+
+    for name, method in zip(PREPARE_IMAGES, (refuse, refuse_async), strict=True):
+        setattr(renderer, name, method)
 
 
 def forget_methods() -> None:

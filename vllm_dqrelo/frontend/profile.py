@@ -23,6 +23,7 @@ from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.generation_config import read_generation_config
 from vllm_dqrelo.format.side_files import GENERATION_CONFIG, TOKENIZER_FILES
 from vllm_dqrelo.format.tokenizer import folder_of, try_tokenizer
+from vllm_dqrelo.frontend import compat
 from vllm_dqrelo.frontend.serialization import check_decodes
 from vllm_dqrelo.frontend.tokenizer import own_tokenizer
 
@@ -133,7 +134,13 @@ class Profile:
         if type(renderer) is HfRenderer:
             tokenizer = own_tokenizer(tokenizer, name)
         # The renderer makes a copy of it that several threads may use.
-        own = type(renderer)(self._config, tokenizer)
+        own = compat.renderer_like(renderer, self._config, tokenizer)
+        if not self.same_tokens:
+            compat.refuse_images(
+                own,
+                "images are not available for a model with a vocabulary of its own: "
+                "vLLM would place them by the base's. Send text only",
+            )
         self.attributes |= {"renderer": own, "tokenizer": own.tokenizer}
         if getattr(tokenizer, "chat_template", None):
             self.attributes["chat_template"] = None  # in the place of --chat-template

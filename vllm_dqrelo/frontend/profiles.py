@@ -173,7 +173,7 @@ class Profiles:
                 model.profile.refuse_base_tokens(request, params)
                 target = model.profile.twin(inputs)
             made = process(target, *args, **kwargs)
-            keep_to_own_tokens(made, params, model.tokens, name)
+            keep_to_own_tokens(made, params, model.tokens, name, self._tokens)
             if model.profile:
                 try:
                     check_decodes(made, EngineCoreRequest)

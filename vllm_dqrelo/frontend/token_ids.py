@@ -7,7 +7,8 @@ ends the engine.
 """
 
 from collections.abc import Collection
-from itertools import chain
+from itertools import chain, compress
+from operator import not_
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
@@ -25,7 +26,7 @@ SHOWN = 5  # ids in a message
 
 
 def keep_to_own_tokens(
-    request: EngineCoreRequest, params: object, size: int, model: str
+    request: EngineCoreRequest, params: object, size: int, model: str, base: int = 0
 ) -> None:
     """Refuse token ids that the model of a request does not have.
 
@@ -36,11 +37,15 @@ def keep_to_own_tokens(
             config are among them.
         size: of the model's vocabulary.
         model: its name.
+        base: size of the base's vocabulary, whose placeholders an image may have: the
+            image takes the place of their embeddings.
 
     Raises:
         VLLMValidationError: the request names other tokens.
     """
-    _check("prompt", request.prompt_token_ids or (), size, model)
+    text, placeholders = _text_and_placeholders(request)
+    _check("prompt", text, size, model)
+    _check("prompt", placeholders, max(size, base), model)
     own = request.sampling_params
     if own is None or not isinstance(params, SamplingParams):
         return
@@ -54,6 +59,16 @@ def keep_to_own_tokens(
     for name in ("logprobs", "prompt_logprobs"):
         if getattr(own, name) == -1:
             setattr(own, name, size)
+
+
+def _text_and_placeholders(request: EngineCoreRequest) -> tuple[list[int], list[int]]:
+    """The prompt's tokens that are embedded, and those in whose place images are."""
+    ids = request.prompt_token_ids or []
+    is_text = [True] * len(ids)
+    for feature in request.mm_features or ():
+        for first, last in feature.mm_position.extract_embeds_range():
+            is_text[first : last + 1] = [False] * (last + 1 - first)
+    return list(compress(ids, is_text)), list(compress(ids, map(not_, is_text)))
 
 
 def _check(parameter: str, ids: Collection[int], size: int, model: str) -> None:

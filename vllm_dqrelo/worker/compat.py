@@ -11,6 +11,7 @@ from unittest.mock import patch
 import torch
 from vllm import envs
 from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -63,11 +64,19 @@ def add_worker_call(call: Callable[..., Any]) -> None:
 def run_tokens(runner: Any, count: int) -> torch.Tensor:
     """Run ``count`` tokens through a runner's model, as vLLM's profile run does.
 
-    Where: ``_dummy_run``, v1/worker/gpu_model_runner.py:5508.
+    A runner that takes images embeds the tokens of a step before the runner calls the
+    model, and its profile run leaves the embedding out.
+
+    Where: ``_dummy_run``, v1/worker/gpu_model_runner.py:5508; the embedding is in
+        ``_preprocess`` (:3342), on V2 in v1/worker/gpu/mm/encoder_runner.py:294.
 
     Returns:
         Hidden states [count, K]; what a stage of a pipeline passes on is left out.
     """
+    if find(runner, "supports_mm_inputs") and get_pp_group().is_first_rank:
+        ids = torch.zeros(count, dtype=torch.int32, device=runner.device)
+        with torch.inference_mode():
+            runner.model.embed_input_ids(ids)
     run = find(runner, "_dummy_run")
     hidden_states: torch.Tensor = run(count, is_profile=True)[0]
     return hidden_states

@@ -351,7 +351,7 @@ class DeltaManager:
         _ask_the_engine()
 
     def supports_tower_connector_lora(self) -> bool:
-        """Only language models are served."""
+        """Deltas change language models only: every image is encoded by the base."""
         return False
 
 

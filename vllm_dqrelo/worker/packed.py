@@ -130,11 +130,14 @@ def pack(
             f"vocab_size is {vocab_size}, expected fewer than the base's {sites.tokens}"
         )
     added: dict[str, torch.Tensor] = {}
-    elsewhere = set()
+    elsewhere, beside = set(), []
     entries = empty_table(1, sites.count, "cpu")[0]
     for name in [*delta.matrices, *delta.exact]:
         tied = HEAD not in delta.matrices
         places = sites.places(name.removesuffix(ADDED), tied)
+        if not places and sites.is_beside(name.removesuffix(ADDED)):
+            beside.append(name)
+            continue
         if not places and sites.is_stage:
             elsewhere.add(name)
             continue
@@ -167,6 +170,12 @@ def pack(
                 problems.append(f"{name}: {unlike[name]}")
             for field, value in fields.items():
                 entries[place.slice, field] = value
+    if beside:
+        problems.append(
+            f"{len(beside)} of its parameters, such as {beside[0]}, are outside of the "
+            "language model, where all models of a server have the base's (vision "
+            "tower, projector): convert a fine-tune that left these parts as they were"
+        )
     for site in sites.by_name.values():
         mine = entries[site.first : site.first + len(site.sizes)]
         place_ranks(mine.view(site.experts, -1, len(Field)))

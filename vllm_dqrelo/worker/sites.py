@@ -325,6 +325,13 @@ class Sites:
                 places.append(Place(head, 0, "weight"))
         return places
 
+    def is_beside(self, parameter: str) -> bool:
+        """Whether it is of a multimodal model, and not of its language model."""
+        language = _language_model(self.model)
+        path = next(p for p, m in self.model.named_modules() if m is language)
+        name, _ = compat.map_name(self.model, parameter) or (path, None)
+        return bool(path) and not f"{name}.".startswith(f"{path}.")
+
     def _own_place(self, parameter: str) -> Place | None:
         """Where the model's loader puts it."""
         mapped = compat.map_name(self.model, parameter)
