@@ -18,6 +18,7 @@ ROOMS = ("frontend", "engine", "worker")  # a process each
 ALLOWED = {
     ("vllm_dqrelo", "vllm_dqrelo.plugin"): "the entry point; lazy, for it imports vLLM",
     ("vllm_dqrelo", "vllm_dqrelo.frontend.offline"): "the public load_delta; lazy, too",
+    ("vllm_dqrelo", "dqrelo_tools.trained"): "the public delta_of; lazy, too",
 }
 
 

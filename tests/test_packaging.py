@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = ("vllm_dqrelo", "kernels", "tools", "tests", "benchmarks", "examples", ".ci")
 
 
 def imported_by(statement: str) -> set[str]:
@@ -76,7 +77,7 @@ def test_the_wheel_holds_the_three_packages(tmp_path):
 
 def test_every_source_has_its_licence_line():
     for pattern in ("**/*.py", "**/*.cpp", "**/*.h"):
-        for folder in ("vllm_dqrelo", "kernels", "tools", "tests", "benchmarks", ".ci"):
+        for folder in FOLDERS:
             for path in (ROOT / folder).glob(pattern):
                 head = path.read_text()[:60]
                 assert "SPDX-License-Identifier: Apache-2.0" in head, path

@@ -15,6 +15,7 @@ FOLDERS = (
     "benchmarks",
     "deploy",
     "docs",
+    "examples",
     "kernels",
     "tests",
     "tools",

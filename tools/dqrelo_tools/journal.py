@@ -25,6 +25,19 @@ logger = logging.getLogger(__name__)
 OF_THE_MACHINE = (OSError, SafetensorError, MemoryError, RuntimeError)
 
 
+class Interrupted(DqreloError):
+    """A conversion that the same command continues.
+
+    Args:
+        reason: why the conversion stopped.
+        kept: where the finished part is.
+    """
+
+    def __init__(self, reason: str, kept: str) -> None:
+        super().__init__(f"{reason}\n{kept}")
+        self.reason = reason
+
+
 class Journal(Mapping[str, torch.Tensor]):
     """One small file for each finished parameter; all their tensors as a mapping.
 
@@ -122,5 +135,5 @@ def journal_of(output: Path, identity: str) -> Iterator[Journal]:
                 raise
             own = isinstance(error, DqreloError | OSError)
             reason = str(error) if own else f"{type(error).__name__}: {error}"
-            raise DqreloError(f"{reason}\n{kept}") from error
+            raise Interrupted(reason, kept) from error
         shutil.rmtree(folder)

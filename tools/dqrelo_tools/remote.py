@@ -38,14 +38,23 @@ class Server:
         """Every delta that a request can name."""
         return self._ask("GET", "")["data"]
 
-    def do(self, action: str, name: str) -> dict[str, Any]:
-        """Load, unload or pin the delta called ``name``; what became of it."""
-        return self._ask("POST", f"/{urllib.parse.quote(name, safe='')}/{action}")
+    def do(self, action: str, name: str, **options: bool) -> dict[str, Any]:
+        """Load, unload or pin the delta called ``name``; what became of it.
 
-    def _ask(self, method: str, path: str) -> Any:
-        request = urllib.request.Request(
-            self._url + path, method=method, headers=self._headers
-        )
+        Args:
+            action: load, unload or pin.
+            name: of the delta.
+            options: the body of the request.
+        """
+        path = f"/{urllib.parse.quote(name, safe='')}/{action}"
+        return self._ask("POST", path, options)
+
+    def _ask(self, method: str, path: str, body: dict[str, bool] | None = None) -> Any:
+        headers, data = self._headers, None
+        if body:
+            headers = {**headers, "Content-Type": "application/json"}
+            data = json.dumps(body).encode()
+        request = urllib.request.Request(self._url + path, data, headers, method=method)
         try:
             with urllib.request.urlopen(request) as answer:
                 return json.load(answer)

@@ -4,6 +4,7 @@
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from vllm_dqrelo.format.checkpoint import (
 )
 from vllm_dqrelo.format.config import CONFIG_NAME, MAX_SHARD_SIZE, DeltaConfig
 from vllm_dqrelo.format.errors import DqreloError, refuse
-from vllm_dqrelo.format.folder import file_bytes
+from vllm_dqrelo.format.folder import check_output, file_bytes, new_folder
 from vllm_dqrelo.format.tensor_file import text_of
 from vllm_dqrelo.format.tensors import (
     ADDED,
@@ -106,6 +107,23 @@ class Delta:
                 f"{folder} was changed after it was written: its digest is {found}, "
                 f"{CONFIG_NAME} says {self.config.digest}. Fetch or convert it again."
             )
+
+    def save_pretrained(self, output: Path | str) -> Path:
+        """Copy the folder to ``output``, as a whole or not at all.
+
+        Args:
+            output: must not exist, or be empty.
+
+        Returns:
+            The absolute path of the copy.
+
+        Raises:
+            DqreloError: ``output`` is taken, or must not be written.
+        """
+        output = check_output(Path(output))
+        with new_folder(output) as folder:
+            shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        return output
 
     def check_unchanged(self) -> None:
         """Refuse a folder that was written to while it was read."""

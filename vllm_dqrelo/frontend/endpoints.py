@@ -11,6 +11,7 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from pydantic import BaseModel
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -57,10 +58,20 @@ async def list_deltas(models: DeltaModels = Models) -> dict[str, Any]:
     return {"object": "list", "data": await entries(models, infos)}
 
 
+class LoadOptions(BaseModel):
+    """The body of a load; ``load_inplace`` as in vLLM's /v1/load_lora_adapter."""
+
+    load_inplace: bool = False
+
+
 @router.post("/{name:path}/load")
-async def load(name: str, models: DeltaModels = Models) -> dict[str, Any]:
-    """Load a delta of the catalogue before its first request."""
-    found_or_raise(await models.find(name), name)
+async def load(
+    name: str, options: LoadOptions | None = None, models: DeltaModels = Models
+) -> dict[str, Any]:
+    """Load a delta of the catalogue before its first request, or once more."""
+    again = options and options.load_inplace and name in models.lora_requests
+    found = models.resolve_lora(name, load_inplace=True) if again else models.find(name)
+    found_or_raise(await found, name)
     return await entry(models, name)
 
 

@@ -71,16 +71,29 @@ class DeltaModels(OpenAIServingModels):
             return None if skips else await self.unknown(name)
         return found
 
-    async def resolve_lora(self, lora_name: str) -> LoRARequest | ErrorResponse:
-        """Load a delta of the catalogue."""
+    async def resolve_lora(
+        self, lora_name: str, load_inplace: bool = False
+    ) -> LoRARequest | ErrorResponse:
+        """Load a delta of the catalogue.
+
+        Args:
+            lora_name: of the delta.
+            load_inplace: read the folder of a loaded delta again.
+        """
+        loaded = self.infos.get(lora_name) if load_inplace else None
+        find, key = (
+            (self.catalogue.allowed, str(loaded.folder))
+            if loaded
+            else (self.catalogue.find, lora_name)
+        )
         try:
-            folder = await asyncio.to_thread(self.catalogue.find, lora_name)
+            folder = await asyncio.to_thread(find, key)
         except (DqreloError, FileNotFoundError) as error:
             return refusal(error)
         async with compat.lock_of(self, lora_name):
-            if lora_name in self.lora_requests:
+            if lora_name in self.lora_requests and not load_inplace:
                 return self.lora_requests[lora_name]
-            return await self._load(lora_name, folder)
+            return await self._load(lora_name, folder, load_inplace)
 
     async def load_lora_adapter(
         self, request: LoadLoRAAdapterRequest, base_model_name: str | None = None

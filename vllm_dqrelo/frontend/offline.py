@@ -4,33 +4,49 @@
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from vllm import LLM
 from vllm.lora.request import LoRARequest
 
+from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError
-from vllm_dqrelo.messages.request import delta_request
+from vllm_dqrelo.messages.request import delta_request, folder_of
+
+# By engine and name: deltas of ``delta_of``, whose folders the engine may read again.
+HELD: WeakKeyDictionary[LLM, dict[str, list[Delta]]] = WeakKeyDictionary()
 
 
-def load_delta(llm: LLM, name: str, path: str) -> LoRARequest:
-    """Load a delta and make the request object that selects it.
+def load_delta(llm: LLM, name: str, delta: str | Path | Delta) -> LoRARequest:
+    """Load a delta and make the request object that selects the delta.
 
     Semantics: ``llm.generate(prompts, lora_request=load_delta(llm, "math", path))``
     answers as the fine-tune does; ``lora_request=None`` answers as the base does,
     and a list gives each prompt its own. A delta with a tokenizer, a chat template or a
     generation config of its own is used with them.
 
+    A name that is loaded already means the new delta from then on. Requests that are
+    in the engine keep the old weights. After an error the name keeps its old delta.
+
     Args:
         llm: made with ``LLM(model=BASE, quantization="dqrelo")``.
         name: of the delta, as it would be the OpenAI API's ``model``.
-        path: a delta folder.
+        delta: a delta folder, or what ``delta_of`` returned. Kept until the engine
+            no longer needs the folder.
 
     Raises:
         Exception: whatever keeps the delta from being served, in words; the engine
             goes on without it. vLLM passes it on in a type of its own.
     """
-    request = delta_request(name, Path(path))
+    folder = delta.folder if isinstance(delta, Delta) else Path(delta)
+    request = delta_request(name, folder)
     llm.llm_engine.add_lora(request)
+    states = llm.llm_engine.output_processor.request_states.values()
+    running = {folder_of(s.lora_request) for s in states if s.lora_request}
+    held = HELD.setdefault(llm, {})
+    held[name] = [old for old in held.get(name, ()) if old.folder in running]
+    if isinstance(delta, Delta):
+        held[name].append(delta)
     return request
 
 

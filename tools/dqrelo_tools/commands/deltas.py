@@ -24,6 +24,11 @@ def add(commands: Commands) -> None:
         default=os.environ.get("VLLM_API_KEY"),
         help="of the server (default: VLLM_API_KEY)",
     )
+    command.add_argument(
+        "--load-inplace",
+        action="store_true",
+        help="with load: read the folder of a loaded delta again",
+    )
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=run)
 
@@ -38,12 +43,15 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.name
             else f"deltas {arguments.action} takes the NAME of a delta"
         )
+    if arguments.load_inplace and arguments.action != "load":
+        raise DqreloError(f"deltas {arguments.action} does not take --load-inplace")
     server = Server(arguments.url, arguments.api_key)
     if arguments.action == "list":
         listed = server.list()
         print(json.dumps(listed, indent=2) if arguments.json else to_text(listed))
         return 0
-    found = server.do(arguments.action, arguments.name)
+    options = {"load_inplace": True} if arguments.load_inplace else {}
+    found = server.do(arguments.action, arguments.name, **options)
     said = f"{arguments.name} is now on {found['tier']}"
     print(json.dumps(found, indent=2) if arguments.json else said)
     return 0
