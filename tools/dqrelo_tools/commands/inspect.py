@@ -9,8 +9,13 @@ from dqrelo_tools.arguments import Commands, folder
 
 def add(commands: Commands) -> None:
     """Add the subcommand."""
-    command = commands.add_parser("inspect", help="show the content of a delta folder")
-    command.add_argument("delta", type=folder, metavar="DELTA")
+    command = commands.add_parser("inspect", help="show the content of a delta")
+    command.add_argument(
+        "delta",
+        type=folder,
+        metavar="DELTA",
+        help="a folder, or OWNER/NAME on the Hub, of which headers are read only",
+    )
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=run)
 
