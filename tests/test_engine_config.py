@@ -52,7 +52,7 @@ def drafts(method, adaptive=False):
     [
         ("parallel_config", "world_size", 2, "not by context parallelism"),
         ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
-        (None, "speculative_config", drafts("eagle"), "not eagle"),
+        (None, "speculative_config", drafts("eagle"), "not eagle, whose heads"),
         (None, "speculative_config", drafts("ngram", True), "enable_adaptive_verif"),
         ("parallel_config", "use_ubatching", True, "dual-batch overlap"),
         (
@@ -88,6 +88,19 @@ def test_what_is_not_right_with_deltas_is_refused(
         monkeypatch.setattr(owner, name, value, raising=name != "head_dtype")
     with pytest.raises(ValueError, match=message):
         DeltaManager(config, torch.device("cpu"))
+
+
+def test_a_draft_model_beside_added_tokens_is_refused(config, monkeypatch):
+    """The draft model would look these tokens up beyond the end of its embedding."""
+    from vllm_dqrelo.supported import refuse_unsupported
+
+    monkeypatch.setattr(config, "speculative_config", drafts("draft_model"))
+    refuse_unsupported(config, torch.device("cpu"))
+    monkeypatch.setattr(config, "additional_config", {"dqrelo": {"added_tokens": 5}})
+    with pytest.raises(ValueError, match="added tokens .added_tokens is 5., which the"):
+        refuse_unsupported(config, torch.device("cpu"))
+    monkeypatch.setattr(config, "speculative_config", drafts("ngram"))
+    refuse_unsupported(config, torch.device("cpu"))
 
 
 def test_a_gpu_of_amd_is_refused(config, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import sys
 
 import pytest
+from prometheus_client import REGISTRY
 from safetensors.torch import load_file, save_file
 from support import model_runner
 
@@ -107,3 +108,49 @@ def test_ngram_drafts_equal_each_model_alone(
     )
     assert 0 < accepted < drafted
     assert max(token for tokens, _, _ in expected[-2] for token in tokens) >= 320
+
+
+@pytest.mark.v2
+def test_a_draft_model_drafts_for_base_and_deltas(
+    family, alone, engine, answers, difference, load, prompts
+):
+    """The base drafts: its own drafts are right, those for a delta seldom."""
+    made, expected = family("llama"), alone("llama")
+    llm = engine(
+        made.base,
+        quantization="dqrelo",
+        max_loras=2,
+        speculative_config={
+            "method": "draft_model",
+            "model": str(made.base),
+            "num_speculative_tokens": 3,
+        },
+        disable_log_stats=False,
+    )
+    requests = [None] + [
+        load(llm, f"delta-{i}", folder) for i, folder in enumerate(made.deltas)
+    ]
+    order = [(p, m) for p in range(len(prompts)) for m in range(len(requests))]
+    asked = [prompts[p] for p, _ in order], [requests[m] for _, m in order]
+    for (p, m), answer in zip(order, answers(llm, *asked), strict=True):
+        assert difference(answer, expected[m][p]) <= TOLERANCE, (p, m)
+    answers(llm, prompts[:1], [None])  # a step more, that reports the last one
+
+    def tokens(kind, **labels):
+        name = f"spec_decode_num_{kind}_tokens_total"
+        labels |= {"engine": "0"}
+        return REGISTRY.get_sample_value(f"dqrelo:{name}", labels) or 0
+
+    names = [str(made.base), *(f"delta-{i}" for i in range(len(made.deltas)))]
+    drafted, accepted = (
+        {name: tokens(kind, model=name) for name in names}
+        for kind in ("draft", "accepted")
+    )
+    # A draft that ends at max_tokens is cut short and counted whole.
+    assert all(drafted.values())
+    assert accepted[str(made.base)] >= 0.5 * drafted[str(made.base)]
+    assert max(accepted[name] / drafted[name] for name in names[1:]) < 0.5
+    totals = {metric.name: metric for metric in llm.get_metrics()}
+    for kind, counted in (("draft", drafted), ("accepted", accepted)):
+        total = totals[f"vllm:spec_decode_num_{kind}_tokens"].value
+        assert total == sum(counted.values())

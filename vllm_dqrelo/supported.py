@@ -10,10 +10,12 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_dqrelo.format.tensor_file import text_of
+from vllm_dqrelo.options import Options
 
 logger = init_logger(f"vllm.{__name__}")
 
-NGRAM = "ngram"  # drafts from a request's own tokens, for vLLM to check
+# Drafts from a request's own tokens, and of a model that shares no layer with the base.
+DRAFTS = ("ngram", "draft_model")
 
 # Architectures whose deltas tests/test_architectures.py and tests/test_images.py
 # compare with checkpoints.
@@ -81,11 +83,18 @@ def _problems(vllm_config: VllmConfig, device: torch.device) -> Iterator[str]:
             "head rows in another order"
         )
     drafts = vllm_config.speculative_config
-    if drafts and drafts.method != NGRAM:
+    if drafts and drafts.method not in DRAFTS:
         yield (
-            f"has speculative decoding with method {NGRAM} only, not {drafts.method}: "
-            "a draft model may call layers of the base with rows that are not the "
-            "step's"
+            f"has speculative decoding with the methods {' and '.join(DRAFTS)} only, "
+            f"not {drafts.method}, whose heads call layers of the base with rows that "
+            "are not the step's"
+        )
+    added = Options.of(vllm_config.additional_config).added_tokens
+    if drafts and drafts.method == "draft_model" and added:
+        yield (
+            "cannot use a draft model beside deltas with added tokens (added_tokens is "
+            f"{added}), which the draft model does not know: use method "
+            "ngram, or leave these deltas to another server"
         )
     if (
         model.is_moe

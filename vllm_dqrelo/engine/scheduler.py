@@ -14,6 +14,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dqrelo.engine import compat
 from vllm_dqrelo.engine.deltas import POLL, Deltas, Failure
@@ -53,7 +54,7 @@ class DeltaScheduler(Scheduler):
         bound = request.lora_request
         self.deltas.report.finished.append(
             (
-                bound.model if bound else self.base_name,
+                self._model(request),
                 str(request.get_finished_reason()),
                 min(request.num_computed_tokens, request.num_prompt_tokens),
                 request.num_output_tokens,
@@ -91,6 +92,21 @@ class DeltaScheduler(Scheduler):
             if bound := self.requests[request_id].lora_request:
                 rows[bound.lora_name] += tokens
         return rows
+
+    def _model(self, request: Request) -> str:
+        """The name by which a client asked for the model."""
+        bound = request.lora_request
+        return bound.model if bound else self.base_name
+
+    def make_spec_decoding_stats(
+        self, stats: Any, **counts: Any
+    ) -> SpecDecodingStats | None:
+        """Count the drafts of each model; vLLM counts those of all models."""
+        if drafted := counts["num_draft_tokens"]:
+            model = self._model(self.requests[counts["request_id"]])
+            accepted = counts["num_accepted_tokens"]
+            self.deltas.report.drafts.append((model, drafted, accepted))
+        return super().make_spec_decoding_stats(stats, **counts)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)

@@ -27,6 +27,8 @@ class Report:
         cold_waits: seconds that each request was held back for its delta.
         steps: (rows of deltas, different deltas) of each step.
         finished: (model, reason, prompt tokens, generated tokens) of each request.
+        drafts: (model, drafted tokens, accepted tokens) of each request in each step
+            that checked drafts.
     """
 
     registered: int = 0
@@ -42,6 +44,7 @@ class Report:
     cold_waits: list[float] = field(default_factory=list)
     steps: list[tuple[int, int]] = field(default_factory=list)
     finished: list[tuple[str, str, int, int]] = field(default_factory=list)
+    drafts: list[tuple[str, int, int]] = field(default_factory=list)
 
     def attach(self, stats: Any) -> None:
         """Put this report into ``stats``, which are changed in place."""
