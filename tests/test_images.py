@@ -206,6 +206,24 @@ def pair(tmp_path):
 
 
 @pytest.mark.slow
+def test_compiled_as_vllm_does_by_default(start, load, pair):
+    """Steps of the base alone run other code than steps with deltas."""
+    base, delta, merged = pair
+    prompts = asked("<image>")
+    expected = [alone(model, prompts) for model in (base, merged)]
+    llm = start(base, enforce_eager=False)
+    mode = llm.llm_engine.vllm_config.compilation_config.mode
+    assert mode != vllm.config.CompilationMode.NONE
+    requests = [None, load(llm, "delta", delta)]
+    for models in ([0], [1], [0, 1], [0]):
+        order = [(p, m) for p in range(len(prompts)) for m in models]
+        given = [prompts[p] for p, _ in order]
+        found = batch(llm, given, [requests[m] for _, m in order])
+        for (p, m), got in zip(order, found, strict=True):
+            check(got, expected[m][p])
+
+
+@pytest.mark.slow
 def test_added_tokens_next_to_images(start, load, tmp_path):
     """An embedding that was changed and extended; placeholders never meet it."""
     base = save("idefics3", tmp_path / "base", 1)
