@@ -8,9 +8,10 @@ from typing import Any
 
 from dqrelo_tools.hub import fetch_headers, is_repo_id
 from dqrelo_tools.text_table import text_table
+from dqrelo_tools.verify import checked
 from vllm_dqrelo.format.checkpoint import SafetensorsFiles, locate
 from vllm_dqrelo.format.config import CONFIG_NAME, DeltaConfig
-from vllm_dqrelo.format.delta import MODEL, Delta, weight_files
+from vllm_dqrelo.format.delta import MODEL, weight_files
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.folder import file_bytes
 from vllm_dqrelo.format.tensor_file import DTYPES, text_of
@@ -31,7 +32,7 @@ def describe(delta: Path) -> dict[str, Any]:
     """
     name = str(delta)
     if delta.exists() or delta.is_symlink() or not is_repo_id(name):
-        Delta(delta)
+        checked(delta)
         return describe_headers(delta)
     with TemporaryDirectory() as folder:
         fetch_headers(name, Path(folder))

@@ -155,6 +155,8 @@ def load(folder: Path, delta: Delta | None = None) -> Any:
     """
     import transformers
 
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     checkpoint = Checkpoint(folder)
     architecture = checkpoint.model_config.architecture
     kind = getattr(transformers, str(architecture), None)

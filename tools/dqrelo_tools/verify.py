@@ -19,9 +19,23 @@ from vllm_dqrelo.format.folder import file_bytes
 from vllm_dqrelo.format.tensors import ADDED
 
 
+def checked(folder: Path) -> Delta:
+    """The delta in a folder. Progress is shown if the check takes long."""
+    with tqdm(
+        desc="check",
+        total=2 * file_bytes(weight_files(folder)),
+        unit="B",
+        unit_scale=True,
+        delay=2,
+        leave=False,
+        disable=None,
+    ) as progress:
+        return Delta(folder, watch=progress.update)
+
+
 def open_for_base(delta: Path, base: Checkpoint) -> Delta:
     """The delta in a folder; refused if a tensor does not fit ``base``."""
-    opened = Delta(delta)
+    opened = checked(delta)
     opened.config.check_base(base.fingerprint(), str(base.folder), str(delta))
     if base.tied and HEAD in opened.matrices:
         base.untie()

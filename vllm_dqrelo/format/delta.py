@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +59,8 @@ class Delta:
     Args:
         folder: has delta_config.json and the tensors, in one file or sharded.
         most_bytes: of its files; larger files are not read.
+        watch: called with the bytes of each tensor that is read here; all are read
+            twice.
 
     Attributes:
         config: the parsed delta_config.json.
@@ -71,7 +73,12 @@ class Delta:
         DqreloError: a part is damaged or unknown; lists all of them.
     """
 
-    def __init__(self, folder: Path, most_bytes: float = math.inf) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        most_bytes: float = math.inf,
+        watch: Callable[[int], object] = lambda size: None,
+    ) -> None:
         self.folder = folder
         self.config = DeltaConfig.read(folder)
         self._files = SafetensorsFiles(locate(folder, MODEL))
@@ -83,12 +90,18 @@ class Delta:
             )
         suffixes, self.exact = group(self._files)
         self.matrices = sorted(suffixes)
+
+        def read(name: str) -> torch.Tensor:
+            tensor = self._files.get(name)
+            watch(tensor.nbytes)
+            return tensor
+
         problems = []
         for name, present in suffixes.items():
-            stored = {name + s: self._files.get(name + s) for s in present}
+            stored = {name + s: read(name + s) for s in present}
             problems += matrix_problems(name, present, stored)
         for name in self.exact:
-            problems += exact_problems(name, self._files.get(name))
+            problems += exact_problems(name, read(name))
         refuse(f"{folder} is not a sound delta:", problems)
         counts = {n: self._files.spec(n)[1][0] for n in self.exact if n.endswith(ADDED)}
         if len(set(counts.values())) > 1:
@@ -102,7 +115,8 @@ class Delta:
                 f"{CONFIG_NAME} a vocab_size, which is for fine-tunes with fewer"
             )
         self._suffixes = suffixes
-        if (found := self.content_digest()) != self.config.digest:
+        content = ((name, read(name)) for name in self._files)
+        if (found := digest(self.config, content)) != self.config.digest:
             raise DqreloError(
                 f"{folder} was changed after it was written: its digest is {found}, "
                 f"{CONFIG_NAME} says {self.config.digest}. Fetch or convert it again."
@@ -131,11 +145,6 @@ class Delta:
             raise DqreloError(
                 f"{self.folder} was changed while it was read. Load it again"
             )
-
-    def content_digest(self) -> str:
-        """The digest of the content on disk."""
-        tensors = ((name, self._files.get(name)) for name in self._files)
-        return digest(self.config, tensors)
 
     def matrix(self, name: str) -> MatrixDelta:
         """The compressed change of the matrix ``name``."""
