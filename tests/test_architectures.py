@@ -133,8 +133,8 @@ def batch(llm, prompts, requests):
     return found
 
 
-def engine(base, dtype="float32", **options):
-    given = {"enforce_eager": True, **options}
+def engine(base, dtype="float32", self_check="never", **options):
+    room = {"delta_memory_gib": 0.001, "self_check": self_check}
     return vllm.LLM(
         str(base),
         quantization="dqrelo",
@@ -142,8 +142,8 @@ def engine(base, dtype="float32", **options):
         dtype=dtype,
         max_model_len=128,
         max_num_seqs=16,
-        additional_config={"dqrelo": {"delta_memory_gib": 0.001}},
-        **given,
+        additional_config={"dqrelo": room},
+        **{"enforce_eager": True, **options},
     )
 
 
@@ -182,6 +182,12 @@ def test_mixed_batch_equals_each_model_alone(kind, save_model, tmp_path):
         for seed in (1, 2, 3)
     )
     check_mixed_batch(base, tuned, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_an_engine_that_checks_itself_starts(kind, save_model, tmp_path):
+    engine(save_model(ARCHITECTURES[kind], tmp_path, seed=1), self_check="always")
 
 
 @pytest.mark.slow

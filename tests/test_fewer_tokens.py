@@ -232,7 +232,7 @@ CAPPED = Gemma3TextConfig(**GROUPED, **TIED, final_logit_softcapping=2.0)
     ("kind", "room"),
     [
         pytest.param(CAPPED, 3, marks=pytest.mark.slow, id="cap"),
-        pytest.param(phi(), 0, id="bias"),
+        pytest.param(phi(), 0, marks=pytest.mark.slow, id="bias"),
     ],
 )
 def test_a_mixed_batch_equals_each_model_alone(
@@ -261,9 +261,12 @@ def test_a_mixed_batch_equals_each_model_alone(
         expected.append(distributions(llm, prompts))
         del llm
         free()
-    options = {"dqrelo": {"delta_memory_gib": 0.001, "added_tokens": room}}
+    options = {"delta_memory_gib": 0.001, "added_tokens": room, "self_check": "always"}
     llm = engine(
-        base, quantization="dqrelo", max_logprobs=-1, additional_config=options
+        base,
+        quantization="dqrelo",
+        max_logprobs=-1,
+        additional_config={"dqrelo": options},
     )
     requests = [None, *(load(llm, folder.name, folder) for folder in deltas)]
     models = range(len(requests))

@@ -35,7 +35,8 @@ def start():
     def engine(model, deltas=False, **options):
         if deltas:
             options["quantization"] = "dqrelo"
-            options["additional_config"] = {"dqrelo": {"delta_memory_gib": 0.001}}
+            room = {"delta_memory_gib": 0.001, "self_check": "never"}
+            options["additional_config"] = {"dqrelo": room}
         return vllm.LLM(
             str(model),
             enforce_eager=True,

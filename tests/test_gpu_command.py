@@ -42,6 +42,7 @@ def gpu():
     return importlib.import_module("benchmarks.gpu.__main__")
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_hangs_or_is_skipped(gpu, tmp_path, monkeypatch, capsys):
     """The next one goes on; what is not shown to be right is exit code 1."""
     programs = {

@@ -134,6 +134,8 @@ def start_fixture(engine):
     """``start(base)``: an engine that takes images, in parts of a prompt."""
 
     def start(base, **options):
+        room = {"delta_memory_gib": 0.001, "self_check": "always"}
+        options.setdefault("additional_config", {"dqrelo": room})
         return engine(
             base,
             quantization="dqrelo",

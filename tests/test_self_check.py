@@ -33,9 +33,9 @@ def start(engine, family, monkeypatch, tmp_path):
     ("kind", "max_loras"),
     [
         pytest.param("llama", 3, marks=pytest.mark.v2),
-        ("llama-tied", 1),
-        ("qwen2", 2),
-        ("qwen3", 3),
+        pytest.param("llama-tied", 1, marks=pytest.mark.slow),
+        pytest.param("qwen2", 2, marks=pytest.mark.slow),
+        pytest.param("qwen3", 3, marks=pytest.mark.slow),
         pytest.param("mixtral", 3, marks=pytest.mark.v2),
     ],
 )
@@ -301,6 +301,7 @@ def graphs(like_a_gpu, few, monkeypatch):
     return captured
 
 
+@pytest.mark.slow
 def test_graphs_are_replayed(start, graphs):
     (line,) = start("llama")
     assert ", graph 0" in line

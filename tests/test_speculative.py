@@ -82,12 +82,13 @@ def test_ngram_drafts_equal_each_model_alone(
     expected = [reference(folder, prompts, max_tokens=24) for folder in folders]
     if is_async:
         asynchronous()
+    options = {"delta_memory_gib": 0.001, "added_tokens": 5, "self_check": "always"}
     llm = engine(
         made.base,
         quantization="dqrelo",
         max_loras=2,
         speculative_config=NGRAM,
-        additional_config={"dqrelo": {"delta_memory_gib": 0.001, "added_tokens": 5}},
+        additional_config={"dqrelo": options},
         disable_log_stats=False,
     )
     requests = [None] + [
@@ -120,6 +121,9 @@ def test_a_draft_model_drafts_for_base_and_deltas(
         made.base,
         quantization="dqrelo",
         max_loras=2,
+        additional_config={
+            "dqrelo": {"delta_memory_gib": 0.001, "self_check": "always"}
+        },
         speculative_config={
             "method": "draft_model",
             "model": str(made.base),

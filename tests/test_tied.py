@@ -192,7 +192,7 @@ def test_gpt_neox_calls_it_otherwise(tmp_path):
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("scale", [0.0, 0.05])
+@pytest.mark.parametrize("scale", [0.0, pytest.param(0.05, marks=pytest.mark.slow)])
 def test_served_base_with_a_head(
     scale, tied, engine, answers, load, difference, prompts
 ):

@@ -134,8 +134,8 @@ def test_added_tokens_are_of_their_own_model(
         export(str(made.base), folder, merged[-1])
     own = [asked, [[token for token in p if token < 322] for p in asked]]
     known = [reference(model, some) for model, some in zip(merged, own, strict=True)]
-    room = {"dqrelo": {"delta_memory_gib": 0.001, "added_tokens": 6}}
-    llm = engine(made.base, quantization="dqrelo", additional_config=room)
+    room = {"delta_memory_gib": 0.001, "added_tokens": 6, "self_check": "always"}
+    llm = engine(made.base, quantization="dqrelo", additional_config={"dqrelo": room})
     requests = [load(llm, f"added-{t}", tmp_path / f"delta-{t}") for t in (5, 2)]
     mixed = [*own[0], *own[1], *prompts]
     whose = [requests[0]] * len(asked) + [requests[1]] * len(asked)
