@@ -70,7 +70,10 @@ def own_classes():
 def engine(model, **options):
     """A model alone, or with quantization="dqrelo" a base with room for its deltas."""
     from vllm import LLM
+    from vllm.distributed import parallel_state
 
+    if parallel_state._EP is None:  # an engine before had no group for experts
+        parallel_state.destroy_model_parallel()
     model_runner.prepare()
     if "quantization" in options:
         # To check itself takes an engine seconds: a test says where it should.
