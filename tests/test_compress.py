@@ -19,6 +19,7 @@ from dqrelo_tools.compress import (
     rank_of,
     strength,
 )
+from dqrelo_tools.convert import convert_parameter
 from dqrelo_tools.svd import truncated_svd
 from vllm_dqrelo.format.tensors import INT4
 
@@ -64,6 +65,19 @@ def test_truncated_svd_is_the_best_approximation(shape):
         b, a = truncated_svd(matrix, rank)
         error = (matrix.double() - b @ a).square().sum()
         assert error == pytest.approx((singular[rank:] ** 2).sum(), abs=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_gram_matrix_of_float32(shape):
+    """The error is the best but for float32's sums over the longer side."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    singular = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    slack = 8 * max(shape) * torch.finfo(torch.float32).eps * (singular**2).sum()
+    for rank in range(1, min(shape) + 1):
+        b, a = truncated_svd(matrix, rank, gram=torch.float32)
+        assert a.dtype == b.dtype == torch.float32
+        error = (matrix.double() - b.double() @ a.double()).square().sum()
+        assert error == pytest.approx((singular[rank:] ** 2).sum(), abs=slack)
 
 
 def test_a_matrix_of_rank_one_and_a_change_of_one_element():
@@ -149,9 +163,39 @@ def test_integer_factors(shape, dtype):
     assert left < (0.03 if dtype == INT4 else 2e-4)
 
 
+@pytest.mark.parametrize("dtype", [INT4, torch.int8])
+@pytest.mark.parametrize("rank", [1, 2, 7, 8])
+def test_halves_are_fitted_one_to_what_the_other_leaves(rank, dtype):
+    matrix = change(60, 90)
+    first = Factors.of(matrix, rank - rank // 2, dtype)
+    second = Factors.of(matrix - first.dense(), rank // 2, dtype)
+    both = Factors.in_halves(matrix, rank, dtype)
+    assert both.a.shape == (rank, 90) and both.b.shape == (60, rank)
+    assert both.a.dtype == both.b.dtype == torch.int8 and both.scale.shape == (rank,)
+    torch.testing.assert_close(both.dense(), first.dense() + second.dense())
+
+
+def test_halves_keep_the_rows_that_differ_from_a_drift_of_all_rows():
+    """Rounding a large drift to four bits would cost more than what differs."""
+    generator = torch.Generator().manual_seed(3)
+    drift = torch.randn(1, 64, generator=generator) * (
+        1 + torch.rand(512, 1, generator=generator)
+    )
+    own = torch.randn(512, 4, generator=generator)
+    own = 0.2 * own @ torch.randn(4, 64, generator=generator)
+    lost = [
+        float((drift + own - fit(drift + own, 12, INT4).dense()).square().sum())
+        for fit in (Factors.of, Factors.in_halves)
+    ]
+    assert lost[1] < 0.3 * lost[0] and lost[1] < 0.01 * own.square().sum()
+
+
 def test_a_matrix_of_zeros_and_more_rank_than_there_is():
     for dtype in (INT4, torch.int8, torch.bfloat16):
         assert not Factors.of(torch.zeros(8, 6), 4, dtype).dense().any()
+    for dtype in (INT4, torch.int8):
+        assert not Factors.in_halves(torch.zeros(8, 6), 4, dtype).dense().any()
+    for dtype in (INT4, torch.int8, torch.bfloat16):
         outer = torch.outer(torch.arange(1.0, 9), torch.arange(1.0, 5))
         got = Factors.of(outer, 4, dtype).dense()
         assert (got - outer).square().sum() < 0.01 * outer.square().sum()
@@ -177,6 +221,30 @@ def test_a_low_rank_part_alone_has_the_length_of_the_change_up_to_a_twentieth(ra
     assert factor == pytest.approx(strength(delta, fitted))
     assert factor == 1.05 if ratio <= 1 / 16 else 1 < factor <= 1.05
     assert ratio < 1 or factor < 1.05
+
+
+@pytest.mark.parametrize("ratio", [1 / 16, 1 / 8])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_embedding_and_an_lm_head_without_signs_are_in_halves(method, ratio):
+    """No other matrix is, and none with sign planes, nor one of the paper's."""
+    delta = change(300, 64)
+    size = METHODS[method].size(300, 64, ratio, torch.bfloat16)
+    halves = compress(delta, size, METHODS[method], of_tokens=True)
+    at_once = compress(delta, size, METHODS[method])
+    for name, expected in {
+        "model.embed_tokens.weight": halves,
+        "lm_head.weight": halves,
+        "transformer.wte.weight": halves,
+        "model.layers.0.mlp.up_proj.weight": at_once,
+        "model.other_lm_head.weight": at_once,
+    }.items():
+        tuned = delta.to(torch.bfloat16)
+        _, got = convert_parameter(name, tuned, delta, ratio, METHODS[method])
+        want = expected.tensors(name)
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[key], want[key]) for key in want), name
+    alone = method == "dqrelo" and ratio < 1 / 8
+    assert torch.equal(halves.dense(), at_once.dense()) == (not alone)
 
 
 def test_signs_and_floats_and_the_paper_are_as_long_as_they_were_fitted():

@@ -39,23 +39,24 @@ from dqrelo_tools.fidelity import Distance
 from dqrelo_tools.report import relative_error
 from dqrelo_tools.spectrum import Spectrum
 from dqrelo_tools.svd import truncated_svd
+from vllm_dqrelo.format.checkpoint import EMBEDDINGS, ends_with
 
 LENGTHS = (10, 30, 90)  # steps of training
 HELD_OUT = 24  # examples whose tokens are compared, and prompts that are answered
 HALF = torch.bfloat16
 
 State = dict[str, torch.Tensor]
-# A matrix -> what stands for it, and how many bytes that takes.
-Compressor = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
+# A matrix, and whether its rows are tokens' -> what stands for it, and its bytes.
+Compressor = Callable[[torch.Tensor, bool], tuple[torch.Tensor, int]]
 
 
 def of(method: Method, ratio: float) -> Compressor:
     """A method of the converter."""
 
-    def run(delta: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def run(delta: torch.Tensor, of_tokens: bool) -> tuple[torch.Tensor, int]:
         n, k = delta.shape
         size = method.size(n, k, ratio, HALF)
-        return compress(delta, size, method).dense(), size.bytes(n, k)
+        return compress(delta, size, method, of_tokens).dense(), size.bytes(n, k)
 
     return run
 
@@ -68,7 +69,7 @@ def mixed_precision_svd(ratio: float) -> Compressor:
     scale a side. 2 vectors of 8 bits, 32 of 3, and of 2 bits as many as fit.
     """
 
-    def run(delta: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def run(delta: torch.Tensor, _: bool) -> tuple[torch.Tensor, int]:
         n, k = delta.shape
         left = ratio * 16 * n * k
         bits: list[int] = []
@@ -106,7 +107,7 @@ def row_and_column_scales(ratio: float) -> Compressor:
     is lower by what the columns' scales take.
     """
 
-    def run(delta: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def run(delta: torch.Tensor, _: bool) -> tuple[torch.Tensor, int]:
         n, k = delta.shape
         size = OURS.size(n, k, ratio - 4 / (BITS / 8 * n), HALF)
         signs, part = torch.zeros_like(delta), None
@@ -241,7 +242,7 @@ class Bench:
         for parameter, change in model.changes.items():
             kept = change
             if change.ndim == 2:
-                kept, taken = method(change)
+                kept, taken = method(change, ends_with(parameter, EMBEDDINGS))
                 size, weights = size + taken, weights + change.numel()
                 missed += float((change - kept).square().sum())
                 whole += float(change.square().sum())

@@ -21,6 +21,7 @@ from benchmarks.paths import RESULTS
 from benchmarks.quality.quality import Bench, FineTune, State, of
 from benchmarks.table import Table
 from dqrelo_tools.compress import METHODS
+from vllm_dqrelo.format.checkpoint import EMBEDDINGS, ends_with
 
 RATIO = 1 / 8
 STEPS = 30
@@ -52,8 +53,9 @@ def change(model: FineTune, reference: State) -> State:
     """What the delta of a fine-tune from ``reference`` adds to each parameter."""
     method, found = of(METHODS["dqrelo"], RATIO), {}
     for name, tensor in model.state.items():
-        exact = tensor - reference[name]
-        found[name] = method(exact)[0] if exact.ndim == 2 and exact.any() else exact
+        found[name] = exact = tensor - reference[name]
+        if exact.ndim == 2 and exact.any():
+            found[name], _ = method(exact, ends_with(name, EMBEDDINGS))
     return found
 
 

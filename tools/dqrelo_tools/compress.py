@@ -122,22 +122,28 @@ def rank_of(n: int, k: int, ratio: float) -> int:
     return math.ceil(n * k * (ratio - 1 / BITS) / (n + k))
 
 
-def compress(delta: torch.Tensor, size: Size, method: Method) -> MatrixDelta:
+def compress(
+    delta: torch.Tensor, size: Size, method: Method, of_tokens: bool = False
+) -> MatrixDelta:
     """Approximate ``delta`` by sign planes and a low-rank part.
 
     Semantics: ``delta ~ sum_q scale_q * signs_q + B A``. Each part is taken from what
     the other one leaves, first in the method's order and then ``sweeps`` times more;
     the best of all pairs, by squared error, is kept. Neither is random. A low-rank part
-    of integers without planes is then multiplied by its ``strength``.
+    of integers without planes is fitted in halves where rows are tokens' and is then
+    multiplied by its ``strength``.
 
     Args:
         delta: [N, K] float32, fine-tune minus base.
         size: as ``method.size`` gives it.
         method: the order of the steps.
+        of_tokens: whether each row is a token's, as in an embedding or LM head.
     """
+    alone = not size.planes and not size.dtype.is_floating_point
     part = Factors.of(delta, 0, size.dtype)
     if method.low_rank_first:
-        part = Factors.of(delta, size.rank, size.dtype)
+        fit = Factors.in_halves if alone and of_tokens else Factors.of
+        part = fit(delta, size.rank, size.dtype)
     planes = Planes.of(delta - part.dense(), size)
     if not method.low_rank_first:
         part = Factors.of(delta - planes.dense(), size.rank, size.dtype)
@@ -150,7 +156,7 @@ def compress(delta: torch.Tensor, size: Size, method: Method) -> MatrixDelta:
             if (error := squared_error(delta, planes, part)) < least:
                 least, best = error, (planes, part)
     planes, part = best
-    if not size.planes and part.scale is not None:
+    if alone and part.scale is not None:
         part.scale = part.scale * strength(delta, part.dense())
     return stored(delta.shape, planes, part)
 
@@ -259,7 +265,9 @@ class Factors:
             near: factors of a similar matrix, to start from.
         """
         start = near.a.T.float() if near is not None else None
-        b, a = truncated_svd(matrix, rank, start)
+        # Rounding to integers exceeds float32's error of singular vectors by far.
+        gram = torch.float64 if dtype.is_floating_point else torch.float32
+        b, a = truncated_svd(matrix, rank, start, gram)
         if dtype.is_floating_point:
             return cls(a.to(dtype), b.to(dtype), None, dtype)
         if not rank:
@@ -271,6 +279,29 @@ class Factors:
             least_squares((right * right_scale[:, None]).T, matrix.T), bits
         )
         return cls(right, left.T, left_scale * right_scale, dtype)
+
+    @classmethod
+    def in_halves(
+        cls, matrix: torch.Tensor, rank: int, dtype: torch.dtype
+    ) -> "Factors":
+        """Factors of integers: half of the ranks, then the rest of what is missing.
+
+        Semantics: ``first = of(matrix, ceil(rank / 2))``, then
+        ``second = of(matrix - first)``, side by side. The second half approximates the
+        rounding errors of the largest components, too. All rows of an embedding's
+        change share a drift of half of its energy, whose rounding errors exceed what
+        the last ranks hold (benchmarks/results/halves.csv).
+
+        Args:
+            matrix: [N, K] float32.
+            rank: of both together.
+            dtype: INT4 or int8.
+        """
+        first = cls.of(matrix, (rank + 1) // 2, dtype)
+        second = cls.of(matrix - first.dense(), rank // 2, dtype)
+        scales = [half.scale for half in (first, second) if half.scale is not None]
+        a, b = torch.cat((first.a, second.a)), torch.cat((first.b, second.b), dim=1)
+        return cls(a, b, torch.cat(scales), dtype)
 
     def dense(self) -> torch.Tensor:
         """float32 [N, K]."""

@@ -32,7 +32,13 @@ from dqrelo_tools.side_files import side_files, warn_of_images
 from dqrelo_tools.spectrum import Spectrum
 from dqrelo_tools.vocabulary import smaller_vocabulary
 from vllm_dqrelo import __version__
-from vllm_dqrelo.format.checkpoint import Checkpoint, resolve
+from vllm_dqrelo.format.checkpoint import (
+    EMBEDDINGS,
+    HEADS,
+    Checkpoint,
+    ends_with,
+    resolve,
+)
 from vllm_dqrelo.format.config import (
     DEFAULT_RATIO,
     DQRELO,
@@ -296,7 +302,7 @@ def convert_parameter(
         return Entry(name, "exact", *counts), {name: tensor.clone()}
     n, k = tensor.shape
     size = size or method.size(n, k, ratio, half_of(tensor.dtype))
-    matrix = compress(change, size, method)
+    matrix = compress(change, size, method, ends_with(name, EMBEDDINGS + HEADS))
     stored = {key: value.cpu() for key, value in matrix.tensors(name).items()}
     return matrix_entry(name, tensor, change, matrix), stored
 

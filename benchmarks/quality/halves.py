@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which low-rank parts are better in halves: KL on a task and on other text.
+
+    python -m benchmarks.quality.halves [--output halves.csv] [--only NAME]
+
+Every low-rank part without sign planes is fitted at once, or that of the embedding in
+halves, or all of them (``compress.Factors``); each has its ``compress.strength``. Rows
+that the file has already are not measured again.
+"""
+
+import argparse
+from itertools import product
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from benchmarks.machine import MACHINE, machine
+from benchmarks.models.finetune import finetune
+from benchmarks.models.tasks import TASKS
+from benchmarks.paths import CACHE, RESULTS
+from benchmarks.quality import strength
+from benchmarks.quality.quality import HALF, OURS, Bench
+from benchmarks.table import Table
+from dqrelo_tools import compress
+from dqrelo_tools.compress import Factors
+from dqrelo_tools.fidelity import Distance
+from vllm_dqrelo.format.checkpoint import EMBEDDINGS, ends_with
+
+# Task, steps and learning rate.
+FINE_TUNES = (*strength.FINE_TUNES, ("orders", 30, 2e-4))
+IN_HALVES = ("none", "embedding", "all")
+
+COLUMNS = ("fine_tune", "ratio", "in_halves", "relative_error", "kl", "top1")
+COLUMNS += ("kl_off_task", "top1_off_task", *MACHINE)
+
+
+def measure(bench: Bench, task: str, steps: int, lr: float, table: Table) -> None:
+    """Add the rows of one fine-tune."""
+    name = f"{task}-{steps}-{lr:g}"
+    folder = CACHE / "quality" / "finetunes" / name
+    finetune(bench.folder, TASKS[task], folder, steps, lr)
+    loaded = load_file(folder / "model.safetensors")
+    state = {n: loaded[n].float() for n in bench.base}
+    texts = strength.Texts(bench, task)
+    expected = texts.log_probabilities(state)
+    for ratio, which in product(strength.RATIOS, IN_HALVES):
+        if (name, f"{ratio:g}", which) in table:
+            continue
+        approximate, missed, whole = dict(state), 0.0, 0.0
+        for parameter, tensor in state.items():
+            if tensor.ndim != 2:
+                continue
+            change = tensor - bench.base[parameter]
+            size = OURS.size(*change.shape, ratio, HALF)
+            embedding = which == "embedding" and ends_with(parameter, EMBEDDINGS)
+            fit = Factors.in_halves if which == "all" or embedding else Factors.of
+            part = fit(change, size.rank, size.dtype).dense()
+            missed += float((change - part).square().sum())
+            whole += float(change.square().sum())
+            factor = compress.strength(change, part)
+            approximate[parameter] = bench.base[parameter] + factor * part
+        row = {"fine_tune": name, "ratio": f"{ratio:g}", "in_halves": which}
+        row["relative_error"] = f"{(missed / whole) ** 0.5:.5f}"
+        got = texts.log_probabilities(approximate)
+        for log_p, log_q, end in zip(expected, got, ("", "_off_task"), strict=True):
+            found = Distance()
+            found.add(log_p, log_q)
+            row[f"kl{end}"] = f"{found.to_dict()['kl']:.4e}"
+            row[f"top1{end}"] = f"{found.to_dict()['top1']:.4f}"
+        print(*row.values(), flush=True)
+        table.add({**row, **machine()})
+
+
+def main() -> None:
+    """Measure what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=RESULTS / "halves.csv")
+    parser.add_argument("--only", help="one fine-tune, such as orders-20-0.001")
+    arguments = parser.parse_args()
+    table = Table(arguments.output, ("fine_tune", "ratio", "in_halves"), COLUMNS)
+    bench = Bench()
+    for task, steps, lr in FINE_TUNES:
+        if arguments.only in (None, f"{task}-{steps}-{lr:g}"):
+            measure(bench, task, steps, lr, table)
+
+
+if __name__ == "__main__":
+    main()
