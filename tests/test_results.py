@@ -41,6 +41,7 @@ COLUMNS = {
     "memory.memory.CARD_COLUMNS": "cards",
     "memory.memory.COLUMNS": "memory",
     "memory.workers.COLUMNS": "workers",
+    "quality.halves.COLUMNS": "halves",
     "quality.quality.COLUMNS": "quality",
     "quality.quality.PREDICTED_COLUMNS": "predicted",
     "quality.quality.SCALE_COLUMNS": "finetunes",

@@ -187,6 +187,35 @@ def strength_table(rows: list[Row]) -> str:
     return table(head, body)
 
 
+def halves_table(rows: list[Row]) -> str:
+    """KL of low-rank parts fitted at once, and relative to it of others in halves."""
+    found: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        found[row["ratio"], row["fine_tune"]][row["in_halves"]] = row
+    columns, others = ("kl", "kl_off_task"), ("embedding", "all")
+    body: list[list[str]] = []
+    values: dict[str, list[list[float]]] = defaultdict(list)
+    for (ratio, name), some in sorted(found.items(), key=lambda one: -float(one[0][0])):
+        values[ratio].append(
+            [
+                float(some[which][column]) / float(some["none"][column])
+                for column in columns
+                for which in others
+            ]
+        )
+        less = [f"{value:.2f}" for value in values[ratio][-1]]
+        task, other = (f"{float(some['none'][column]):.2e}" for column in columns)
+        body.append([ratio, name, task, *less[:2], other, *less[2:]])
+    for ratio, some_values in values.items():
+        less = [
+            f"{geometric_mean(list(v)):.2f}" for v in zip(*some_values, strict=True)
+        ]
+        body.append([ratio, "geometric mean", "", *less[:2], "", *less[2:]])
+    heads = ["embedding in halves", "all in halves"]
+    head = ["ratio", "fine-tune", "KL, task", *heads, "KL, other text", *heads]
+    return table(head, body)
+
+
 def quantized_table(rows: list[Row]) -> str:
     """KL on a rounded base: of a delta made without it, and of one made from it."""
     found = {(row["fine_tune"], row["base"], row["delta_of"]): row for row in rows}

@@ -19,6 +19,7 @@ def tables() -> dict[str, str]:
         "quality": quality.quality_table(rows, names),
         "methods": quality.method_table(rows, names),
         "sizes": quality.method_table(rows, quality.detailed(rows), seconds=True),
+        "halves": quality.halves_table(read("halves.csv")),
         "strength": quality.strength_table(read("strength.csv")),
         "quantized": quality.quantized_table(read("quantized.csv")),
         "convert": quality.convert_table(read("convert.csv")),
