@@ -23,6 +23,7 @@ MEASURES = {
     "finetunes.csv": ("benchmarks/quality",),
     "fuzz.csv": FILES,
     "fuzz_server.csv": SERVED,
+    "halves.csv": COMPRESSION,
     "history.csv": OPS,
     "kernels_predicted.csv": GPU,
     "lanes.csv": OPS,
