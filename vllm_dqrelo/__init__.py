@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from vllm_dqrelo.format.delta import Delta
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def register() -> None:

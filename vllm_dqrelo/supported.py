@@ -145,7 +145,9 @@ def _problems(vllm_config: VllmConfig, device: torch.device) -> Iterator[str]:
             "cannot be used with enable_adaptive_verification, which moves drafts from "
             "one request to another on the device"
         )
-    if model.runner_type != "pooling" and model.head_dtype != model.dtype:
+    if model.runner_type == "pooling":
+        yield "serves models that generate text, not --runner pooling"
+    elif model.head_dtype != model.dtype:
         yield f"computes the LM head in --dtype, not in head_dtype {model.head_dtype}"
 
 

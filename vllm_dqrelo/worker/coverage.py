@@ -66,7 +66,7 @@ def _check(model_runner: Any, sites: Sites, residency: Residency, count: int) ->
     stage = get_pp_group()
     with _Calls() as calls:
         hidden_states = compat.run_tokens(model_runner, count)
-        if stage.is_last_rank and not model_runner.is_pooling_model:
+        if stage.is_last_rank:
             with torch.inference_mode():
                 model_runner.model.compute_logits(hidden_states[:1])
     met = {

@@ -43,8 +43,6 @@ class Logits(NamedTuple):
 def why_none(runner: Any, length: int) -> str | None:
     """Why a runner cannot be given requests of ``length`` tokens; None if it can."""
     config = runner.vllm_config
-    if runner.is_pooling_model:
-        return "the model has no logits"
     for group in runner.kv_cache_config.kv_cache_groups:
         spec = group.kv_cache_spec
         if not isinstance(spec, AttentionSpec | UniformTypeKVCacheSpecs):
