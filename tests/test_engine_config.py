@@ -65,7 +65,6 @@ def drafts(method, adaptive=False):
         ("model_config", "is_encoder_decoder", True, "encoder-decoder"),
         ("model_config", "is_diffusion", True, "diffusion"),
         ("model_config", "runner_type", "pooling", "not --runner pooling"),
-        ("model_config", "enable_prompt_embeds", True, "--enable-prompt-embeds"),
         ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
         (None, "weight_transfer_config", object(), "--weight-transfer-config"),
         ("cache_config", "kv_sharing_fast_prefill", True, "--kv-sharing-fast-prefill"),

@@ -118,11 +118,6 @@ def _problems(vllm_config: VllmConfig, device: torch.device) -> Iterator[str]:
         yield "does not serve encoder-decoder models"
     if model.is_diffusion:
         yield "does not serve diffusion language models"
-    if model.enable_prompt_embeds:
-        yield (
-            "cannot be used with --enable-prompt-embeds, which passes some rows by the "
-            "embedding"
-        )
     if model.enable_sleep_mode:
         yield "cannot be used with --enable-sleep-mode, which discards the deltas"
     if vllm_config.weight_transfer_config is not None:

@@ -64,8 +64,8 @@ def add_worker_call(call: Callable[..., Any]) -> None:
 def run_tokens(runner: Any, count: int) -> torch.Tensor:
     """Run ``count`` tokens through a runner's model, as vLLM's profile run does.
 
-    A runner that takes images embeds the tokens of a step before the runner calls the
-    model, and its profile run leaves the embedding out.
+    A runner that takes images or prompt embeddings embeds the tokens of a step before
+    the runner calls the model, and its profile run leaves the embedding out.
 
     Where: ``_dummy_run``, v1/worker/gpu_model_runner.py:5508; the embedding is in
         ``_preprocess`` (:3342), on V2 in v1/worker/gpu/mm/encoder_runner.py:294.
@@ -73,7 +73,11 @@ def run_tokens(runner: Any, count: int) -> torch.Tensor:
     Returns:
         Hidden states [count, K]; what a stage of a pipeline passes on is left out.
     """
-    if find(runner, "supports_mm_inputs") and get_pp_group().is_first_rank:
+    by_embeddings = (
+        find(runner, "supports_mm_inputs")
+        or runner.vllm_config.model_config.enable_prompt_embeds
+    )
+    if by_embeddings and get_pp_group().is_first_rank:
         ids = torch.zeros(count, dtype=torch.int32, device=runner.device)
         with torch.inference_mode():
             runner.model.embed_input_ids(ids)

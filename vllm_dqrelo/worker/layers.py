@@ -98,7 +98,7 @@ class DeltaMethod(QuantizeMethodBase):
     def embedding(self, layer: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
         y = self.inner.embedding(layer, ids)
         known = ids if self.added is None else ids.clamp_max(self.added.start - 1)
-        groups = self.step.tokens
+        groups = self.step.embedded
         _embed(y, known, self.deltas, groups)
         if self.added is not None:
             rows = ids.reshape(-1)
@@ -118,7 +118,7 @@ class DeltaEmbedding(torch.nn.Embedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         y = super().forward(ids)
-        _embed(y, ids, self.deltas, self.step.tokens)
+        _embed(y, ids, self.deltas, self.step.embedded)
         return y
 
 

@@ -123,9 +123,28 @@ def _attach_v1(runner: Any, manager: Any) -> None:
         with scope:
             return execute_model(*args, **kwargs)
 
+    if runner.enable_prompt_embeds and not runner.supports_mm_inputs:
+        _embed_some(runner, step)
     runner.set_active_loras = set_active_loras
     runner.execute_model = executed
     setattr(runner, prompt, _of_prompt(step, find(runner, prompt), 0))
+
+
+def _embed_some(runner: Any, step: Step) -> None:
+    """Tell a step which of its tokens V1 embeds: those without a prompt embedding.
+
+    Where: ``_preprocess``, v1/worker/gpu_model_runner.py:3370. V2, and V1 with images,
+        embed every token and overwrite the rows of prompt embeddings.
+    """
+    preprocess, has_id = find(runner, "_preprocess"), find(runner, "is_token_ids")
+
+    @wraps(preprocess)
+    def preprocessed(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        count = scheduled.total_num_scheduled_tokens
+        with step.embedded_rows(has_id.np[:count]):
+            return preprocess(scheduled, *args, **kwargs)
+
+    runner._preprocess = preprocessed
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:

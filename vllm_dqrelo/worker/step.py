@@ -23,6 +23,8 @@ class Step:
 
     Attributes:
         tokens: all scheduled tokens, for every layer but the LM head.
+        embedded: the tokens that an embedding is called with: ``tokens``, but for a
+            scope of ``embedded_rows``.
         scratch: float32 [max_tokens, ranks], for dqrelo::delta_linear_.
         merges: whether a delta with many rows has its matrices made whole.
         whole: uint8, where dqrelo::linear makes such a matrix; never moves.
@@ -47,6 +49,8 @@ class Step:
         self.whole = torch.empty(whole_bytes, dtype=torch.uint8, device=device)
         self.merges = merge_rows is not None
         self.tokens = RowGroups(max_tokens, slots, device, merge_rows)
+        self.embedded = self.tokens
+        self._some = RowGroups(max_tokens, slots, device)
         self._head = RowGroups(max_tokens, slots, device)
         self._slots_of_head: Callable[[torch.Tensor], np.ndarray] | None = None
         self._put: list[tuple[torch.nn.Module, str, Any, Any]] = []
@@ -79,6 +83,21 @@ class Step:
             for module, name, own, value in self._put:
                 object.__setattr__(module, name, own if skipping else value)
             self.skipping = skipping
+
+    @contextmanager
+    def embedded_rows(self, has_id: np.ndarray) -> Iterator[None]:
+        """A scope in which an embedding sees the tokens that have an id, in order.
+
+        Args:
+            has_id: bool [M], whether a token of the step has an id, not an embedding.
+        """
+        if not self.is_base and not has_id.all():
+            self._some.set(self._token_slots[has_id])
+            self.embedded = self._some
+        try:
+            yield
+        finally:
+            self.embedded = self.tokens
 
     @contextmanager
     def sampled_rows(self, counts: np.ndarray) -> Iterator[None]:
