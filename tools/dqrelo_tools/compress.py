@@ -265,9 +265,7 @@ class Factors:
             near: factors of a similar matrix, to start from.
         """
         start = near.a.T.float() if near is not None else None
-        # Rounding to integers exceeds float32's error of singular vectors by far.
-        gram = torch.float64 if dtype.is_floating_point else torch.float32
-        b, a = truncated_svd(matrix, rank, start, gram)
+        b, a = truncated_svd(matrix, rank, start)
         if dtype.is_floating_point:
             return cls(a.to(dtype), b.to(dtype), None, dtype)
         if not rank:

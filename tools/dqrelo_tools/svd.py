@@ -9,27 +9,23 @@ POWER_ITERATIONS = 4
 
 
 def truncated_svd(
-    matrix: torch.Tensor,
-    rank: int,
-    start: torch.Tensor | None = None,
-    gram: torch.dtype = torch.float64,
+    matrix: torch.Tensor, rank: int, start: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best approximation ``B A`` of rank at most ``rank``.
 
     Semantics: ``B = U_r sqrt(S_r), A = sqrt(S_r) V_r^T`` of ``matrix = U S V^T``.
     The right singular vectors are those of the largest eigenvalues of the smaller
-    Gram matrix: exact where it is small, by subspace iteration (Halko, Martinsson and
-    Tropp, arXiv 0909.4061, algorithm 4.4) where it is large.
+    Gram matrix in float64: exact where it is small, by subspace iteration (Halko,
+    Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4) where it is large.
 
     Args:
         matrix: [N, K] float32.
         rank: at most min(N, K).
         start: [K, rank], right singular vectors of a similar matrix: one iteration
             from there is enough, and exactness is not needed.
-        gram: dtype of an exact Gram matrix and of its eigenvectors.
 
     Returns:
-        B [N, rank] and A [rank, K] of dtype ``gram`` (float32 where iterated).
+        B [N, rank] and A [rank, K], float64 (float32 where iterated).
     """
     if not rank:
         return matrix[:, :0], matrix[:0]
@@ -38,7 +34,7 @@ def truncated_svd(
     tall = matrix.shape[0] >= matrix.shape[1]
     m = matrix if tall else matrix.T
     if m.shape[1] <= EXACT_SVD:
-        m = m.to(gram)
+        m = m.double()
         _, vectors = torch.linalg.eigh(m.T @ m)  # ascending
         v = vectors[:, -rank:].flip(1)
     else:
