@@ -111,12 +111,11 @@ def graphs(like_a_gpu, merges, engine, family, load, monkeypatch):
 
 V2_ONLY = pytest.mark.skipif(
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0",
-    reason="graphs are those of Model Runner V2",
+    reason="graphs are those of Model Runner V2: make test-v2",
 )
 
 
 @pytest.mark.slow
-@pytest.mark.v2
 @V2_ONLY
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_graphs_are_replayed_for_other_rows_and_deltas(
@@ -139,7 +138,6 @@ def test_graphs_are_replayed_for_other_rows_and_deltas(
 
 
 @pytest.mark.slow
-@pytest.mark.v2
 @V2_ONLY
 def test_a_graph_that_was_captured_without_deltas_is_seen(
     graphs, alone, answers, difference, prompts
