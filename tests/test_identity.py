@@ -23,35 +23,16 @@ def replace(folder, delta):
     shutil.copytree(delta, folder)
 
 
-@pytest.fixture
-def start(sampling):
-    """``start(llm, key, prompt, lora_request)``: add a request."""
-
-    def start(llm, key, prompt, lora_request):
-        llm.llm_engine.add_request(
-            key, {"prompt_token_ids": prompt}, sampling(), lora_request=lora_request
-        )
-
-    return start
-
-
-@pytest.fixture
-def finish(answer_of):
-    """``finish(llm)``: step to the end; key -> answer."""
-
-    def finish(llm):
-        found = {}
-        while llm.llm_engine.has_unfinished_requests():
-            for output in llm.llm_engine.step():
-                if output.finished:
-                    found[output.request_id] = answer_of(output)
-        return found
-
-    return finish
-
-
 def test_a_folder_is_replaced_while_requests_run(
-    family, alone, engine, start, finish, tmp_path, prompts, manager_of, difference
+    family,
+    alone,
+    engine,
+    add_request,
+    finish,
+    tmp_path,
+    prompts,
+    manager_of,
+    difference,
 ):
     """The old ones end on the old weights, the new ones meet no old prefix."""
     made, expected = family("llama"), alone("llama")
@@ -59,15 +40,15 @@ def test_a_folder_is_replaced_while_requests_run(
     folder = tmp_path / "math"
     replace(folder, made.deltas[0])
     llm.llm_engine.add_lora(math(folder))
-    start(llm, "old", prompts[3], math(folder))
+    add_request(llm, "old", prompts[3], math(folder))
     for _ in range(3):
         llm.llm_engine.step()
     replace(folder, made.deltas[1])
-    start(llm, "before", prompts[3], math(folder))  # not loaded again yet
+    add_request(llm, "before", prompts[3], math(folder))  # not loaded again yet
     assert llm.llm_engine.add_lora(math(folder, load_inplace=True))
     again = math(folder, load_inplace=True)  # as vLLM names it from then on
-    start(llm, "new", prompts[3], again)
-    start(llm, "newer", prompts[3], again)
+    add_request(llm, "new", prompts[3], again)
+    add_request(llm, "newer", prompts[3], again)
     llm.llm_engine.step()
     assert len(manager_of(llm).residency.resident) == 2
     found = finish(llm)
@@ -76,21 +57,29 @@ def test_a_folder_is_replaced_while_requests_run(
     # The old one is freed with its last request.
     assert len(manager_of(llm).residency.resident) == 1
     assert len(manager_of(llm).host.packed) == 1
-    start(llm, "again", prompts[3], again)
+    add_request(llm, "again", prompts[3], again)
     assert difference(finish(llm)["again"], expected[2][3]) <= TOLERANCE
 
 
 def test_a_delta_is_unloaded_while_requests_run(
-    family, alone, engine, start, finish, tmp_path, prompts, manager_of, difference
+    family,
+    alone,
+    engine,
+    add_request,
+    finish,
+    tmp_path,
+    prompts,
+    manager_of,
+    difference,
 ):
     made, expected = family("llama"), alone("llama")
     llm = engine(made.base, quantization="dqrelo", max_loras=1)
     folder = tmp_path / "math"
     replace(folder, made.deltas[0])
     llm.llm_engine.add_lora(math(folder))
-    start(llm, "runs", prompts[0], math(folder))
+    add_request(llm, "runs", prompts[0], math(folder))
     llm.llm_engine.step()
-    start(llm, "waits", prompts[1], math(folder))
+    add_request(llm, "waits", prompts[1], math(folder))
     assert llm.llm_engine.remove_lora(7)
     assert not llm.llm_engine.remove_lora(7)
     assert llm.llm_engine.list_loras() == set()
@@ -102,12 +91,20 @@ def test_a_delta_is_unloaded_while_requests_run(
     assert not manager.residency.resident and not manager.host.packed
     assert not manager.residency.arena._extents
     with pytest.raises(Exception, match="math was unloaded"):
-        start(llm, "late", prompts[0], math(folder))
+        add_request(llm, "late", prompts[0], math(folder))
     assert finish(llm) == {}
 
 
 def test_two_names_of_one_content_share_it(
-    family, alone, engine, start, finish, tmp_path, prompts, manager_of, difference
+    family,
+    alone,
+    engine,
+    add_request,
+    finish,
+    tmp_path,
+    prompts,
+    manager_of,
+    difference,
 ):
     made, expected = family("llama"), alone("llama")
     llm = engine(made.base, quantization="dqrelo", max_loras=1)
@@ -116,7 +113,7 @@ def test_two_names_of_one_content_share_it(
     two.lora_name = "other"
     for name in (one, two):
         llm.llm_engine.add_lora(name)
-        start(llm, name.lora_name, prompts[0], name)
+        add_request(llm, name.lora_name, prompts[0], name)
     llm.llm_engine.step()
     core = llm.llm_engine.engine_core.engine_core
     assert len(core.scheduler.running) == 2  # though one step has one delta
@@ -126,12 +123,12 @@ def test_two_names_of_one_content_share_it(
     for answer in finish(llm).values():
         assert difference(answer, expected[1][0]) <= TOLERANCE
     assert len(manager.residency.resident) == 1  # it has a name still
-    start(llm, "left", prompts[1], two)
+    add_request(llm, "left", prompts[1], two)
     assert difference(finish(llm)["left"], expected[1][1]) <= TOLERANCE
 
 
 def test_requests_in_another_stage_count_for_max_loras(
-    family, alone, engine, load, start, finish, difference, prompts
+    family, alone, engine, load, add_request, finish, difference, prompts
 ):
     """They join a later step of a pipeline, where vLLM 0.32 only asserts."""
     made, expected = family("llama"), alone("llama")
@@ -140,10 +137,10 @@ def test_requests_in_another_stage_count_for_max_loras(
     *others, last = models
     core = llm.llm_engine.engine_core.engine_core
     for name in others:
-        start(llm, name, prompts[0], models[name])
+        add_request(llm, name, prompts[0], models[name])
     in_flight = core.scheduler.schedule()
     assert len(in_flight.num_scheduled_tokens) == len(others) == 2
-    start(llm, last, prompts[0], models[last])
+    add_request(llm, last, prompts[0], models[last])
     assert not core.scheduler.schedule().num_scheduled_tokens
     core.model_executor.execute_model(in_flight)
     output = core.model_executor.sample_tokens(None)

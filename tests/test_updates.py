@@ -35,34 +35,8 @@ def updates(family):
     )
 
 
-@pytest.fixture
-def ask(sampling):
-    """``ask(llm, key, prompt, request)``: add a request."""
-
-    def ask(llm, key, prompt, request):
-        tokens = {"prompt_token_ids": prompt}
-        llm.llm_engine.add_request(key, tokens, sampling(), lora_request=request)
-
-    return ask
-
-
-@pytest.fixture
-def finish(answer_of):
-    """``finish(llm)``: step to the end; key -> answer."""
-
-    def finish(llm):
-        found = {}
-        while llm.llm_engine.has_unfinished_requests():
-            for output in llm.llm_engine.step():
-                if output.finished:
-                    found[output.request_id] = answer_of(output)
-        return found
-
-    return finish
-
-
 def test_each_update_is_served_under_the_same_name(
-    family, alone, engine, updates, ask, finish, prompts, difference, manager_of
+    family, alone, engine, updates, add_request, finish, prompts, difference, manager_of
 ):
     """Running requests end on old weights; a failed update changes nothing."""
     expected, prompt = alone("llama"), prompts[2]  # a prompt that the cache keeps
@@ -70,7 +44,7 @@ def test_each_update_is_served_under_the_same_name(
     old, folders = None, []
     for number, delta in enumerate(updates, 1):
         if old:
-            ask(llm, "old", prompt, old)
+            add_request(llm, "old", prompt, old)
             for _ in range(3):
                 llm.llm_engine.step()
         new = load_delta(llm, "math", delta)
@@ -78,8 +52,8 @@ def test_each_update_is_served_under_the_same_name(
         del delta
         with pytest.raises(Exception, match="not a folder|missing|delta_config"):
             load_delta(llm, "math", ROOT / "docs")
-        ask(llm, "new", prompt, new)
-        ask(llm, "base", prompt, None)
+        add_request(llm, "new", prompt, new)
+        add_request(llm, "base", prompt, None)
         found = finish(llm)
         assert difference(found["new"], expected[number][2]) <= TOLERANCE
         assert difference(found["base"], expected[0][2]) <= TOLERANCE

@@ -12,18 +12,13 @@ import argparse
 from itertools import product
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from benchmarks.machine import MACHINE, machine
-from benchmarks.models.finetune import finetune
-from benchmarks.models.tasks import TASKS
-from benchmarks.paths import CACHE, RESULTS
+from benchmarks.paths import RESULTS
 from benchmarks.quality import strength
 from benchmarks.quality.quality import HALF, OURS, Bench
 from benchmarks.table import Table
 from dqrelo_tools import compress
 from dqrelo_tools.compress import Factors
-from dqrelo_tools.fidelity import Distance
 from vllm_dqrelo.format.checkpoint import EMBEDDINGS, ends_with
 
 # Task, steps and learning rate.
@@ -36,11 +31,7 @@ COLUMNS += ("kl_off_task", "top1_off_task", *MACHINE)
 
 def measure(bench: Bench, task: str, steps: int, lr: float, table: Table) -> None:
     """Add the rows of one fine-tune."""
-    name = f"{task}-{steps}-{lr:g}"
-    folder = CACHE / "quality" / "finetunes" / name
-    finetune(bench.folder, TASKS[task], folder, steps, lr)
-    loaded = load_file(folder / "model.safetensors")
-    state = {n: loaded[n].float() for n in bench.base}
+    name, state = strength.fine_tuned(bench, task, steps, lr)
     texts = strength.Texts(bench, task)
     expected = texts.log_probabilities(state)
     for ratio, which in product(strength.RATIOS, IN_HALVES):
@@ -61,12 +52,7 @@ def measure(bench: Bench, task: str, steps: int, lr: float, table: Table) -> Non
             approximate[parameter] = bench.base[parameter] + factor * part
         row = {"fine_tune": name, "ratio": f"{ratio:g}", "in_halves": which}
         row["relative_error"] = f"{(missed / whole) ** 0.5:.5f}"
-        got = texts.log_probabilities(approximate)
-        for log_p, log_q, end in zip(expected, got, ("", "_off_task"), strict=True):
-            found = Distance()
-            found.add(log_p, log_q)
-            row[f"kl{end}"] = f"{found.to_dict()['kl']:.4e}"
-            row[f"top1{end}"] = f"{found.to_dict()['top1']:.4f}"
+        row |= texts.distances(expected, approximate)
         print(*row.values(), flush=True)
         table.add({**row, **machine()})
 

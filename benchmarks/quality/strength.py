@@ -63,14 +63,35 @@ class Texts:
         ]
         return [model.lm_head(one).log_softmax(-1) for one in hidden]
 
+    def distances(self, expected: list[torch.Tensor], state: State) -> dict[str, str]:
+        """KL and top-1 agreement on both texts, as columns of a results file.
 
-def measure(bench: Bench, task: str, steps: int, lr: float, table: Table) -> None:
-    """Add the rows of one fine-tune."""
+        Args:
+            expected: the log-probabilities of the fine-tune.
+            state: the weights of its approximation.
+        """
+        columns = {}
+        got = self.log_probabilities(state)
+        for log_p, log_q, end in zip(expected, got, ("", "_off_task"), strict=True):
+            found = Distance()
+            found.add(log_p, log_q)
+            columns[f"kl{end}"] = f"{found.to_dict()['kl']:.4e}"
+            columns[f"top1{end}"] = f"{found.to_dict()['top1']:.4f}"
+        return columns
+
+
+def fine_tuned(bench: Bench, task: str, steps: int, lr: float) -> tuple[str, State]:
+    """The name and the weights of a fine-tune, which is made once."""
     name = f"{task}-{steps}-{lr:g}"
     folder = CACHE / "quality" / "finetunes" / name
     finetune(bench.folder, TASKS[task], folder, steps, lr)
     loaded = load_file(folder / "model.safetensors")
-    state = {n: loaded[n].float() for n in bench.base}
+    return name, {n: loaded[n].float() for n in bench.base}
+
+
+def measure(bench: Bench, task: str, steps: int, lr: float, table: Table) -> None:
+    """Add the rows of one fine-tune."""
+    name, state = fine_tuned(bench, task, steps, lr)
     changes = {n: tensor - bench.base[n] for n, tensor in state.items()}
     texts = Texts(bench, task)
     expected = texts.log_probabilities(state)
@@ -91,12 +112,7 @@ def measure(bench: Bench, task: str, steps: int, lr: float, table: Table) -> Non
             }
             row = {"fine_tune": name, "lr": f"{lr:g}", "ratio": f"{ratio:g}"}
             row["limit"] = f"{limit:g}"
-            got = texts.log_probabilities(approximate)
-            for log_p, log_q, end in zip(expected, got, ("", "_off_task"), strict=True):
-                found = Distance()
-                found.add(log_p, log_q)
-                row[f"kl{end}"] = f"{found.to_dict()['kl']:.4e}"
-                row[f"top1{end}"] = f"{found.to_dict()['top1']:.4f}"
+            row |= texts.distances(expected, approximate)
             print(*row.values(), flush=True)
             table.add({**row, **machine()})
 

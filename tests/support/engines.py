@@ -241,3 +241,30 @@ def alone(family):
         return known[kind]
 
     return get
+
+
+@pytest.fixture
+def add_request():
+    """``add_request(llm, key, prompt, lora_request)``: it is answered by ``finish``."""
+
+    def add_request(llm, key, prompt, lora_request):
+        llm.llm_engine.add_request(
+            key, {"prompt_token_ids": prompt}, sampling(), lora_request=lora_request
+        )
+
+    return add_request
+
+
+@pytest.fixture
+def finish():
+    """``finish(llm)``: step to the end; key -> answer."""
+
+    def finish(llm):
+        found = {}
+        while llm.llm_engine.has_unfinished_requests():
+            for output in llm.llm_engine.step():
+                if output.finished:
+                    found[output.request_id] = answer_of(output)
+        return found
+
+    return finish

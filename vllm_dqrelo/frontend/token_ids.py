@@ -64,8 +64,10 @@ def keep_to_own_tokens(
 def _text_and_placeholders(request: EngineCoreRequest) -> tuple[list[int], list[int]]:
     """The prompt's tokens that are embedded, and those in whose place images are."""
     ids = request.prompt_token_ids or []
+    if not request.mm_features:
+        return ids, []
     is_text = [True] * len(ids)
-    for feature in request.mm_features or ():
+    for feature in request.mm_features:
         for first, last in feature.mm_position.extract_embeds_range():
             is_text[first : last + 1] = [False] * (last + 1 - first)
     return list(compress(ids, is_text)), list(compress(ids, map(not_, is_text)))
