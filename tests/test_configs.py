@@ -58,6 +58,7 @@ def test_no_key_that_does_not_compute_changes_logits(kind, caplog):
     assert torch.equal(logits(config), logits(stamped))
 
 
+TERMS = 128  # of the longest sum, an expert's
 VALUES = {
     "architectures": ["FSDPLlamaForCausalLM"],
     "attn_implementation": "sdpa",  # the default; eager rounds otherwise
@@ -93,7 +94,11 @@ def test_each_inert_key_changes_no_logits(kind, caplog):
         other = changed(config, {key: value})
         assert compare(config, other) == [], key
         if key not in NOT_BUILT:
-            assert torch.equal(logits(other), expected), key
+            found = logits(other)
+            # Another implementation adds the same terms in another order, in float32.
+            terms = TERMS if key == "experts_implementation" else 0
+            bound = terms * torch.finfo(torch.float32).eps * expected.abs().max()
+            assert (found - expected).abs().max() <= bound, key
     assert not said(caplog)
 
 
