@@ -39,8 +39,8 @@ def make_adapter(base, folder, rows=0, seed=5, **options):
     config = peft.LoraConfig(
         **{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | options
     )
+    torch.manual_seed(seed)  # PEFT draws A
     model = peft.get_peft_model(model, config)
-    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
