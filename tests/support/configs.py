@@ -26,6 +26,29 @@ NOT_BUILT = {
     "torch_dtype",
     "use_return_dict",
 }
+# Values of keys that change no logits, where 3 would not do.
+VALUES = {
+    "architectures": ["FSDPLlamaForCausalLM"],
+    "attn_implementation": "sdpa",  # the default; eager rounds otherwise
+    "_attn_implementation": "sdpa",
+    "auto_map": {"AutoConfig": "elsewhere--configuration_x.XConfig"},
+    "bos_token_id": 9,
+    "eos_token_id": [9, 10],
+    "id2label": {"0": "no", "1": "yes", "2": "maybe"},
+    "label2id": {"no": 0, "yes": 1, "maybe": 2},
+    "num_labels": 3,
+    "pad_token_id": 9,
+    "problem_type": "regression",
+    "sep_token_id": 9,
+    "experts_implementation": "eager",
+    "initializer_range": 0.9,
+    "output_hidden_states": True,
+    "output_router_logits": True,
+    "init_std": 0.9,
+    "router_aux_loss_coef": 0.9,
+    "use_cache": False,
+    "_name_or_path": "someone/else",
+}
 
 
 def compare(base: dict, model: dict) -> list[str]:
@@ -82,6 +105,11 @@ def build(config: dict) -> torch.nn.Module:
 def logits(config: dict) -> torch.Tensor:
     output = build(config)(TOKENS)
     return output[0] if isinstance(output, tuple) else output.logits
+
+
+def rounding(logits: torch.Tensor) -> torch.Tensor:
+    """What float32 sums of 128 terms, the longest here, differ by in another order."""
+    return 128 * torch.finfo(torch.float32).eps * logits.abs().max()
 
 
 def save(model, folder: Path, config: dict | None = None) -> Path:
