@@ -20,19 +20,23 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 BIN = Path(sys.executable).parent
 NAMES = ["base", "one", "two"]
 PROMPT = [1, 5, 9, 33, 200, 77, 3, 8]
-LENGTH = 100
-MANY = 16  # requests for each model: most of them wait for --max-num-seqs
+LENGTH = 120
+AT_ONCE, MANY = 4, 16  # requests in a step, and for each model: most of them wait
 # openai's client wraps what ends a connection before an answer, not within one.
 CUT = (openai.APIError, httpx.HTTPError)
 
 
-def stream(url, name, begun=None):
+def client_of(url):
+    """A client for any number of threads. To make one takes as long as an answer."""
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def stream(client, name, begun=None):
     """The tokens of an answer, and why it ended: None if nobody said so.
 
     Args:
         begun: called with the first token.
     """
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     options = {"model": name, "prompt": PROMPT, "max_tokens": LENGTH, "temperature": 0}
     options["extra_body"] = {"return_token_ids": True, "ignore_eos": True}
     tokens, reason = [], None
@@ -46,15 +50,15 @@ def stream(url, name, begun=None):
     return tokens, reason
 
 
-def kill(url):
-    """End a server's processes as a lost machine does."""
+def group_of(url):
+    """The process group of the server that listens at an address."""
     port = int(url.rpartition(":")[2])
     (listener,) = {
         c.pid
         for c in psutil.net_connections("tcp")
         if c.status == psutil.CONN_LISTEN and c.laddr.port == port
     }
-    os.killpg(os.getpgid(listener), signal.SIGKILL)
+    return os.getpgid(listener)
 
 
 def test_a_replica_dies_while_it_answers(family, server, tmp_path):
@@ -62,28 +66,31 @@ def test_a_replica_dies_while_it_answers(family, server, tmp_path):
     made = family("llama")
     command = [BIN / "dqrelo", "serve", made.base, "--served-model-name", "base"]
     command += ["--delta", f"one={made.deltas[0]}", f"two={made.deltas[1]}"]
+    command += ["--max-num-seqs", str(AT_ONCE)]
     with (
-        server(command, tmp_path / "lives") as lives,
-        server(command, tmp_path / "dies", dies=True) as dies,
+        server(command, tmp_path / "lives") as url,
+        server(command, tmp_path / "dies", dies=True) as other,
     ):
+        lives, dies = client_of(url), client_of(other)
         whole = {name: stream(lives, name) for name in NAMES}
         assert {len(tokens) for tokens, _ in whole.values()} == {LENGTH}
         assert len({tuple(tokens) for tokens, _ in whole.values()}) == len(NAMES)
-        once = threading.Lock()
+        group, once = group_of(other), threading.Lock()
+
+        def kill():
+            """End the processes at once, as a lost machine does."""
+            if once.acquire(blocking=False):
+                os.killpg(group, signal.SIGKILL)
+
         asked = [(lives, name) for name in NAMES] + [(dies, n) for n in NAMES * MANY]
         with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
             jobs = [
-                pool.submit(
-                    stream,
-                    url,
-                    name,
-                    lambda url=url: url == dies and once.acquire(False) and kill(dies),
-                )
-                for url, name in asked
+                pool.submit(stream, client, name, kill if client is dies else None)
+                for client, name in asked
             ]
             answers = [job.result() for job in jobs]
-        for (url, name), (tokens, reason) in zip(asked, answers, strict=True):
-            if url == lives or reason:
+        for (client, name), (tokens, reason) in zip(asked, answers, strict=True):
+            if client is lives or reason:
                 assert (tokens, reason) == whole[name]
             else:
                 assert tokens == whole[name][0][: len(tokens)]
