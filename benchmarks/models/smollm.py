@@ -29,7 +29,7 @@ from vllm_dqrelo.format.folder import file_bytes, new_folder
 from vllm_dqrelo.format.tensors import LORA_SCALE, SCALE
 
 DEMO, MORE = CACHE / "demo", CACHE / "serving"
-RATIO = "0.125"
+RATIO, HALF = "0.125", "0.0625"
 WEAKER = 1 / 64  # by which each further strength is lower
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -62,13 +62,14 @@ def make(folder: Path, *command: str | Path) -> Path:
     return folder
 
 
-def delta(number: int) -> Path:
+def delta(number: int, ratio: str = RATIO) -> Path:
     """The folder of the delta of model ``number`` = 0, 1, ..."""
     times, task = divmod(number, len(TASKS))
-    whole = converted([*TASKS][task])
+    whole = converted([*TASKS][task], ratio)
     if not times:
         return whole
-    return weaker(whole, 1 - times * WEAKER, MORE / f"delta-{number}")
+    name = f"delta-{number}" if ratio == RATIO else f"delta-{number}-{ratio}"
+    return weaker(whole, 1 - times * WEAKER, MORE / name)
 
 
 def weaker(source: Path, strength: float, folder: Path) -> Path:

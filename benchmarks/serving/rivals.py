@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models.smollm import MORE, adapter, base, delta, merged
+from benchmarks.models.smollm import HALF, MORE, adapter, base, delta, merged
 from benchmarks.paths import DQRELO
 from benchmarks.serving.load import Load, drive
 from benchmarks.serving.server import server
@@ -69,16 +69,35 @@ def our_server(count: int, load: Load) -> Iterator[Measured]:
     another, so that no batch has two.
     """
     deltas = {f"m{i}": delta(i) for i in range(count)}
-    size = base_bytes(str(base())) + sum(delta_bytes(str(d)) for d in deltas.values())
-    part = replace(load, num_prompts=load.num_prompts // count)
     with ours(deltas, count) as address:
-        for models in (["base"] * load.num_prompts, in_turn([*deltas], load)):
-            result, seconds = one(address, models, load)
-            yield [result], seconds, size
-        results = [
-            drive(address, base(), [name] * part.num_prompts, part) for name in deltas
-        ]
-        yield results, sum(result["duration"] for result in results), size
+        result, seconds = one(address, ["base"] * load.num_prompts, load)
+        yield [result], seconds, held(deltas)
+        yield from mixed_and_in_turns(address, deltas, load)
+
+
+def our_server_at_half(count: int, load: Load) -> Iterator[Measured]:
+    """Our server with deltas of half the bytes, mixed and one after another."""
+    deltas = {f"m{i}": delta(i, HALF) for i in range(count)}
+    with ours(deltas, count) as address:
+        yield from mixed_and_in_turns(address, deltas, load)
+
+
+def mixed_and_in_turns(
+    address: str, deltas: dict[str, Path], load: Load
+) -> Iterator[Measured]:
+    """Requests to all deltas in turn, and then to one delta after another."""
+    result, seconds = one(address, in_turn([*deltas], load), load)
+    yield [result], seconds, held(deltas)
+    part = replace(load, num_prompts=load.num_prompts // len(deltas))
+    results = [
+        drive(address, base(), [name] * part.num_prompts, part) for name in deltas
+    ]
+    yield results, sum(result["duration"] for result in results), held(deltas)
+
+
+def held(deltas: dict[str, Path]) -> int:
+    """Bytes of the base and of these deltas."""
+    return base_bytes(str(base())) + sum(delta_bytes(str(d)) for d in deltas.values())
 
 
 def vllm_lora(count: int, load: Load) -> Iterator[Measured]:
@@ -163,6 +182,10 @@ SYSTEMS: dict[tuple[str, ...], Callable[[int, Load], Iterator[Measured]]] = {
         "ours, deltas mixed",
         "ours, one delta after another",
     ): our_server,
+    (
+        "ours at 1/16, deltas mixed",
+        "ours at 1/16, one delta after another",
+    ): our_server_at_half,
     ("vLLM LoRA, equal bytes",): vllm_lora,
     ("one merged model",): one_merged,
     ("a server for each model",): many_servers,
