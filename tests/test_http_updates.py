@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trainer updates a delta of a running server, over HTTP."""
+"""A trainer updates a delta of a running server; chats in Anthropic's form."""
 
 import shutil
 import sys
@@ -16,14 +16,25 @@ BIN = Path(sys.executable).parent
 IDS = {"return_token_ids": True, "ignore_eos": True}
 
 
-@pytest.fixture
-def store(family, own, tmp_path):
+# Refuses a system message that is not the first message.
+STRICT = (
+    "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}"
+    "{{ raise_exception('system first') }}{% endif %}w5 {{ m['content'] }} w6 "
+    "{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def store(family, own, tmp_path_factory):
     """A catalogue of good and bad deltas."""
-    fill(tmp_path, family, own)
-    return tmp_path
+    root = tmp_path_factory.mktemp("store")
+    fill(root, family, own)
+    shutil.copytree(own.delta, root / "strict")
+    (root / "strict" / "chat_template.jinja").write_text(STRICT)
+    return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(family, store, server, tmp_path_factory):
     command = [BIN / "dqrelo", "serve", family("llama").base, "--delta-dir", store]
     command += ["--served-model-name", "base", "--delta-endpoints"]
@@ -71,6 +82,40 @@ def test_a_name_is_updated_while_requests_run(client, store, family, alone, prom
         with pytest.raises(openai.BadRequestError, match="was changed after it was"):
             load(store / "flipped")
         check("trained", number)
+
+
+def test_a_chat_in_anthropics_form_is_rendered_as_its_model_does(client, store, own):
+    """System messages move to the front only where the model's template asks for it."""
+    inline = [("user", "w7 w8"), ("system", "w9 w10"), ("user", "w11")]
+    first = [("system", "w1 w2"), *inline]
+    moved = [("system", "w1 w2w9 w10"), inline[0], inline[2]]  # vLLM joins by nothing
+    chats = {"base": first, "own": first, "strict": moved}
+    body = {"system": "w1 w2", "messages": messages(inline)}
+    disabled = {"thinking": {"type": "disabled"}}
+    for name, chat in chats.items():
+        expected = client.chat.completions.create(
+            model=name,
+            messages=messages(chat),
+            max_tokens=4,
+            temperature=0,
+        )
+        body["model"] = name
+        for more in ({}, disabled):
+            asked = body | {"max_tokens": 4, "temperature": 0} | more
+            answer = client.post("/messages", body=asked, cast_to=object)
+            tokens = expected.usage.prompt_tokens
+            assert answer["usage"]["input_tokens"] == tokens, name
+            (content,) = answer["content"]
+            assert content["text"] == expected.choices[0].message.content
+            counted = client.post(
+                "/messages/count_tokens", body=body | more, cast_to=object
+            )
+            assert counted["input_tokens"] == tokens
+
+
+def messages(chat):
+    """Role and content of each message, as an API takes them."""
+    return [{"role": role, "content": content} for role, content in chat]
 
 
 def tokens_of(parts):

@@ -95,6 +95,7 @@ def patch_frontend() -> None:
     frontend_compat.choose_serving_models(choose)
     frontend_compat.choose_handler(serving_twin)
     frontend_compat.before_check_model(check_twin)
+    frontend_compat.ask_each_template()
     frontend_compat.choose_offline(offline_twin)
 
 

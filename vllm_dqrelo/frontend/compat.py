@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from http import HTTPStatus
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import vllm.logger
 from vllm.config import VllmConfig
@@ -195,7 +196,12 @@ SERVING_METHODS = {
         "create_tokenize",
         "create_detokenize",
     ],
+    "anthropic.serving.AnthropicServingMessages": ["create_messages", "count_tokens"],
 }
+# An attribute of AnthropicServingMessages: whether all system messages of a chat become
+# the first one, because the chat template refuses others. Where:
+# entrypoints/anthropic/serving.py:190.
+MERGE_SYSTEM = "_merge_inline_system"
 
 
 def choose_handler(choose: Callable[[Any, Any], Awaitable[Any]]) -> None:
@@ -222,6 +228,34 @@ def choose_handler(choose: Callable[[Any, Any], Awaitable[Any]]) -> None:
         owner = resolve_obj_by_qualname(f"vllm.entrypoints.{path}")
         for name in methods:
             replace(owner, name, chosen)
+
+
+def ask_each_template() -> None:
+    """Let /v1/messages ask each model's chat template how thinking is disabled.
+
+    Why: vLLM asks the template of the base, and keeps the answer for all models.
+    Where: ``_get_disabled_thinking_effort``, entrypoints/anthropic/serving.py:196; vLLM
+        0.33 does not ask.
+    Upstream: none.
+    Until: as for ``after_engine_init``.
+    """
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+
+    name, known = "_get_disabled_thinking_effort", WeakKeyDictionary[Any, str]()
+    if not hasattr(AnthropicServingMessages, name):
+        return
+
+    def asked(method: Callable[..., Awaitable[str]]) -> Callable[..., Awaitable[str]]:
+        @functools.wraps(method)
+        async def effort(self: Any) -> str:
+            renderer = self.online_renderer.renderer
+            if renderer not in known:
+                known[renderer] = await method(copy.copy(self))  # it keeps the answer
+            return known[renderer]
+
+        return effort
+
+    replace(AnthropicServingMessages, name, asked)
 
 
 def before_check_model(check: Callable[[Any, Any], Awaitable[Any]]) -> None:

@@ -239,6 +239,6 @@ async def check_twin(handler: Any, request: Any) -> ErrorResponse | None:
         return create_error_response(
             f"{request.model} has a tokenizer, a chat template or a generation config "
             "of its own, which this route does not know; use /v1/chat/completions, "
-            "/v1/completions, /v1/responses, /tokenize or /detokenize"
+            "/v1/completions, /v1/responses, /v1/messages, /tokenize or /detokenize"
         )
     return None

@@ -8,6 +8,7 @@ the twins have the delta's attributes. vLLM's own objects serve every other delt
 """
 
 import copy
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -144,6 +145,7 @@ class Profile:
         self.attributes |= {"renderer": own, "tokenizer": own.tokenizer}
         if getattr(tokenizer, "chat_template", None):
             self.attributes["chat_template"] = None  # in the place of --chat-template
+            self.attributes[compat.MERGE_SYSTEM] = not takes_system_messages(tokenizer)
 
     def twin(self, of: T) -> T:
         """A copy of one of vLLM's objects with what this model has of its own."""
@@ -167,3 +169,12 @@ class Profile:
                     '"auto" or "none"',
                     parameter=name,
                 )
+
+
+def takes_system_messages(tokenizer: Any) -> bool:
+    """Whether a chat template takes a system message after the first message."""
+    chat = [{"role": role, "content": "t"} for role in ("system", "user") * 2]
+    with suppress(Exception):
+        tokenizer.apply_chat_template(chat, tokenize=False)
+        return True
+    return False
