@@ -140,25 +140,28 @@ def compress(
         of_tokens: whether each row is a token's, as in an embedding or LM head.
     """
     alone = not size.planes and not size.dtype.is_floating_point
+    sweeps = method.sweeps if size.planes and size.rank else 0
     part = Factors.of(delta, 0, size.dtype)
     if method.low_rank_first:
         fit = Factors.in_halves if alone and of_tokens else Factors.of
         part = fit(delta, size.rank, size.dtype)
-    planes = Planes.of(delta - part.dense(), size)
+    missed = delta - part.dense()
+    planes = Planes.of(missed, size)
     if not method.low_rank_first:
         part = Factors.of(delta - planes.dense(), size.rank, size.dtype)
-    best = planes, part
-    if size.planes and size.rank:
-        least = squared_error(delta, *best)
-        for _ in range(method.sweeps):
-            part = Factors.of(delta - planes.dense(), size.rank, size.dtype, part)
-            planes = Planes.of(delta - part.dense(), size)
-            if (error := squared_error(delta, planes, part)) < least:
-                least, best = error, (planes, part)
-    planes, part = best
-    if alone and part.scale is not None:
-        part.scale = part.scale * strength(delta, part.dense())
-    return stored(delta.shape, planes, part)
+    elif alone and part.scale is not None:
+        part.scale = part.scale * strength(delta, delta - missed)
+    best, least = (planes, part), math.inf
+    for sweep in range(sweeps + 1 if sweeps else 0):
+        if sweep:
+            rest = delta - planes.dense()
+            part = Factors.of(rest, size.rank, size.dtype, part)
+            missed = torch.sub(delta, part.dense(), out=rest)
+            planes = Planes.of(missed, size)
+        missed -= planes.dense()
+        if (error := squared_norm(missed)) < least:
+            best, least = (planes, part), error
+    return stored(delta.shape, *best)
 
 
 def strength(delta: torch.Tensor, kept: torch.Tensor) -> float:
@@ -166,7 +169,7 @@ def strength(delta: torch.Tensor, kept: torch.Tensor) -> float:
 
     Semantics: ``min(||delta|| / ||kept||, MAX_STRENGTH)`` (Frobenius), at least 1.
     """
-    whole, length = (float(m.norm(dtype=torch.float64)) for m in (delta, kept))
+    whole, length = (squared_norm(m) ** 0.5 for m in (delta, kept))
     return min(max(whole / length, 1.0), MAX_STRENGTH) if length else 1.0
 
 
@@ -339,10 +342,9 @@ def least_squares(left: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(gram, left.T @ matrix)
 
 
-def squared_error(delta: torch.Tensor, planes: Planes, part: Factors) -> float:
-    """``||delta - planes - low-rank part||^2`` (Frobenius)."""
-    missed = delta - planes.dense() - part.dense()
-    return float(missed.square().sum(dtype=torch.float64))
+def squared_norm(matrix: torch.Tensor) -> float:
+    """``||matrix||^2`` (Frobenius), without a copy of ``matrix``."""
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
 
 
 def stored(shape: torch.Size, planes: Planes, part: Factors) -> MatrixDelta:

@@ -4,8 +4,9 @@
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from dqrelo_tools.pair import (
     is_exact,
     read_ahead,
 )
+from dqrelo_tools.parallel import results
 from dqrelo_tools.report import Entry, Report, matrix_entry
 from dqrelo_tools.side_files import side_files, warn_of_images
 from dqrelo_tools.spectrum import Spectrum
@@ -57,6 +59,12 @@ from vllm_dqrelo.format.folder import (
 from vllm_dqrelo.format.tensors import ADDED, INT4
 
 logger = logging.getLogger(__name__)
+
+# Elements of a matrix that is compressed by one thread while others are, too. It takes
+# up to 150 MB of float32 copies, and parallel.MOST of them about a GB.
+SMALL = 5_000_000
+
+Converted = tuple[Entry, dict[str, torch.Tensor]]
 
 
 def convert(
@@ -260,15 +268,24 @@ def convert_all(
         initial=len(names) - len(missing),
         disable=None,
     )
-    with progress:
-        pairs = read_ahead(before, after, list(missing.values()))
-        for (number, name), (tensor, change) in zip(
-            missing.items(), pairs, strict=True
-        ):
-            keep = always_stored(name, before)
-            entry, stored = convert_parameter(
-                name, tensor, change.to(device), ratio, method, plan.get(name), keep
+    pairs = read_ahead(before, after, list(missing.values()))
+
+    def jobs() -> Iterator[tuple[bool, Callable[[], Converted]]]:
+        for name, (tensor, change) in zip(missing.values(), pairs, strict=True):
+            job = partial(
+                convert_parameter,
+                name,
+                tensor,
+                change.to(device),
+                ratio,
+                method,
+                plan.get(name),
+                always_stored(name, before),
             )
+            yield device == "cpu" and tensor.numel() <= SMALL, job
+
+    with progress:
+        for number, (entry, stored) in zip(missing, results(jobs()), strict=True):
             journal.record(number, entry, stored)
             entries[number] = journal.entry(number)
             progress.update()
@@ -283,7 +300,7 @@ def convert_parameter(
     method: Method,
     size: Size | None = None,
     keep: bool = False,
-) -> tuple[Entry, dict[str, torch.Tensor]]:
+) -> Converted:
     """One parameter's entry in the report, and its stored tensors.
 
     Args:

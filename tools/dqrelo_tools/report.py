@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dqrelo_tools.compress import squared_norm
 from dqrelo_tools.fidelity import Fidelity
 from dqrelo_tools.text_table import text_table
 from vllm_dqrelo.format.tensors import MatrixDelta
@@ -46,8 +47,6 @@ def matrix_entry(
     name: str, tensor: torch.Tensor, change: torch.Tensor, matrix: MatrixDelta
 ) -> Entry:
     """The entry of a compressed matrix ``tensor`` that differs by ``change``."""
-    missed = (change - matrix.dense()).square().sum(dtype=torch.float64)
-    total = change.square().sum(dtype=torch.float64)
     return Entry(
         name,
         "matrix",
@@ -55,8 +54,8 @@ def matrix_entry(
         tensor.nbytes,
         matrix.rank,
         matrix.planes,
-        float(total),
-        float(missed),
+        squared_norm(change),
+        squared_norm(change - matrix.dense()),
     )
 
 

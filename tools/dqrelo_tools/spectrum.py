@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 
 from dqrelo_tools.compress import Size
-from dqrelo_tools.svd import EXACT_SVD, top_right_singular_vectors
+from dqrelo_tools.svd import EXACT_SVD, largest_singular_vectors
 
 TOP = 512  # singular values of a matrix with more than EXACT_SVD of them
 # What sign planes leave of the variance of a Gaussian: none, its mean magnitude with
@@ -40,7 +40,7 @@ class Spectrum:
             squares = torch.linalg.eigvalsh(tall.T @ tall).flip(0).clamp_min(0)
             return cls((n, k), squares.cpu())
         total = torch.linalg.vector_norm(tall, dtype=torch.float64).square()
-        largest = tall @ top_right_singular_vectors(tall, TOP)
+        largest, _ = largest_singular_vectors(tall, TOP)
         largest = largest.norm(dim=0, dtype=torch.float64).square()
         rest = (total - largest.sum()).clamp_min(0) / (count - TOP)
         return cls((n, k), torch.cat((largest, rest.expand(count - TOP))).cpu())

@@ -30,36 +30,37 @@ def truncated_svd(
     if not rank:
         return matrix[:, :0], matrix[:0]
     if start is not None:
-        return from_right_vectors(matrix, refined(matrix, start))
+        return balanced(*refined(matrix, start))
     tall = matrix.shape[0] >= matrix.shape[1]
     m = matrix if tall else matrix.T
     if m.shape[1] <= EXACT_SVD:
         m = m.double()
         _, vectors = torch.linalg.eigh(m.T @ m)  # ascending
         v = vectors[:, -rank:].flip(1)
+        left, right = balanced(m @ v, v)
     else:
-        v = top_right_singular_vectors(m, rank)
-    left, right = from_right_vectors(m, v)
+        left, right = balanced(*largest_singular_vectors(m, rank))
     return (left, right) if tall else (right.T, left.T)
 
 
-def from_right_vectors(
-    matrix: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """B and A of ``truncated_svd`` from V_r [K, rank]."""
-    us = matrix @ v
+def balanced(us: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """B and A of ``truncated_svd`` from ``U_r S_r`` [N, rank] and V_r [K, rank]."""
     root = us.norm(dim=0).sqrt()
     return us / root.clamp_min(torch.finfo(root.dtype).tiny), (v * root).T
 
 
-def refined(matrix: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """Right singular vectors after one power iteration from ``start`` [K, rank]."""
+def refined(
+    matrix: torch.Tensor, start: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``U S`` and V after one power iteration from ``start`` [K, rank]."""
     u = torch.linalg.qr(matrix @ start).Q
     return ritz(matrix, torch.linalg.qr(matrix.T @ u).Q)
 
 
-def top_right_singular_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    """V_r [K, rank] of a tall ``matrix`` [N, K], seeded: the same every time."""
+def largest_singular_vectors(
+    matrix: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``U_r S_r`` and V_r of a tall ``matrix`` [N, K], seeded: the same every time."""
     generator = torch.Generator().manual_seed(0)
     width = min(rank + OVERSAMPLING, matrix.shape[1])
     start = torch.randn(matrix.shape[0], width, generator=generator)
@@ -67,11 +68,18 @@ def top_right_singular_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     for _ in range(POWER_ITERATIONS):
         u = torch.linalg.qr(matrix @ v).Q
         v = torch.linalg.qr(matrix.T @ u).Q
-    return ritz(matrix, v)[:, :rank]
+    us, v = ritz(matrix, v)
+    return us[:, :rank], v[:, :rank]
 
 
-def ritz(matrix: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Turn orthonormal ``v`` [K, width] into singular vectors, largest first."""
-    small = (matrix @ v).double()
+def ritz(matrix: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn orthonormal ``v`` [K, width] into singular vectors, largest first.
+
+    Returns:
+        ``U S`` [N, width] and V [K, width].
+    """
+    image = matrix @ v
+    small = image.double()
     _, turns = torch.linalg.eigh(small.T @ small)
-    return v @ turns.flip(1).to(v.dtype)
+    turns = turns.flip(1).to(v.dtype)
+    return image @ turns, v @ turns
