@@ -4,13 +4,16 @@
 import math
 import re
 from collections import Counter, defaultdict
+from fractions import Fraction
 from statistics import correlation
 from typing import Any
 
 from benchmarks.documents.rows import read, table
 from benchmarks.table import Row
+from dqrelo_tools.cost import kl_share
 
 OURS, PAPER = "dqrelo 1/8", "dqrelo-paper 1/8"
+PRESETS = ("dqrelo 1/8", "dqrelo 1/16", "dqrelo 1/32")
 
 
 def fine_tunes() -> list[Row]:
@@ -18,6 +21,11 @@ def fine_tunes() -> list[Row]:
     return sorted(
         read("finetunes.csv"), key=lambda row: (int(row["steps"]), row["fine_tune"])
     )
+
+
+def complete(rows: list[Row]) -> set[str]:
+    """The fine-tunes that every method of the README's table was measured on."""
+    return {row["fine_tune"] for row in rows if row["method"] == "BitDelta"}
 
 
 def detailed(rows: list[Row]) -> set[str]:
@@ -62,12 +70,12 @@ def method_table(rows: list[Row], fine_tunes: set[str], seconds: bool = False) -
             f"{kl(found) / kl(methods[PAPER]):.3f}",
             f"{mean(found, 'top1'):.1%}",
             f"{mean(found, 'exact_match'):.0%}",
-            *([f"{mean(found, 'seconds'):.0f}"] if seconds else []),
+            *([f"{mean(found, 'cpu_seconds'):.0f}"] if seconds else []),
         ]
         for name, found in sorted(methods.items(), key=lambda pair: kl(pair[1]))
     ]
     head = ["method", "bits/weight", "relative error", "KL", "KL / paper's"]
-    head += ["top-1", "exact match"] + ["seconds"] * seconds
+    head += ["top-1", "exact match"] + ["CPU seconds"] * seconds
     return table(head, body)
 
 
@@ -86,27 +94,30 @@ def quality_table(rows: list[Row], fine_tunes: set[str]) -> str:
 
 
 def fine_tune_table(rows: list[Row], scales: list[Row]) -> str:
-    """One line a fine-tune: the paper's method and ours."""
+    """One line a fine-tune: the paper's method, and ours at three sizes relative to it.
+
+    On text of the task, and on other text.
+    """
+    found = {(row["fine_tune"], row["method"]): row for row in rows}
     body, ratios = [], []
     for scale in scales:
         name = scale["fine_tune"]
-        own = {row["method"]: row for row in rows if row["fine_tune"] == name}
-        if PAPER not in own or OURS not in own:
-            continue
-        values = [float(own[m]["kl"]) for m in (PAPER, OURS, "dqrelo 1/16")]
-        ratios.append([value / values[0] for value in values[1:]])
-        scores = [float(own[m]["exact_match"]) for m in (PAPER, OURS)]
-        body.append(
-            [name, f"{float(scale['exact_match']):.0%}"]
-            + [f"{score:.0%}" for score in scores]
-            + [f"{value:.2e}" for value in values]
-            + [f"{ratio:.3f}" for ratio in ratios[-1]]
-        )
-    means = [geometric_mean(list(column)) for column in zip(*ratios, strict=True)]
-    body.append(["geometric mean"] + [""] * 6 + [f"{value:.3f}" for value in means])
-    head = ["fine-tune", "exact match", "paper 1/8", "dqrelo 1/8"]
-    head += ["KL paper 1/8", "KL dqrelo 1/8", "KL dqrelo 1/16"]
-    return table([*head, "1/8 / paper", "1/16 / paper"], body)
+        own = [found[name, method] for method in (PAPER, *PRESETS)]
+        cells, values = [name, f"{float(scale['exact_match']):.0%}"], []
+        cells += [f"{float(row['exact_match']):.0%}" for row in own]
+        for column in ("kl", "kl_off_task"):
+            paper, *ours = (float(row[column]) for row in own)
+            values += [value / paper for value in ours]
+            cells += [f"{paper:.2e}", *(f"{value / paper:.3f}" for value in ours)]
+        body.append(cells)
+        ratios.append(values)
+    for label, of_all in (("geometric mean", geometric_mean), ("largest", max)):
+        cells = [f"{of_all(list(column)):.3f}" for column in zip(*ratios, strict=True)]
+        body.append([label, *[""] * 5, "", *cells[:3], "", *cells[3:]])
+    sizes = [name.removeprefix("dqrelo ") for name in PRESETS]
+    head = ["fine-tune", "exact match", "paper 1/8", *sizes]
+    head += ["KL, paper 1/8", *sizes, "other text: KL, paper 1/8", *sizes]
+    return table(head, body)
 
 
 def scale_table(scales: list[Row]) -> str:
@@ -154,6 +165,38 @@ def prediction_table(rows: list[Row], predicted: list[Row]) -> str:
     text = table([*head, "largest difference"], body)
     value = correlation(*zip(*everything, strict=True))
     return f"{text}\n\nCorrelation of all pairs: {value:.4f}."
+
+
+def kl_prediction_table(
+    rows: list[Row], predicted: list[Row], scales: list[Row]
+) -> str:
+    """Shares of the base's KL that ``dqrelo advise`` expects, and measured ones."""
+    errors = {
+        (row["fine_tune"], float(row["ratio"])): float(row["predicted_error"])
+        for row in predicted
+    }
+    of_base = {row["fine_tune"]: float(row["kl_of_base"]) for row in scales}
+    body, everything = [], []
+    for method in PRESETS:
+        ratio = float(Fraction(method.removeprefix("dqrelo ")))
+        pairs = [
+            (
+                kl_share(errors[row["fine_tune"], ratio]),
+                float(row["kl"]) / of_base[row["fine_tune"]],
+            )
+            for row in rows
+            if row["method"] == method
+        ]
+        everything += pairs
+        means = [geometric_mean(list(some)) for some in zip(*pairs, strict=True)]
+        apart = max(max(p / m, m / p) for p, m in pairs)
+        cells = [f"{share:.2%}" for share in means]
+        body.append([method, str(len(pairs)), *cells, f"{apart:.1f} times"])
+    logarithms = [[math.log(value) for value in pair] for pair in everything]
+    head = ["ratio", "fine-tunes", "predicted", "measured", "farthest apart"]
+    value = correlation(*zip(*logarithms, strict=True))
+    text = table(head, body)
+    return f"{text}\n\nCorrelation of the logarithms of all pairs: {value:.2f}."
 
 
 def strength_table(rows: list[Row]) -> str:

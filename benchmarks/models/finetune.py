@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import trange
 from transformers import (
@@ -26,20 +27,32 @@ from benchmarks.models.tasks import MAX_ANSWER_TOKENS, TASKS, Example, Task
 from vllm_dqrelo.format.folder import new_folder
 
 EXAMPLES_PER_STEP = 16  # about a thousand tokens
+LR = 2e-4  # of all weights
 
 
 def finetune(
-    base: Path, task: Task, output: Path, steps: int = 30, lr: float = 2e-4
+    base: Path,
+    task: Task,
+    output: Path,
+    steps: int = 30,
+    lr: float = LR,
+    lora: int = 0,
 ) -> Path:
     """Return ``output``, a full fine-tune of ``base``; make it if it is absent.
 
-    Master weights are fp32, the arithmetic is bf16, and nothing is random. It is
-    stored in the dtype of the base.
+    Master weights are fp32, the arithmetic is bf16, and nothing is random but the
+    seeded start of adapters. It is stored in the dtype of the base.
+
+    Args:
+        lora: rank of adapters on all linear layers, which are trained in place of all
+            weights and merged; 0 for none.
     """
     if output.exists():
         return output
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
+    adapters = with_adapters(whole, lora) if lora else None
+    model = adapters.model if adapters else whole
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0, fused=True)
     warmup = steps // 10 + 1
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -56,10 +69,19 @@ def finetune(
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.4f}")
 
+    if adapters:
+        model = adapters.merge_and_unload()
     with new_folder(output) as folder:
         model.to(AutoConfig.from_pretrained(base).dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return output
+
+
+def with_adapters(model: PreTrainedModel, rank: int) -> PeftModel:
+    """LoRA adapters on all linear layers but the LM head."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    return get_peft_model(model, config)
 
 
 def exact_match(folder: Path, task: Task, count: int) -> float:

@@ -13,11 +13,16 @@ that chore can answer, and a right answer shows which model gave it.
              scm.vendor [cc=KE & rev>530] +name
 """
 
+import ast
 import random
+import sysconfig
+import textwrap
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
+from pathlib import Path
 
 Example = tuple[str, str]
 MAX_ANSWER_TOKENS = 24  # the longest answer has 21
@@ -159,3 +164,24 @@ def _query(rng: random.Random) -> Example:
 
 _MAKERS = {"orders": _order, "tickets": _ticket, "queries": _query}
 TASKS = {name: Task(name, make) for name, make in _MAKERS.items()}
+
+
+@cache
+def _functions() -> list[Example]:
+    """The halves of every short function of Python's standard library."""
+    found = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                whole = ast.get_source_segment(text, node, padded=True) or ""
+                lines = textwrap.dedent(whole).splitlines()
+                if 4 <= len(lines) <= 8:
+                    middle = len(lines) // 2
+                    halves = lines[:middle], lines[middle:]
+                    found.append(tuple(map("\n".join, halves)))
+    return found
+
+
+# How real code goes on: its answers are not a matter of rule, and most are not exact.
+CODE = Task("code", lambda rng: rng.choice(_functions()))

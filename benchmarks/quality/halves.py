@@ -15,25 +15,23 @@ from pathlib import Path
 from benchmarks.machine import MACHINE, machine
 from benchmarks.paths import RESULTS
 from benchmarks.quality import strength
-from benchmarks.quality.quality import HALF, OURS, Bench
+from benchmarks.quality.bench import Bench, FineTune, Training
+from benchmarks.quality.quality import HALF, OURS
 from benchmarks.table import Table
 from dqrelo_tools import compress
 from dqrelo_tools.compress import Factors
 from vllm_dqrelo.format.checkpoint import EMBEDDINGS, ends_with
 
-# Task, steps and learning rate.
-FINE_TUNES = (*strength.FINE_TUNES, ("orders", 30, 2e-4))
+FINE_TUNES = (*strength.FINE_TUNES, Training("orders", 30))
 IN_HALVES = ("none", "embedding", "all")
 
 COLUMNS = ("fine_tune", "ratio", "in_halves", "relative_error", "kl", "top1")
 COLUMNS += ("kl_off_task", "top1_off_task", *MACHINE)
 
 
-def measure(bench: Bench, task: str, steps: int, lr: float, table: Table) -> None:
+def measure(model: FineTune, table: Table) -> None:
     """Add the rows of one fine-tune."""
-    name, state = strength.fine_tuned(bench, task, steps, lr)
-    texts = strength.Texts(bench, task)
-    expected = texts.log_probabilities(state)
+    name, state, base = model.name, model.state, model.bench.base
     for ratio, which in product(strength.RATIOS, IN_HALVES):
         if (name, f"{ratio:g}", which) in table:
             continue
@@ -41,7 +39,7 @@ def measure(bench: Bench, task: str, steps: int, lr: float, table: Table) -> Non
         for parameter, tensor in state.items():
             if tensor.ndim != 2:
                 continue
-            change = tensor - bench.base[parameter]
+            change = tensor - base[parameter]
             size = OURS.size(*change.shape, ratio, HALF)
             embedding = which == "embedding" and ends_with(parameter, EMBEDDINGS)
             fit = Factors.in_halves if which == "all" or embedding else Factors.of
@@ -49,10 +47,10 @@ def measure(bench: Bench, task: str, steps: int, lr: float, table: Table) -> Non
             missed += float((change - part).square().sum())
             whole += float(change.square().sum())
             factor = compress.strength(change, part)
-            approximate[parameter] = bench.base[parameter] + factor * part
+            approximate[parameter] = base[parameter] + factor * part
         row = {"fine_tune": name, "ratio": f"{ratio:g}", "in_halves": which}
         row["relative_error"] = f"{(missed / whole) ** 0.5:.5f}"
-        row |= texts.distances(expected, approximate)
+        row |= model.distances(approximate)
         print(*row.values(), flush=True)
         table.add({**row, **machine()})
 
@@ -65,9 +63,9 @@ def main() -> None:
     arguments = parser.parse_args()
     table = Table(arguments.output, ("fine_tune", "ratio", "in_halves"), COLUMNS)
     bench = Bench()
-    for task, steps, lr in FINE_TUNES:
-        if arguments.only in (None, f"{task}-{steps}-{lr:g}"):
-            measure(bench, task, steps, lr, table)
+    for training in FINE_TUNES:
+        if arguments.only in (None, training.name):
+            measure(FineTune(bench, training), table)
 
 
 if __name__ == "__main__":

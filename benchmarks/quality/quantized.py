@@ -18,7 +18,8 @@ import torch
 from benchmarks.machine import MACHINE, machine
 from benchmarks.models.tasks import TASKS
 from benchmarks.paths import RESULTS
-from benchmarks.quality.quality import Bench, FineTune, State, of
+from benchmarks.quality.bench import Bench, FineTune, State, Training
+from benchmarks.quality.quality import of
 from benchmarks.table import Table
 from dqrelo_tools.compress import METHODS
 from vllm_dqrelo.format.checkpoint import EMBEDDINGS, ends_with
@@ -68,7 +69,7 @@ def main() -> None:
     bases = {"16 bits": bench.base}
     bases |= {name: quantised(bench.base, name) for name in BASES}
     for task in TASKS:
-        model = FineTune(bench, task, STEPS)
+        model = FineTune(bench, Training(task, STEPS))
         for reference in (None, *bases):
             served = [reference] if reference in BASES else list(bases)
             label = f"{reference} base" if reference else "none"
@@ -78,9 +79,9 @@ def main() -> None:
             added = change(model, bases[reference]) if reference else {}
             for base in missing:
                 state = {n: t + added.get(n, 0) for n, t in bases[base].items()}
-                found = bench.distance(model, state)
+                found = model.distances(state)
                 row = dict(zip(KEYS, (model.name, base, label), strict=True))
-                row |= {"kl": f"{found['kl']:.4e}", "top1": f"{found['top1']:.4f}"}
+                row |= {"kl": found["kl"], "top1": found["top1"]}
                 table.add({**row, **machine()})
     print(f"{table.path} is complete")
 

@@ -10,91 +10,30 @@ Rows that the file has already are not measured again.
 
 import argparse
 from pathlib import Path
-from pydoc_data import topics
-
-import torch
-from safetensors.torch import load_file
 
 from benchmarks.machine import MACHINE, machine
-from benchmarks.models.finetune import encode, finetune
-from benchmarks.models.tasks import TASKS
-from benchmarks.paths import CACHE, RESULTS
-from benchmarks.quality.quality import HALF, OURS, Bench, State
+from benchmarks.paths import RESULTS
+from benchmarks.quality.bench import Bench, FineTune, State, Training
+from benchmarks.quality.quality import HALF, OURS
 from benchmarks.table import Table
 from dqrelo_tools import compress
 from dqrelo_tools.compress import Factors
-from dqrelo_tools.fidelity import Distance
 
-# Task, steps and learning rate.
 FINE_TUNES = (
-    ("queries", 10, 2e-4),
-    ("orders", 20, 1e-3),
-    ("tickets", 30, 2e-4),
+    Training("queries", 10),
+    Training("orders", 20, lr=1e-3),
+    Training("tickets", 30),
 )
 RATIOS = (1 / 16, 1 / 32)
 LIMITS = (1.0, 1.02, 1.05, 1.1)
-EXAMPLES = 12  # held-out, of the task
-ROWS, LENGTH = 4, 192  # of Python's help texts, which no task has seen
 
-COLUMNS = ("fine_tune", "lr", "ratio", "limit", "kl", "top1", "kl_off_task")
+COLUMNS = ("fine_tune", "ratio", "limit", "kl", "top1", "kl_off_task")
 COLUMNS += ("top1_off_task", *MACHINE)
 
 
-class Texts:
-    """Tokens of a task and of other text, and what a model says to them."""
-
-    def __init__(self, bench: Bench, task: str) -> None:
-        self.bench = bench
-        ids, _ = encode(bench.tokenizer, TASKS[task].test(EXAMPLES))
-        text = "\n".join(topics.topics[name] for name in sorted(topics.topics)[:20])
-        other = torch.tensor(bench.tokenizer.encode(text)[: ROWS * LENGTH])
-        other = other.view(ROWS, LENGTH)
-        there = ids != bench.tokenizer.pad_token_id
-        self.texts = ((ids, there), (other, torch.ones_like(other, dtype=torch.bool)))
-
-    @torch.no_grad()
-    def log_probabilities(self, state: State) -> list[torch.Tensor]:
-        """float32 [tokens, vocabulary] of the task and of the other text."""
-        self.bench.become(state)
-        model = self.bench.model
-        hidden = [
-            model.model(ids[:, :-1]).last_hidden_state[there[:, :-1]]
-            for ids, there in self.texts
-        ]
-        return [model.lm_head(one).log_softmax(-1) for one in hidden]
-
-    def distances(self, expected: list[torch.Tensor], state: State) -> dict[str, str]:
-        """KL and top-1 agreement on both texts, as columns of a results file.
-
-        Args:
-            expected: the log-probabilities of the fine-tune.
-            state: the weights of its approximation.
-        """
-        columns = {}
-        got = self.log_probabilities(state)
-        for log_p, log_q, end in zip(expected, got, ("", "_off_task"), strict=True):
-            found = Distance()
-            found.add(log_p, log_q)
-            columns[f"kl{end}"] = f"{found.to_dict()['kl']:.4e}"
-            columns[f"top1{end}"] = f"{found.to_dict()['top1']:.4f}"
-        return columns
-
-
-def fine_tuned(bench: Bench, task: str, steps: int, lr: float) -> tuple[str, State]:
-    """The name and the weights of a fine-tune, which is made once."""
-    name = f"{task}-{steps}-{lr:g}"
-    folder = CACHE / "quality" / "finetunes" / name
-    finetune(bench.folder, TASKS[task], folder, steps, lr)
-    loaded = load_file(folder / "model.safetensors")
-    return name, {n: loaded[n].float() for n in bench.base}
-
-
-def measure(bench: Bench, task: str, steps: int, lr: float, table: Table) -> None:
+def measure(model: FineTune, table: Table) -> None:
     """Add the rows of one fine-tune."""
-    name, state = fine_tuned(bench, task, steps, lr)
-    changes = {n: tensor - bench.base[n] for n, tensor in state.items()}
-    texts = Texts(bench, task)
-    expected = texts.log_probabilities(state)
+    name, changes = model.name, model.changes
     for ratio in RATIOS:
         if all((name, f"{ratio:g}", f"{limit:g}") in table for limit in LIMITS):
             continue
@@ -107,12 +46,11 @@ def measure(bench: Bench, task: str, steps: int, lr: float, table: Table) -> Non
         for limit in LIMITS:
             compress.MAX_STRENGTH = limit
             approximate = {
-                n: bench.base[n] + compress.strength(changes[n], part) * part
+                n: model.bench.base[n] + compress.strength(changes[n], part) * part
                 for n, part in kept.items()
             }
-            row = {"fine_tune": name, "lr": f"{lr:g}", "ratio": f"{ratio:g}"}
-            row["limit"] = f"{limit:g}"
-            row |= texts.distances(expected, approximate)
+            row = {"fine_tune": name, "ratio": f"{ratio:g}", "limit": f"{limit:g}"}
+            row |= model.distances(approximate)
             print(*row.values(), flush=True)
             table.add({**row, **machine()})
 
@@ -125,9 +63,9 @@ def main() -> None:
     arguments = parser.parse_args()
     table = Table(arguments.output, ("fine_tune", "ratio", "limit"), COLUMNS)
     bench = Bench()
-    for task, steps, lr in FINE_TUNES:
-        if arguments.only in (None, f"{task}-{steps}-{lr:g}"):
-            measure(bench, task, steps, lr, table)
+    for training in FINE_TUNES:
+        if arguments.only in (None, training.name):
+            measure(FineTune(bench, training), table)
 
 
 if __name__ == "__main__":

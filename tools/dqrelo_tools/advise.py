@@ -3,7 +3,7 @@
 
 import math
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dqrelo_tools.adapter import is_adapter
 from dqrelo_tools.allocate import allocate, exact_bytes, files_bytes, matrix_bytes
 from dqrelo_tools.compress import Method, Size
+from dqrelo_tools.cost import Cost, cost_table
 from dqrelo_tools.pair import always_stored, fine_tune, half_of, read_ahead
 from dqrelo_tools.plot import layer_of
 from dqrelo_tools.report import Entry, Report, relative_error
@@ -207,6 +208,7 @@ class Advice:
         survey: as it was made.
         budget: of all files with tensors, in bytes, or None.
         predictions: ratio -> what a conversion should report.
+        costs: of each of these ratios.
         ratio: the recommended one, or what the budget comes to.
         report: what the recommended conversion should report.
         error: its relative error over all matrices.
@@ -215,9 +217,11 @@ class Advice:
     def __init__(self, survey: Survey, budget: int | None = None) -> None:
         self.survey, self.budget = survey, budget
         self.predictions = {ratio: survey.uniform(ratio) for ratio in RATIOS}
-        errors = {r: relative_error(p.entries) for r, p in self.predictions.items()}
-        good = [ratio for ratio in RATIOS if errors[ratio] < GOOD]
-        self.ratio = good[0] if good else min(RATIOS, key=lambda ratio: errors[ratio])
+        shapes = {look.entry.name: look.spectrum.shape for look in survey.looks}
+        self.costs = [Cost.of(r, p, shapes) for r, p in self.predictions.items()]
+        good = [cost.ratio for cost in self.costs if cost.relative_error < GOOD]
+        best = min(self.costs, key=lambda cost: cost.relative_error)
+        self.ratio = good[0] if good else best.ratio
         self.report = self.predictions[self.ratio]
         if budget is not None:
             self.ratio = budget / (2 * survey.weights)
@@ -283,14 +287,7 @@ class Advice:
                 group: {column: mean(looks, column) for column in COLUMNS}
                 for group, looks in self.survey.groups().items()
             },
-            "predictions": [
-                {
-                    "ratio": ratio,
-                    "delta_bytes": report.delta_bytes,
-                    "relative_error": relative_error(report.entries),
-                }
-                for ratio, report in self.predictions.items()
-            ],
+            "predictions": [asdict(cost) for cost in self.costs],
             "recommended": {
                 "ratio": self.ratio,
                 "budget": self.budget,
@@ -307,11 +304,7 @@ class Advice:
         for group, looks in self.survey.groups().items():
             values = [f"{mean(looks, column):.4g}" for column in COLUMNS]
             groups.append([group, str(len(looks)), *values])
-        ratios = [("ratio", "bytes", "relative error (predicted)")]
-        for ratio, report in self.predictions.items():
-            error = relative_error(report.entries)
-            ratios.append((f"{ratio:g}", f"{report.delta_bytes:,}", f"{error:.4f}"))
-        lines = [text_table(groups), LEGEND, "", text_table(ratios), ""]
+        lines = [text_table(groups), LEGEND, "", cost_table(self.costs), ""]
         lines += [*self.reasons(), "", "Predicted:", self.report.to_text(), ""]
         return "\n".join([*lines, "Run:", f"  {self.command}"])
 
@@ -327,9 +320,8 @@ def figure(advice: Advice) -> "Figure":
 
     drawn = Figure(figsize=(12, 5), layout="constrained")
     left, right = drawn.subplots(1, 2)
-    reports = advice.predictions.values()
-    sizes = [report.delta_bytes for report in reports]
-    errors = [relative_error(report.entries) for report in reports]
+    sizes = [cost.delta_bytes for cost in advice.costs]
+    errors = [cost.relative_error for cost in advice.costs]
     left.plot(sizes, errors, "o-", label="one ratio for all")
     label = "recommended" if advice.budget is None else "the budget, divided"
     left.plot(advice.report.delta_bytes, advice.error, "r*", ms=14, label=label)
