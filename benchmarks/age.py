@@ -36,7 +36,6 @@ MEASURES = {
     "router.csv": SERVED,
     "serving.csv": SERVED,
     "serving_compare.csv": SERVED,
-    "serving_compare_without_amx.csv": SERVED,
     "strength.csv": COMPRESSION,
     "vectors.csv": OPS,
     "versions.csv": SERVED,

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from support.command import run
 from support.killed import killed
 
+from dqrelo_kernels.table import ALIGNMENT
 from dqrelo_tools import convert
 from dqrelo_tools.advise import Advice, figure, survey
 from dqrelo_tools.compress import Method
+from dqrelo_tools.cost import KL_AT_ONE, KL_POWER
 from dqrelo_tools.spectrum import EPS, RHO
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError
@@ -209,7 +211,7 @@ def test_advice_as_json_is_what_numpy_says(models, capsys):
     assert run("advise", "--base", base, "--model", model, "--json") == 0
     advice = json.loads(capsys.readouterr().out)
     before, after = (load_file(m / "model.safetensors") for m in models)
-    seen, missed, total = {}, 0.0, 0.0
+    seen, missed, total, work, more = {}, 0.0, 0.0, 0, 0
     for name, tensor in after.items():
         if tensor.ndim < 2:
             continue
@@ -230,6 +232,9 @@ def test_advice_as_json_is_what_numpy_says(models, capsys):
         tail, head = (singular[size.rank :] ** 2).sum(), (singular[: size.rank] ** 2)
         missed += RHO[size.planes] * (tail + EPS * head.sum())
         total += (singular**2).sum()
+        if "embed" not in name:
+            n, k = delta.shape
+            work, more = work + n * k, more + size.planes * n * k + size.rank * (n + k)
     assert advice["matrices"].keys() == seen.keys()
     for name, numbers in advice["matrices"].items():
         # A value on the edge of two bins may be in either of them.
@@ -240,7 +245,16 @@ def test_advice_as_json_is_what_numpy_says(models, capsys):
             values = [numbers[column] for name, numbers in seen.items() if part in name]
             assert value == pytest.approx(np.mean(values), rel=2e-4)
     eighth = next(p for p in advice["predictions"] if p["ratio"] == 1 / 8)
-    assert eighth["relative_error"] == pytest.approx((missed / total) ** 0.5)
+    error = eighth["relative_error"]
+    assert error == pytest.approx((missed / total) ** 0.5)
+    assert eighth["kl"] == pytest.approx(KL_AT_ONE * error**KL_POWER)
+    size, whole = eighth["delta_bytes"], 2 * sum(t.numel() for t in after.values())
+    assert eighth["decode"] == {"1": 1 + size / whole, "8": 1 + 8 * size / whole}
+    assert eighth["prompt"] == pytest.approx(1 + more / work)
+    rounded = -(-size // ALIGNMENT) * ALIGNMENT
+    for card, count in eighth["models"].items():
+        # 92 % of the card, a quarter of which is for the KV cache, and the base.
+        assert count == (int(card) * 10**9 * 0.67 - whole) // rounded
     errors = [p["relative_error"] for p in advice["predictions"]]
     assert errors == sorted(errors, reverse=True) and len(errors) == 6
     assert advice["recommended"]["ratio"] == 1 / 4 and errors[-1] < 0.3 < errors[-2]
@@ -289,6 +303,9 @@ def test_the_text_names_what_stands_out(tmp_path, capsys):
     said = [line for line in text.splitlines() if line.startswith("layers 0-1: ")]
     assert len(said) == 1 and "the predicted relative error" in said[0]
     assert f"dqrelo convert --base {base} --model {model} --ratio" in text
+    heads = [line.split() for line in text.splitlines() if line.startswith("ratio ")]
+    assert len(heads) == 1 and "KL" in heads[0] and "GB" in heads[0]
+    assert re.search(r"^1/16 +[\d,]+ +0\.\d+ +[\d.]+% +1\.\d\dx", text, re.MULTILINE)
     assert not made.remarks() or all("layers 0-1" in line for line in made.remarks())
 
 

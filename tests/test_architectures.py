@@ -85,6 +85,16 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
 }
 
 
+# Another one has what these have: llama, gemma3, qwen2-moe and qwen3-moe.
+SLOW = {"mistral", "mistral-window", "qwen2", "qwen3"}
+
+
+def some_slow(kinds):
+    """The kinds, those of SLOW marked so."""
+    slow = pytest.mark.slow
+    return [pytest.param(kind, marks=[slow] * (kind in SLOW)) for kind in kinds]
+
+
 @pytest.fixture(autouse=True)
 def free_engines():
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -175,7 +185,7 @@ def check_mixed_batch(base, tuned, folder, model_class=AutoModelForCausalLM, **o
     return llm
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", some_slow(ARCHITECTURES))
 def test_mixed_batch_equals_each_model_alone(kind, save_model, tmp_path):
     base, *tuned = (
         save_model(ARCHITECTURES[kind], tmp_path / f"model-{seed}", seed)

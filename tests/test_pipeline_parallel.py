@@ -20,12 +20,9 @@ TOLERANCE = 1e-4
 
 # A tied LM head is in another stage than the embedding that it is, and vLLM's Mixtral
 # has a last norm in both stages.
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param("llama-tied", marks=pytest.mark.v2),
-        pytest.param("mixtral", marks=pytest.mark.slow),
-    ],
+    "kind", [pytest.param("llama-tied", marks=pytest.mark.v2), "mixtral"]
 )
 def test_two_stages_equal_each_model_alone(
     kind,

@@ -62,7 +62,9 @@ ASYNCHRONOUS = pytest.mark.skipif(
 
 
 @pytest.mark.v2
-@pytest.mark.parametrize("is_async", [False, pytest.param(True, marks=ASYNCHRONOUS)])
+@pytest.mark.parametrize(
+    "is_async", [False, pytest.param(True, marks=[ASYNCHRONOUS, pytest.mark.slow])]
+)
 def test_ngram_drafts_equal_each_model_alone(
     family,
     resized,

@@ -69,7 +69,8 @@ class Cost:
         Args:
             shapes: of the matrices that it compresses, by name.
         """
-        size, base = report.delta_bytes, sum(e.model_bytes for e in report.entries)
+        size = report.delta_bytes
+        base = 2 * sum(entry.weights for entry in report.entries)  # served in 16 bits
         error = relative_error(report.entries)
         return cls(
             ratio,
