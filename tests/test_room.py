@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -333,8 +332,7 @@ def test_a_catalogue_never_stops_a_server(wide, catalogue, logged, monkeypatch):
         options["max_rank"] > 10 and options["delta_memory_gib"] >= max(sizes) / 2**30
     )
     logged.clear()
-    memory = SimpleNamespace(available=0)
-    monkeypatch.setattr(start.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(start, "available", lambda: 0)
     shutil.rmtree(catalogue / "added")
     monkeypatch.setattr(
         start, "default_room", lambda *_: start.Room(10, sizes[0] - 1, 0, {})
@@ -356,8 +354,7 @@ def test_deltas_that_no_memory_is_for(wide, monkeypatch):
     monkeypatch.setattr(start, "default_room", lambda *_: room)
     for fits, said in ((3, "Serve with --max-loras 3, or"), (1, "Convert them with")):
         free = Checkpoint(base).nbytes(2) + fits * size
-        memory = SimpleNamespace(available=free)
-        monkeypatch.setattr(start.psutil, "virtual_memory", lambda m=memory: m)
+        monkeypatch.setattr(start, "available", lambda free=free: free)
         with pytest.raises(DqreloError, match=said):
             made_room(base, deltas)
     own = {"dqrelo": {"delta_memory_gib": 1}}

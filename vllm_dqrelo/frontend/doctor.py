@@ -139,8 +139,10 @@ def memory() -> str:
     import psutil
     from vllm.platforms import current_platform
 
-    host = psutil.virtual_memory()
-    text = f"{host.available / GIB:.1f} of {host.total / GIB:.1f} GiB available"
+    from vllm_dqrelo.host_memory import available
+
+    total = psutil.virtual_memory().total
+    text = f"{available() / GIB:.1f} of {total / GIB:.1f} GiB available"
     if current_platform.is_cuda_alike():
         import torch
 

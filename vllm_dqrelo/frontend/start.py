@@ -14,7 +14,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import psutil
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -24,6 +23,7 @@ from vllm_dqrelo.format.config import CONFIG_NAME, DEFAULT_RATIO
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.need import Need, gib, layer_of, option
 from vllm_dqrelo.frontend.catalogue import Catalogue
+from vllm_dqrelo.host_memory import available
 from vllm_dqrelo.options import Options, is_dqrelo, max_deltas
 from vllm_dqrelo.room import Room, slice_bytes, typical_rank
 
@@ -194,7 +194,7 @@ def check_machine(
     """
     if not current_platform.is_cpu():
         return
-    free = psutil.virtual_memory().available - base.nbytes(2)
+    free = available() - base.nbytes(2)
     room = max(free, default.arena)
     left_out = []
     while later and together([*needs.values(), *later.values()], max_loras) > room:

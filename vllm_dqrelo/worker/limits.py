@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a worker has for deltas: bytes, slots and ranks, from options and sites."""
 
-import psutil
 import torch
 from vllm import envs
 from vllm.config import VllmConfig
 
 from dqrelo_kernels import ops
 from vllm_dqrelo.format.config import DEFAULT_RATIO
+from vllm_dqrelo.host_memory import available
 from vllm_dqrelo.options import Options
 from vllm_dqrelo.room import slice_bytes, typical_rank
 from vllm_dqrelo.worker import compat
@@ -44,7 +44,7 @@ def host_bytes(options: Options, workers: int) -> int:
     """Size of a worker's host tier on this machine, now."""
     if options.host_memory_gib is not None:
         return int(options.host_memory_gib * 2**30)
-    return int(psutil.virtual_memory().available * DEFAULT_HOST_PART / workers)
+    return int(available() * DEFAULT_HOST_PART / workers)
 
 
 def most_resident(options: Options, sites: Sites, arena: int, max_loras: int) -> int:
