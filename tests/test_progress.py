@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import transformers
+from safetensors.torch import load_file
 from support.command import run
 
-from dqrelo_tools import verify
+from dqrelo_tools import convert, verify
 from vllm_dqrelo.format.delta import Delta, weight_files
 from vllm_dqrelo.format.folder import file_bytes
 
@@ -66,3 +67,20 @@ def test_the_check_of_a_delta_counts_every_byte(family, monkeypatch):
     monkeypatch.setattr(verify, "tqdm", Bar)
     verify.checked(folder)
     assert [bar["total"] for bar in bars] == [2 * file_bytes([file])]
+
+
+def test_the_last_step_of_a_conversion_counts_every_byte(family, tmp_path, monkeypatch):
+    made, bars = family("llama"), []
+
+    class Bar(convert.tqdm):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options | {"disable": False})
+            bars.append(self)
+
+    monkeypatch.setattr(convert, "tqdm", Bar)
+    convert.convert(str(made.base), str(made.models[0]), tmp_path / "delta")
+    (bar,) = [bar for bar in bars if bar.desc == "write"]
+    (file,) = weight_files(tmp_path / "delta")
+    # Each of the journal's files has a header, too.
+    assert 0.7 * bar.total < bar.n < bar.total
+    assert bar.n == 2 * sum(tensor.nbytes for tensor in load_file(file).values())

@@ -190,7 +190,7 @@ def keep_factors(adapter: Adapter, journal: Journal) -> None:
 def write(
     output: Path,
     config: DeltaConfig,
-    tensors: Mapping[str, torch.Tensor],
+    journal: Journal,
     report: Report,
     model: Path,
     others: Mapping[str, bytes],
@@ -209,8 +209,17 @@ def write(
             len(beside),
             beside[0],
         )
-    with new_folder(output) as folder:
-        config = write_delta(folder, config, tensors, max_shard_size)
+    progress = tqdm(
+        desc="write",
+        total=2 * journal.size,
+        unit="B",
+        unit_scale=True,
+        delay=2,
+        leave=False,
+        disable=None,
+    )
+    with new_folder(output) as folder, progress:
+        config = write_delta(folder, config, journal, max_shard_size, progress.update)
         report.delta_bytes = file_bytes(weight_files(folder))
         for name, content in others.items():
             (folder / name).write_bytes(content)

@@ -83,6 +83,11 @@ class Journal(Mapping[str, torch.Tensor]):
         self._files.files |= dict.fromkeys(file.tensors, piece)
         return Entry(**json.loads(file.metadata["entry"]))
 
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return size_of(self.folder)
+
     def _piece(self, number: int) -> Path:
         return self.folder / f"{number:06d}.safetensors"
 

@@ -203,6 +203,7 @@ def write_delta(
     config: DeltaConfig,
     tensors: Mapping[str, torch.Tensor],
     max_shard_size: int = MAX_SHARD_SIZE,
+    watch: Callable[[int], object] = lambda size: None,
 ) -> DeltaConfig:
     """Write delta_config.json and the tensors into ``folder``.
 
@@ -212,10 +213,18 @@ def write_delta(
         tensors: as ``tensors.MatrixDelta.tensors`` and exact parameters give them.
             Each is asked for twice and need not be in memory in between.
         max_shard_size: in bytes; one shard is in memory.
+        watch: called with the bytes of each tensor that is read here; all are read
+            twice.
 
     Returns:
         The configuration as written.
     """
+
+    def read(name: str) -> torch.Tensor:
+        tensor = tensors[name]
+        watch(tensor.nbytes)
+        return tensor
+
     ordered = [(name, tensors[name].nbytes) for name in sorted(tensors)]
     split = split_state_dict_into_shards_factory(
         dict(ordered),
@@ -224,13 +233,13 @@ def write_delta(
         max_shard_size=max_shard_size,
     )
     for file, names in split.filename_to_tensors.items():
-        shard = {name: tensors[name].contiguous() for name in names}
+        shard = {name: read(name).contiguous() for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         path = folder / f"{MODEL}.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    content = ((name, tensors[name]) for name, _ in ordered)
+    content = ((name, read(name)) for name, _ in ordered)
     config = replace(config, digest=digest(config, content))
     (folder / CONFIG_NAME).write_text(config.to_json())
     return config
