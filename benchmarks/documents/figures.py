@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 from benchmarks.documents.documents import DOCUMENTS, rewritten
 from benchmarks.documents.quality_tables import (
     by_method,
-    complete,
     detailed,
     fine_tunes,
     kl,
     mean,
+    of_lengths,
 )
 from benchmarks.documents.rows import read
 from benchmarks.documents.tables import tables
@@ -126,7 +126,7 @@ def length_figure(rows: list[Row], scales: list[Row]) -> Figure:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for (name, found), marker in zip(
-        by_method(rows, complete(rows)).items(), "osD^v<>pX*hP", strict=False
+        by_method(rows, of_lengths(scales)).items(), "osD^v<>pX*hP", strict=False
     ):
         at: dict[int, list[Row]] = defaultdict(list)
         for row in found:

@@ -28,6 +28,12 @@ def complete(rows: list[Row]) -> set[str]:
     return {row["fine_tune"] for row in rows if row["method"] == "BitDelta"}
 
 
+def of_lengths(scales: list[Row]) -> set[str]:
+    """The fine-tunes that differ in task and length of training only."""
+    names = {row["fine_tune"] for row in scales}
+    return {name for name in names if re.fullmatch(r"[a-z]+-(10|30|90)", name)}
+
+
 def detailed(rows: list[Row]) -> set[str]:
     """The fine-tunes that most methods were measured on."""
     counts = Counter(row["fine_tune"] for row in rows)
