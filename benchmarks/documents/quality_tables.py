@@ -29,9 +29,9 @@ def complete(rows: list[Row]) -> set[str]:
 
 
 def of_lengths(scales: list[Row]) -> set[str]:
-    """The fine-tunes that differ in task and length of training only."""
+    """The fine-tunes that differ in the length of training only."""
     names = {row["fine_tune"] for row in scales}
-    return {name for name in names if re.fullmatch(r"[a-z]+-(10|30|90)", name)}
+    return {name for name in names if re.fullmatch(r"orders-(10|30|90)", name)}
 
 
 def detailed(rows: list[Row]) -> set[str]:
