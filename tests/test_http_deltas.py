@@ -135,7 +135,7 @@ def test_what_vllm_does_with_the_base_s_tokens_is_refused(client, own):
         chat(client, own, response_format=shape)
     with pytest.raises(openai.BadRequestError, match="which this route does not know"):
         client.post(
-            "/messages/count_tokens",
+            "/chat/completions/render",
             body={"model": "own", "messages": own.chat},
             cast_to=object,
         )

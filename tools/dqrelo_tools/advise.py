@@ -92,8 +92,8 @@ class Look:
 
     def predicted(self, size: Size) -> Entry:
         """The entry that a conversion to ``size`` should report."""
-        missed = self.spectrum.error(size)
-        return replace(self.entry, planes=size.planes, rank=size.rank, missed=missed)
+        taken, missed = self.spectrum.taken(size), self.spectrum.error(size)
+        return replace(self.entry, planes=taken.planes, rank=taken.rank, missed=missed)
 
 
 def entropy(change: torch.Tensor) -> float:

@@ -7,7 +7,7 @@ of its factors. ``METHODS`` names both; ``compress`` is the whole of it.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -131,7 +131,9 @@ def compress(
     the other one leaves, first in the method's order and then ``sweeps`` times more;
     the best of all pairs, by squared error, is kept. Neither is random. A low-rank part
     of integers without planes is fitted in halves where rows are tokens' and is then
-    multiplied by its ``strength``.
+    multiplied by its ``strength``. INT4 gives way to int8, in as many bytes, where the
+    change is of few ranks (``Factors.is_of_few_ranks``), as that of a merged adapter:
+    what is left out there is rounding of the checkpoint, and not lengthened for.
 
     Args:
         delta: [N, K] float32, fine-tune minus base.
@@ -140,16 +142,22 @@ def compress(
         of_tokens: whether each row is a token's, as in an embedding or LM head.
     """
     alone = not size.planes and not size.dtype.is_floating_point
+    in_halves = alone and of_tokens
     sweeps = method.sweeps if size.planes and size.rank else 0
     part = Factors.of(delta, 0, size.dtype)
     if method.low_rank_first:
-        fit = Factors.in_halves if alone and of_tokens else Factors.of
+        fit = Factors.in_halves if in_halves else Factors.of
         part = fit(delta, size.rank, size.dtype)
     missed = delta - part.dense()
+    few = not in_halves and part.is_of_few_ranks(squared_norm(delta), missed)
+    if few:
+        size = replace(size, rank=size.rank // 2, dtype=torch.int8)
+        part = Factors.of(delta, size.rank, size.dtype)
+        missed = delta - part.dense()
     planes = Planes.of(missed, size)
     if not method.low_rank_first:
         part = Factors.of(delta - planes.dense(), size.rank, size.dtype)
-    elif alone and part.scale is not None:
+    elif alone and part.scale is not None and not few:
         part.scale = part.scale * strength(delta, delta - missed)
     best, least = (planes, part), math.inf
     for sweep in range(sweeps + 1 if sweeps else 0):
@@ -239,6 +247,8 @@ class Factors:
         b: [N, R] likewise.
         scale: float32 [R] with integers, else None.
         dtype: of the stored factors.
+        squares: float64, those of the singular values that it stands for; empty where
+            they are not known.
     """
 
     def __init__(
@@ -249,6 +259,7 @@ class Factors:
         dtype: torch.dtype,
     ) -> None:
         self.a, self.b, self.scale, self.dtype = a, b, scale, dtype
+        self.squares = torch.empty(0, dtype=torch.float64)
 
     @classmethod
     def of(
@@ -279,7 +290,9 @@ class Factors:
         left, left_scale = integers(
             least_squares((right * right_scale[:, None]).T, matrix.T), bits
         )
-        return cls(right, left.T, left_scale * right_scale, dtype)
+        part = cls(right, left.T, left_scale * right_scale, dtype)
+        part.squares = (b.square().sum(0) * a.square().sum(1)).double()
+        return part
 
     @classmethod
     def in_halves(
@@ -303,6 +316,24 @@ class Factors:
         scales = [half.scale for half in (first, second) if half.scale is not None]
         a, b = torch.cat((first.a, second.a)), torch.cat((first.b, second.b), dim=1)
         return cls(a, b, torch.cat(scales), dtype)
+
+    def is_of_few_ranks(self, whole: float, missed: torch.Tensor) -> bool:
+        """Whether half as many ranks of int8, in the same bytes, would leave less.
+
+        Semantics: ``||missed||^2 - (whole - sum s_i^2) > sum_{i > R / 2} s_i^2`` for
+        the R largest singular values s_i: rounding to INT4 loses more than the last
+        half of the ranks holds. Of the linear layers of full fine-tunes the left side
+        was at most 0.6 of the right one, of nine in ten of a merged LoRA adapter of
+        rank 16 it was larger, up to 17 times.
+
+        Args:
+            whole: squared norm of the matrix that this part was fitted to.
+            missed: that matrix without this part.
+        """
+        if self.dtype != INT4 or len(self.squares) < 2:
+            return False
+        lost = squared_norm(missed) - (whole - float(self.squares.sum()))
+        return lost > float(self.squares[len(self.squares) // 2 :].sum())
 
     def dense(self) -> torch.Tensor:
         """float32 [N, K]."""

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The singular values of a change, and the error that they predict."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from dqrelo_tools.compress import Size
 from dqrelo_tools.svd import EXACT_SVD, largest_singular_vectors
+from vllm_dqrelo.format.tensors import INT4
 
 TOP = 512  # singular values of a matrix with more than EXACT_SVD of them
 # What sign planes leave of the variance of a Gaussian: none, its mean magnitude with
@@ -69,14 +70,25 @@ class Spectrum:
         """The least rank with ``share`` of the squared norm; likewise."""
         return int((self.heads < share * self.heads[-1]).sum())
 
+    def taken(self, size: Size) -> Size:
+        """The planes, ranks and dtype that ``compress`` will take for ``size``.
+
+        Semantics: half of the ranks, of int8, where ``EPS head(rank)`` is more than
+        the squares between half of the ranks and all (``Factors.is_of_few_ranks``).
+        """
+        half = size.rank // 2
+        head, first = float(self.heads[size.rank]), float(self.heads[half])
+        if size.dtype != INT4 or not half or EPS * head <= head - first:
+            return size
+        return replace(size, rank=half, dtype=torch.int8)
+
     def error(self, size: Size) -> float:
-        """The squared error that ``compress`` will leave.
+        """The squared error that ``compress`` will leave with ``taken(size)``.
 
         Semantics: ``RHO[planes] (tail(rank) + EPS head(rank))``, with head the sum of
-        the squares up to the rank and tail the sum beyond it.
-
-        Args:
-            size: with INT4 factors, or none.
+        the squares up to the rank and tail the sum beyond it; without EPS for int8.
         """
+        size = self.taken(size)
         head = float(self.heads[size.rank])
-        return RHO[size.planes] * (self.total - head + EPS * head)
+        rounded = EPS * head if size.dtype == INT4 else 0.0
+        return RHO[size.planes] * (self.total - head + rounded)
