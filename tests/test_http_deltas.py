@@ -129,16 +129,15 @@ def test_models_at_the_same_time(client, own):
         assert answer.choices[0].message.content == texts[name], name
 
 
-def test_what_vllm_does_with_the_base_s_tokens_is_refused(client, own):
+def test_what_vllm_does_with_the_base_s_tokens_is_refused(url, client, own):
     shape = {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}
     with pytest.raises(openai.BadRequestError, match="structured_outputs is not avail"):
         chat(client, own, response_format=shape)
-    with pytest.raises(openai.BadRequestError, match="which this route does not know"):
-        client.post(
-            "/chat/completions/render",
-            body={"model": "own", "messages": own.chat},
-            cast_to=object,
-        )
+    scoring = {"query": "w1", "items": ["w2"], "label_token_ids": [3, 4]}
+    with pytest.raises(urllib.error.HTTPError) as error:
+        post(url, "/generative_scoring", model="own", **scoring)
+    assert b"which this route does not know" in error.value.read()
+
 
 
 def test_the_list_of_models(client, store, family):
