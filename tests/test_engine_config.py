@@ -52,7 +52,7 @@ def drafts(method, adaptive=False):
     [
         ("parallel_config", "world_size", 2, "not by context parallelism"),
         ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
-        (None, "speculative_config", drafts("eagle"), "not eagle, whose heads"),
+        (None, "speculative_config", drafts("mtp"), "not mtp, which was not"),
         (None, "speculative_config", drafts("ngram", True), "enable_adaptive_verif"),
         ("parallel_config", "use_ubatching", True, "dual-batch overlap"),
         (
@@ -90,17 +90,35 @@ def test_what_is_not_right_with_deltas_is_refused(
         DeltaManager(config, torch.device("cpu"))
 
 
-def test_a_draft_model_beside_added_tokens_is_refused(config, monkeypatch):
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3"])
+def test_a_draft_model_beside_added_tokens_is_refused(config, monkeypatch, method):
     """The draft model would look these tokens up beyond the end of its embedding."""
     from vllm_dqrelo.supported import refuse_unsupported
 
-    monkeypatch.setattr(config, "speculative_config", drafts("draft_model"))
+    monkeypatch.setattr(config, "speculative_config", drafts(method))
     refuse_unsupported(config, torch.device("cpu"))
     monkeypatch.setattr(config, "additional_config", {"dqrelo": {"added_tokens": 5}})
     with pytest.raises(ValueError, match="added tokens .added_tokens is 5., which the"):
         refuse_unsupported(config, torch.device("cpu"))
     monkeypatch.setattr(config, "speculative_config", drafts("ngram"))
     refuse_unsupported(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3"])
+def test_where_heads_are_refused(config, monkeypatch, method):
+    from vllm_dqrelo.supported import refuse_unsupported
+
+    model, parallel = config.model_config, config.parallel_config
+    for owner, name, value, message in (
+        (parallel, "pipeline_parallel_size", 2, f"{method} and --pipeline-parallel"),
+        (type(model), "is_multimodal_model", True, f"{method} for text models only"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, value)
+            refuse_unsupported(config, torch.device("cpu"))
+            patched.setattr(config, "speculative_config", drafts(method))
+            with pytest.raises(ValueError, match=message):
+                refuse_unsupported(config, torch.device("cpu"))
 
 
 def test_a_gpu_of_amd_is_refused(config, monkeypatch):

@@ -139,7 +139,6 @@ def test_what_vllm_does_with_the_base_s_tokens_is_refused(url, client, own):
     assert b"which this route does not know" in error.value.read()
 
 
-
 def test_the_list_of_models(client, store, family):
     cards = {card.id: card for card in client.models.list()}
     assert {"base", "own", "plain"} <= cards.keys()

@@ -47,7 +47,7 @@ def calls_of(path: Path, function: str) -> list[str]:
 
 
 def test_who_calls_the_lm_head():
-    """Drafters aside, which are refused but for one that has no LM head."""
+    """Drafters aside, whose LM head is a layer without deltas."""
     callers = {}
     for path in [V1, *(WORKER / "gpu").rglob("*.py")]:
         if found := functions_that_name(path.read_text(), "compute_logits"):
@@ -107,6 +107,14 @@ def test_the_rows_of_tokens_are_said_in_one_place():
     assert said < min(calls.index("run_fullgraph"), calls.index("run_pw_graph"))
     calls = calls_of(V1, "execute_model")
     assert calls.index("_prepare_inputs") < calls.index("compute_logits")
+
+
+@pytest.mark.parametrize("path", [V1, V1.with_name("cpu_model_runner.py"), V2])
+def test_a_drafter_loads_its_model_after_the_deltas_are_installed(path):
+    calls = calls_of(path, "load_model")
+    assert "load_model" in calls[calls.index("load_lora_model") + 1 :]
+    drafter = "speculator" if path == V2 else "drafter"
+    assert f"self.{drafter}.load_model(self.model)" in path.read_text()
 
 
 def test_signatures():

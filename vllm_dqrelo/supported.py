@@ -14,8 +14,10 @@ from vllm_dqrelo.options import Options
 
 logger = init_logger(f"vllm.{__name__}")
 
-# Drafts from a request's own tokens, and of a model that shares no layer with the base.
-DRAFTS = ("ngram", "draft_model")
+# Drafts from a request's own tokens, of a model of its own, and of heads that share the
+# embedding and the LM head of the base (worker/drafter.py).
+HEADS = ("eagle", "eagle3")
+DRAFTS = ("ngram", "draft_model", *HEADS)
 
 # Architectures whose deltas tests/test_architectures.py and tests/test_images.py
 # compare with checkpoints.
@@ -85,16 +87,25 @@ def _problems(vllm_config: VllmConfig, device: torch.device) -> Iterator[str]:
     drafts = vllm_config.speculative_config
     if drafts and drafts.method not in DRAFTS:
         yield (
-            f"has speculative decoding with the methods {' and '.join(DRAFTS)} only, "
-            f"not {drafts.method}, whose heads call layers of the base with rows that "
-            "are not the step's"
+            f"has speculative decoding with the methods {', '.join(DRAFTS)} only, not "
+            f"{drafts.method}, which was not tested with deltas"
         )
     added = Options.of(vllm_config.additional_config).added_tokens
-    if drafts and drafts.method == "draft_model" and added:
+    if drafts and drafts.method != "ngram" and added:
         yield (
-            "cannot use a draft model beside deltas with added tokens (added_tokens is "
-            f"{added}), which the draft model does not know: use method "
-            "ngram, or leave these deltas to another server"
+            f"cannot draft with method {drafts.method} for deltas with added tokens "
+            f"(added_tokens is {added}), which the draft model does not know: use "
+            "method ngram, or leave these deltas to another server"
+        )
+    if drafts and drafts.method in HEADS and model.is_multimodal_model:
+        yield (
+            f"drafts with method {drafts.method} for text models only: use method "
+            "ngram or draft_model"
+        )
+    if drafts and drafts.method in HEADS and parallel.pipeline_parallel_size > 1:
+        yield (
+            f"cannot draft with method {drafts.method} and --pipeline-parallel-size: "
+            "use method ngram or draft_model"
         )
     if (
         model.is_moe

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm_dqrelo.options import Options, is_dqrelo
 from vllm_dqrelo.worker import compat, experts
 from vllm_dqrelo.worker.calls import CALLS
+from vllm_dqrelo.worker.drafter import give_base_layers
 from vllm_dqrelo.worker.manager import DeltaManager
 from vllm_dqrelo.worker.vocabulary import EnlargedEmbedding
 
@@ -54,9 +55,12 @@ def under_deltas(
 def patch_worker() -> None:
     """Put the delta manager in the place of LoRA's. Safe to call again."""
 
-    def choose(vllm_config: VllmConfig) -> type[DeltaManager] | None:
-        return DeltaManager if is_dqrelo(vllm_config.model_config) else None
+    def wanted(vllm_config: VllmConfig) -> bool:
+        return is_dqrelo(vllm_config.model_config)
 
-    compat.choose_lora_manager(choose)
+    compat.choose_lora_manager(lambda config: DeltaManager if wanted(config) else None)
+    compat.after_drafter_load(
+        wanted, lambda manager, model: give_base_layers(model, manager.step)
+    )
     for call in CALLS:
         compat.add_worker_call(call)

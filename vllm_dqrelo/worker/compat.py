@@ -4,7 +4,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 from unittest.mock import patch
 
@@ -45,6 +45,66 @@ def choose_lora_manager(
         return manager
 
     replace(mixin, "LRUCacheWorkerLoRAManager", chosen)
+
+
+def after_drafter_load(
+    wanted: Callable[[VllmConfig], bool], then: Callable[[Any, torch.nn.Module], None]
+) -> None:
+    """Call ``then`` with the manager of a worker's adapters and the draft model.
+
+    Why: a drafter takes layers of the target as they are, with deltas, and calls these
+        layers with rows of its own.
+    Where: ``load_lora_model``, v1/worker/lora_model_runner_mixin.py:42; then V1
+        (v1/worker/gpu_model_runner.py:5073, cpu_model_runner.py:76) and V2
+        (v1/worker/gpu/model_runner.py:417) have their drafter load its model.
+    Upstream: V2 takes the layer below vLLM's own adapters for the embedding
+        (v1/worker/gpu/spec_decode/eagle/utils.py:57); none for V1 and for the LM head.
+    Until: vLLM asks an adapter's layer for the layer of the base.
+    """
+    import vllm.v1.worker.lora_model_runner_mixin as mixin
+
+    def noticing(load: Callable[..., torch.nn.Module]) -> Callable[..., Any]:
+        @wraps(load)
+        def load_lora_model(
+            runner: Any, model: torch.nn.Module, vllm_config: VllmConfig, *args: Any
+        ) -> torch.nn.Module:
+            model = load(runner, model, vllm_config, *args)
+            drafter: Any = drafter_of(runner) if wanted(vllm_config) else None
+            if hasattr(drafter, "load_model"):
+                load_drafter = drafter.load_model
+
+                @wraps(load_drafter)
+                def load_model(*args: Any, **kwargs: Any) -> None:
+                    load_drafter(*args, **kwargs)
+                    if (draft_model := draft_model_of(runner)) is not None:
+                        then(runner.lora_manager, draft_model)
+
+                drafter.load_model = load_model
+            return model
+
+        return load_lora_model
+
+    replace(mixin.LoRAModelRunnerMixin, "load_lora_model", noticing)
+
+
+def drafter_of(runner: Any) -> Any:
+    """What proposes the drafts of a runner; None where nothing does.
+
+    Where: ``drafter`` of V1, v1/worker/gpu_model_runner.py:591; ``speculator`` of V2,
+        v1/worker/gpu/model_runner.py:292.
+    """
+    if runner.speculative_config is None or not get_pp_group().is_last_rank:
+        return None
+    return find(runner, "speculator" if hasattr(runner, "lora_state") else "drafter")
+
+
+def draft_model_of(runner: Any) -> torch.nn.Module | None:
+    """The draft model of a runner; None for drafts without a model."""
+    drafter = drafter_of(runner)
+    if drafter is None or runner.speculative_config.method == "ngram":
+        return None
+    model: torch.nn.Module = find(drafter, "model")
+    return model
 
 
 def add_worker_call(call: Callable[..., Any]) -> None:

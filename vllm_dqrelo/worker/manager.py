@@ -35,6 +35,7 @@ from vllm_dqrelo.room import Room
 from vllm_dqrelo.supported import refuse_unsupported, warn_untested
 from vllm_dqrelo.worker import compat, limits
 from vllm_dqrelo.worker.coverage import check_coverage
+from vllm_dqrelo.worker.drafter import refuse_deltas
 from vllm_dqrelo.worker.host import HostTier
 from vllm_dqrelo.worker.layers import install
 from vllm_dqrelo.worker.loader import Loader
@@ -141,7 +142,10 @@ class DeltaManager:
 
         Raises:
             ValueError: the code of the model passes a site by.
+            RuntimeError: the drafter of the runner has layers with deltas.
         """
+        if (draft_model := compat.draft_model_of(runner)) is not None:
+            refuse_deltas(draft_model, self.step)
         attach(runner, self)
         check_coverage(runner, self.sites, self.residency)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows of the running step belong to which delta slot."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,6 +68,18 @@ class Step:
         """Set an attribute of a layer; steps that are skipped restore vLLM's."""
         self._put.append((module, name, getattr(module, name), value))
         object.__setattr__(module, name, value)
+
+    def changes(self, module: torch.nn.Module) -> bool:
+        """Whether an attribute of a layer was ``put``."""
+        return any(layer is module for layer, *_ in self._put)
+
+    def as_base(self, module: torch.nn.Module) -> torch.nn.Module:
+        """A copy of a layer with the same parameters, and with vLLM's attributes."""
+        base = copy.copy(module)
+        for layer, name, own, _ in self._put:
+            if layer is module:
+                object.__setattr__(base, name, own)
+        return base
 
     def set(self, slots: np.ndarray, tokens: np.ndarray | int = 1) -> None:
         """Start a step.
