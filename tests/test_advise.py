@@ -19,7 +19,7 @@ from dqrelo_kernels.table import ALIGNMENT
 from dqrelo_tools import convert
 from dqrelo_tools.advise import Advice, figure, survey
 from dqrelo_tools.compress import Method
-from dqrelo_tools.cost import KL_AT_ONE, KL_POWER
+from dqrelo_tools.cost import TYPICAL_KL
 from dqrelo_tools.spectrum import EPS, RHO
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError
@@ -247,7 +247,7 @@ def test_advice_as_json_is_what_numpy_says(models, capsys):
     eighth = next(p for p in advice["predictions"] if p["ratio"] == 1 / 8)
     error = eighth["relative_error"]
     assert error == pytest.approx((missed / total) ** 0.5)
-    assert eighth["kl"] == pytest.approx(KL_AT_ONE * error**KL_POWER)
+    assert eighth["kl"] == TYPICAL_KL[1 / 8]
     size, whole = eighth["delta_bytes"], 2 * sum(t.numel() for t in after.values())
     assert eighth["decode"] == {"1": 1 + size / whole, "8": 1 + 8 * size / whole}
     assert eighth["prompt"] == pytest.approx(1 + more / work)

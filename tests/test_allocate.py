@@ -146,11 +146,11 @@ def test_more_budget_is_never_worse():
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
 
 
-def test_planes_only_beside_half_a_bit_of_low_rank():
+def test_planes_only_beside_a_bit_of_low_rank():
     sizes = [option.size for option in options("m", Spectrum.of(change(200, 300)))]
     beside = [size.rank for size in sizes if size.planes]
     # Four bits for each of n + k numbers, and 32 for a scale.
-    assert min(beside) == 2 * -(-(200 * 300 / 2) // (500 * 4 + 32) // 2)
+    assert min(beside) == 2 * -(-(200 * 300) // (500 * 4 + 32) // 2)
     assert {size.rank for size in sizes} == {1, *range(2, 201, 2)}
     assert {size.planes for size in sizes} == {0, 1, 2}
 

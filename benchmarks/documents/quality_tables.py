@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.documents.rows import read, table
 from benchmarks.table import Row
-from dqrelo_tools.cost import kl_share
+from dqrelo_tools.cost import TYPICAL_KL
 
 OURS, PAPER = "dqrelo 1/8", "dqrelo-paper 1/8"
 PRESETS = ("dqrelo 1/8", "dqrelo 1/16", "dqrelo 1/32")
@@ -173,34 +173,24 @@ def prediction_table(rows: list[Row], predicted: list[Row]) -> str:
     return f"{text}\n\nCorrelation of all pairs: {value:.4f}."
 
 
-def kl_prediction_table(
-    rows: list[Row], predicted: list[Row], scales: list[Row]
-) -> str:
+def kl_prediction_table(rows: list[Row], scales: list[Row]) -> str:
     """Shares of the base's KL that ``dqrelo advise`` expects, and measured ones."""
-    errors = {
-        (row["fine_tune"], float(row["ratio"])): float(row["predicted_error"])
-        for row in predicted
-    }
     of_base = {row["fine_tune"]: float(row["kl_of_base"]) for row in scales}
     body, everything = [], []
     for method in PRESETS:
-        ratio = float(Fraction(method.removeprefix("dqrelo ")))
-        pairs = [
-            (
-                kl_share(errors[row["fine_tune"], ratio]),
-                float(row["kl"]) / of_base[row["fine_tune"]],
-            )
+        expected = TYPICAL_KL[float(Fraction(method.removeprefix("dqrelo ")))]
+        found = [
+            float(row["kl"]) / of_base[row["fine_tune"]]
             for row in rows
-            if row["method"] == method
+            if row["method"] == method and not row["fine_tune"].endswith("-lora")
         ]
-        everything += pairs
-        means = [geometric_mean(list(some)) for some in zip(*pairs, strict=True)]
-        apart = max(max(p / m, m / p) for p, m in pairs)
-        cells = [f"{share:.2%}" for share in means]
-        body.append([method, str(len(pairs)), *cells, f"{apart:.1f} times"])
-    logarithms = [[math.log(value) for value in pair] for pair in everything]
-    head = ["ratio", "fine-tunes", "predicted", "measured", "farthest apart"]
-    value = correlation(*zip(*logarithms, strict=True))
+        everything += [(math.log(expected), math.log(share)) for share in found]
+        cells = [geometric_mean(found), min(found), max(found)]
+        body.append(
+            [method, str(len(found)), *(f"{one:.3%}" for one in (expected, *cells))]
+        )
+    head = ["ratio", "full fine-tunes", "predicted", "measured", "least", "most"]
+    value = correlation(*zip(*everything, strict=True))
     text = table(head, body)
     return f"{text}\n\nCorrelation of the logarithms of all pairs: {value:.2f}."
 

@@ -12,7 +12,7 @@ from benchmarks.documents.rows import read, read_json
 def tables() -> dict[str, str]:
     """Every block of every document."""
     rows, scales = read("quality.csv"), quality.fine_tunes()
-    names, predicted = quality.complete(rows), read("predicted.csv")
+    names = quality.complete(rows)
     return {
         "scale": quality.scale_table(scales),
         "fine-tunes": quality.fine_tune_table(rows, scales),
@@ -28,8 +28,8 @@ def tables() -> dict[str, str]:
         "lanes": step.lanes_table(read("lanes.csv")),
         "vectors": step.vectors_table(read("vectors.csv")),
         "roofline": step.roofline_table(read("kernels_predicted.csv")),
-        "predictions": quality.prediction_table(rows, predicted),
-        "kl-predictions": quality.kl_prediction_table(rows, predicted, scales),
+        "predictions": quality.prediction_table(rows, read("predicted.csv")),
+        "kl-predictions": quality.kl_prediction_table(rows, scales),
         "serving": serving.serving_table(read("serving.csv")),
         "serving-compare": serving.compare_table(read("serving_compare.csv")),
         "memory": memory.memory_table(read("memory.csv")),

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dqrelo_tools.adapter import is_adapter
 from dqrelo_tools.allocate import allocate, exact_bytes, files_bytes, matrix_bytes
 from dqrelo_tools.compress import Method, Size
-from dqrelo_tools.cost import Cost, cost_table
+from dqrelo_tools.cost import TYPICAL_KL, Cost, cost_table
 from dqrelo_tools.pair import always_stored, fine_tune, half_of, read_ahead
 from dqrelo_tools.plot import layer_of
 from dqrelo_tools.report import Entry, Report, relative_error
@@ -27,7 +27,7 @@ from vllm_dqrelo.format.errors import DqreloError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RATIOS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4)
+RATIOS = tuple(TYPICAL_KL)
 GOOD = 0.3  # the relative error that a recommended ratio stays under
 MORE_ERROR, MORE_CHANGE = 1.25, 2.0  # times that of the whole: worth a sentence
 BINS = 256

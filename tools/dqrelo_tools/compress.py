@@ -19,11 +19,10 @@ from vllm_dqrelo.format.tensors import INT4, MatrixDelta
 
 BITS = 16  # of a full-precision weight
 SHAPE_BYTES = 16  # of the stored shape of each matrix
-# A plane is bought only with a low-rank part of at least half a bit a weight. Squared
-# error would buy it earlier, but does not order by KL: at 2 bits a weight, Lloyd's two
-# planes leave 0.336 and a KL of 2.5e-2, int8 factors alone 0.362 and 3.4e-3
-# (docs/benchmarks.md).
-LOW_RANK_BITS = 0.5
+# A plane is bought only with a low-rank part of at least a bit a weight. Squared error
+# would buy it earlier, but does not order by KL: at 1.5 bits a plane leaves less error
+# than none (0.29, 0.35), and more KL (4.8e-3, 1.4e-3; docs/benchmarks.md).
+LOW_RANK_BITS = 1.0
 MAX_PLANES = 2
 # The most by which a low-rank part alone is lengthened. What truncation leaves out
 # pulls every matrix back to the base, and the pulls add up. KL falls until about here

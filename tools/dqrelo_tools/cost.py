@@ -11,9 +11,19 @@ from dqrelo_tools.report import Report, relative_error
 from dqrelo_tools.text_table import text_table
 from vllm_dqrelo.format.checkpoint import EMBEDDINGS, HEADS, ends_with
 
-# KL from the fine-tune is this share of the base's KL from it: a line through the
-# fine-tunes of benchmarks/results/quality.csv, in logarithms (docs/benchmarks.md).
-KL_AT_ONE, KL_POWER = 0.1, 3.0
+# KL from the fine-tune as a share of the base's KL from it, on the fine-tune's task:
+# geometric means of the full fine-tunes of benchmarks/results/quality.csv. It differs
+# between fine-tunes by up to 3 times either way, and no number of the weights that
+# we tried tells by how much (docs/benchmarks.md). Ratios that few fine-tunes were
+# measured at are relative to 1/8.
+TYPICAL_KL = {
+    1 / 32: 6.0e-3,
+    1 / 16: 1.3e-3,
+    3 / 32: 7.0e-4,
+    1 / 8: 4.0e-4,
+    3 / 16: 8.0e-5,
+    1 / 4: 3.0e-5,
+}
 Shapes = Mapping[str, tuple[int, int]]
 
 CARDS_GB = (24, 48, 80)
@@ -31,8 +41,9 @@ HEAD: tuple[str, ...] = (
 )
 HEAD += ("prompt", *(f"{size} GB" for size in CARDS_GB))
 LEGEND = (
-    "All columns are predictions. KL: from the fine-tune, as a share of the base's KL "
-    f"from it. 1 delta, {MIXED} deltas: bytes that a decode step reads, with so many "
+    "All columns are predictions. KL: from the fine-tune on its task, as a share of "
+    "the base's, typical of full fine-tunes; a merged adapter has less. "
+    f"1 delta, {MIXED} deltas: bytes that a decode step reads, with so many "
     "deltas in its batch, relative to the base's step. prompt: multiplications, "
     "likewise. GB: deltas on such a card next to the base, with a quarter of the card "
     "for the KV cache; dqrelo plan counts for other cards and traffic"
@@ -47,7 +58,7 @@ class Cost:
         ratio: as for ``convert``.
         delta_bytes: of all files with tensors.
         relative_error: over all matrices.
-        kl: KL from the fine-tune over the base's KL from it.
+        kl: typical KL from the fine-tune over the base's KL from it.
         decode: number of deltas in a decode step -> bytes that the step reads, over
             those of a step of the base.
         prompt: multiplications of a prompt, over those of the base's matrices.
@@ -67,16 +78,16 @@ class Cost:
         """The costs of the conversion that ``report`` predicts.
 
         Args:
+            ratio: a key of TYPICAL_KL.
             shapes: of the matrices that it compresses, by name.
         """
         size = report.delta_bytes
         base = 2 * sum(entry.weights for entry in report.entries)  # served in 16 bits
-        error = relative_error(report.entries)
         return cls(
             ratio,
             size,
-            error,
-            kl_share(error),
+            relative_error(report.entries),
+            TYPICAL_KL[ratio],
             {count: 1 + count * size / base for count in (1, MIXED)},
             prompt_work(report, shapes),
             {card: models_on(card * 10**9, base, size) for card in CARDS_GB},
@@ -88,16 +99,11 @@ class Cost:
             str(Fraction(self.ratio).limit_denominator(1000)),
             f"{self.delta_bytes:,}",
             f"{self.relative_error:.4f}",
-            f"{self.kl:.2%}",
+            f"{self.kl:.3%}",
             *(f"{times:.2f}x" for times in self.decode.values()),
             f"{self.prompt:.2f}x",
             *map(str, self.models.values()),
         ]
-
-
-def kl_share(relative_error: float) -> float:
-    """KL from the fine-tune over the base's KL from it, as far as an error tells."""
-    return min(KL_AT_ONE * relative_error**KL_POWER, 1.0)
 
 
 def cost_table(costs: Iterable[Cost]) -> str:
