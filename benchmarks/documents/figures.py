@@ -125,19 +125,21 @@ def length_figure(rows: list[Row], scales: list[Row]) -> Figure:
     steps = {row["fine_tune"]: int(row["steps"]) for row in scales}
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
+    lengths = sorted(steps[name] for name in of_lengths(scales))
     for (name, found), marker in zip(
         by_method(rows, of_lengths(scales)).items(), "osD^v<>pX*hP", strict=False
     ):
         at: dict[int, list[Row]] = defaultdict(list)
         for row in found:
             at[steps[row["fine_tune"]]].append(row)
-        lengths = sorted(at)
         axes.plot(lengths, [kl(at[n]) for n in lengths], marker=marker, label=name)
     axes.set(xlabel="steps of training", ylabel="KL(fine-tune ‖ compressed) per token")
     axes.set_xscale("log")
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.minorticks_off()
     axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
-    axes.set_title("Longer training, larger changes: geometric mean over three tasks")
+    axes.set_title("Longer training, larger changes: orders")
     figure.legend(loc="outside right upper")
     return figure
 
