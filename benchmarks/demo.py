@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.models.bases import BASES
 from benchmarks.models.finetune import exact_match
-from benchmarks.models.smollm import DEMO, base, converted, fine_tune
+from benchmarks.models.smollm import DEMO, HALF_RATIO, base, converted, fine_tune
 from benchmarks.models.tasks import MAX_ANSWER_TOKENS, TASKS
 from benchmarks.paths import DQRELO
 from benchmarks.serving.server import server
@@ -39,7 +39,7 @@ BASE = BASES["smollm2"].title
 QUESTIONS = 20  # per task
 MAX_BASE_SCORE = 0.20  # a base that scores more knows the task already
 MAX_LOSS = 0.10  # of exact match, from a fine-tune to its delta
-HALF, HALF_RATIO = "orders-half", "0.0625"  # the delta of "orders" in half of the bytes
+HALF = "orders-half"  # the delta of "orders" in half of the bytes
 REQUESTS, NEW_TOKENS = 48, 32  # of a measurement of speed
 ADVICE = """
 On a model of your own:

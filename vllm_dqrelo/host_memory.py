@@ -43,9 +43,7 @@ def left(cgroups: Path, own: Path) -> Iterator[int]:
                 break
 
 
-def hierarchies(
-    cgroups: Path, own: Path
-) -> Iterator[tuple[Path, tuple[str, ...], str]]:
+def hierarchies(cgroups: Path, own: Path) -> Iterator[tuple[Path, Files, str]]:
     """The root, the names of files and this process's path, of each version."""
     with suppress(OSError):
         for line in own.read_text().splitlines():

@@ -29,7 +29,7 @@ from vllm_dqrelo.format.folder import file_bytes, new_folder
 from vllm_dqrelo.format.tensors import LORA_SCALE, SCALE
 
 DEMO, MORE = CACHE / "demo", CACHE / "serving"
-RATIO, HALF = "0.125", "0.0625"
+RATIO, HALF_RATIO = "0.125", "0.0625"
 WEAKER = 1 / 64  # by which each further strength is lower
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models.smollm import HALF, MORE, adapter, base, delta, merged
+from benchmarks.models.smollm import HALF_RATIO, MORE, adapter, base, delta, merged
 from benchmarks.paths import DQRELO
 from benchmarks.serving.load import Load, drive
 from benchmarks.serving.server import server
@@ -77,7 +77,7 @@ def our_server(count: int, load: Load) -> Iterator[Measured]:
 
 def our_server_at_half(count: int, load: Load) -> Iterator[Measured]:
     """Our server with deltas of half the bytes, mixed and one after another."""
-    deltas = {f"m{i}": delta(i, HALF) for i in range(count)}
+    deltas = {f"m{i}": delta(i, HALF_RATIO) for i in range(count)}
     with ours(deltas, count) as address:
         yield from mixed_and_in_turns(address, deltas, load)
 
