@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -63,15 +64,16 @@ def test_finished_pieces_are_not_computed_again(tmp_path, monkeypatch):
     model = synthetic(tmp_path / "model", 2, 6, (32, 48))
     command = ["convert", "--base", str(base), "--model", str(model)]
     command += ["--output", str(tmp_path / "delta")]
-    computed = []
+    computed, lock = [], threading.Lock()
     from dqrelo_tools import convert
 
     compress = convert.compress
 
     def counted(*args):
-        if len(computed) == 4 and stop:
-            raise KeyboardInterrupt
-        computed.append(1)
+        with lock:  # small matrices are converted at the same time
+            if len(computed) == 4 and stop:
+                raise KeyboardInterrupt
+            computed.append(1)
         return compress(*args)
 
     monkeypatch.setattr(convert, "compress", counted)
