@@ -359,6 +359,7 @@ def test_language_part_of_a_multimodal_model(kind, tmp_path):
 
 def test_only_the_language_model_has_sites():
     from vllm_dqrelo.worker.sites import Sites
+    from vllm_dqrelo.worker.tower import is_beside
 
     class Multimodal(torch.nn.Module):
         supports_multimodal = True
@@ -371,7 +372,9 @@ def test_only_the_language_model_has_sites():
         def get_language_model(self):
             return self.language
 
-    sites = Sites(Multimodal(), ["vision.weight", "language.0.weight"])
+    model = Multimodal()
+    sites = Sites(model, ["vision.weight", "language.0.weight"])
     assert list(sites.by_name) == ["language.0"]
     assert sites.places("language.0.bias") and not sites.places("vision.bias")
-    assert sites.is_beside("vision.bias") and not sites.is_beside("language.1.bias")
+    assert is_beside(model, "vision.bias")
+    assert not is_beside(model, "language.1.bias")

@@ -61,7 +61,6 @@ def drafts(method, adaptive=False):
             True,
             "--enable-batch-sharded-sampling",
         ),
-        ("lora_config", "enable_tower_connector_lora", True, "--enable-tower-conn"),
         ("model_config", "is_encoder_decoder", True, "encoder-decoder"),
         ("model_config", "is_diffusion", True, "diffusion"),
         ("model_config", "runner_type", "pooling", "not --runner pooling"),

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.vllm
 TOLERANCE = 1e-4
 TOKENS = 6  # of an answer
 LANGUAGE = ("language_model", "text_model", "lm_head")
+EVERYTHING = ("",)  # which each name has
 BESIDE = ("visual", "vision_tower", "vision_model", "connector", "projector")
 
 
@@ -57,6 +58,18 @@ def compressed(base, model, folder):
     convert(str(base), str(model), folder / "delta", 0.25)
     export(str(base), folder / "delta", folder / "merged")
     return folder / "delta", folder / "merged"
+
+
+def make(kind, folder, parts):
+    """A base and fine-tunes of these parts, as checkpoints, and their deltas."""
+    base = save(kind, folder / "base", 1, published=kind in images.RENAMED)
+    models, deltas = [base], []
+    for i, part in enumerate(parts):
+        (own := folder / str(i)).mkdir()
+        delta, merged = compressed(base, save(kind, own / "model", 2 + i, part), own)
+        models.append(merged)
+        deltas.append(delta)
+    return models, deltas
 
 
 def asked(image):
@@ -129,6 +142,14 @@ def check(got, expected):
     assert (scores - expected[1][-len(scores) :]).abs().max() <= TOLERANCE
 
 
+def differ(answers):
+    """The test can fail: the models differ by far more than the tolerance."""
+    for one, other in itertools.combinations(answers, 2):
+        for (tokens, scores), (_, others) in zip(one, other, strict=True):
+            same = slice(len(tokens) - TOKENS - 1)
+            assert (scores[same] - others[same]).abs().max() > 10 * TOLERANCE
+
+
 @pytest.fixture(name="start")
 def start_fixture(engine):
     """``start(base)``: an engine that takes images, in parts of a prompt."""
@@ -149,7 +170,7 @@ def start_fixture(engine):
 
 KINDS = [
     pytest.param(kind, marks=pytest.mark.v2 if kind == "idefics3" else ())
-    for kind in images.MADE
+    for kind in ("idefics3", "llava", "gemma3", "qwen2-vl")
 ]
 
 
@@ -159,21 +180,10 @@ def test_mixed_batch_equals_each_model_alone(kind, start, load, tmp_path):
     """The same images asked of the base and of two deltas; the tower is the base's."""
     if kind != "idefics3":
         pytest.importorskip("torchvision", reason=f"vLLM's {kind} needs it")
-    base = save(kind, tmp_path / "base", 1, published=kind in images.RENAMED)
-    models, deltas = [base], []
-    for i in (2, 3):
-        (folder := tmp_path / str(i)).mkdir()
-        tuned = save(kind, folder / "model", i)
-        delta, merged = compressed(base, tuned, folder)
-        models.append(merged)
-        deltas.append(delta)
-    prompts = asked(images.MADE[kind]().image)
+    models, deltas = make(kind, tmp_path, [LANGUAGE, LANGUAGE])
+    base, prompts = models[0], asked(images.MADE[kind]().image)
     expected = [alone(model, prompts) for model in models]
-    # The test can fail: the models differ by far more than the tolerance.
-    for one, other in itertools.combinations(expected, 2):
-        for (tokens, scores), (_, others) in zip(one, other, strict=True):
-            same = slice(len(tokens) - TOKENS - 1)
-            assert (scores[same] - others[same]).abs().max() > 10 * TOLERANCE
+    differ(expected)
 
     llm = start(base)
     requests = [None, *(load(llm, f"delta-{i}", d) for i, d in enumerate(deltas))]
@@ -198,6 +208,64 @@ def test_mixed_batch_equals_each_model_alone(kind, start, load, tmp_path):
     message = r"\d+ of its parameters, such as \S+, are outside of the language model"
     with pytest.raises(Exception, match=message):
         load(llm, "beside", tmp_path / "delta")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_image_is_encoded_by_its_model(kind, start, load, tmp_path):
+    """The same images asked at once of models with towers of their own, and without."""
+    if kind != "idefics3":
+        pytest.importorskip("torchvision", reason=f"vLLM's {kind} needs it")
+    parts = [EVERYTHING, EVERYTHING, LANGUAGE, BESIDE]
+    models, deltas = make(kind, tmp_path, parts)
+    base, prompts = models[0], asked(images.MADE[kind]().image)
+    expected = [alone(model, prompts) for model in models]
+    differ([some[1:] for some in expected])  # text alone is not encoded
+
+    llm = start(base, enable_tower_connector_lora=True)
+    requests = [None, *(load(llm, f"delta-{i}", d) for i, d in enumerate(deltas))]
+    order = [(p, m) for p in range(len(prompts)) for m in range(len(models))]
+    for prompt_logprobs in (0, None, None):
+        found = batch(
+            llm,
+            [prompts[p] for p, _ in order],
+            [requests[m] for _, m in order],
+            prompt_logprobs,
+        )
+        for (p, m), got in zip(order, found, strict=True):
+            check(got, expected[m][p])
+        order = order[::-1]
+    # A name with another content, asked of images that the old content encoded.
+    batch(llm, [(f"w12 {prompts[2][0]}", prompts[2][1])], requests[1], None)
+    llm.llm_engine.remove_lora(requests[1].lora_int_id)
+    renamed = load(llm, "delta-0", deltas[1])
+    again = [(f"w11 {prompts[2][0]}", prompts[2][1])]
+    for model, request in ((models[2], renamed), (base, None)):
+        (got,) = batch(llm, again, request, None)
+        check(got, alone(model, again)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("split", "kind"), [("tensor", "idefics3-split"), ("pipeline", "llava")]
+)
+def test_workers_share_an_encoder(split, kind, start, load, tmp_path, monkeypatch):
+    """Each has a part of a tower's matrices; or the first stage has the tower."""
+    if kind == "llava":
+        pytest.importorskip("torchvision", reason="vLLM's LLaVA needs it")
+    models, deltas = make(kind, tmp_path, [EVERYTHING] * 2)
+    prompts = asked("<image>")
+    expected = [alone(model, prompts) for model in models]
+    bind = "nobind" if split == "tensor" else "0|0"
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
+    workers = {f"{split}_parallel_size": 2}
+    llm = start(models[0], enable_tower_connector_lora=True, **workers)
+    requests = [None, *(load(llm, f"delta-{i}", d) for i, d in enumerate(deltas))]
+    order = [(p, m) for p in range(len(prompts)) for m in range(len(models))]
+    given = [prompts[p] for p, _ in order]
+    found = batch(llm, given, [requests[m] for _, m in order])
+    for (p, m), got in zip(order, found, strict=True):
+        check(got, expected[m][p])
 
 
 @pytest.fixture

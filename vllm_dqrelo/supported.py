@@ -120,11 +120,6 @@ def _problems(vllm_config: VllmConfig, device: torch.device) -> Iterator[str]:
             "capability 9.0 on, where torch multiplies all experts in one launch: use "
             "--enforce-eager"
         )
-    if getattr(vllm_config.lora_config, "enable_tower_connector_lora", False):
-        yield (
-            "cannot be used with --enable-tower-connector-lora: deltas change the "
-            "language model only, and images are encoded by the base"
-        )
     if model.is_encoder_decoder:
         yield "does not serve encoder-decoder models"
     if model.is_diffusion:

@@ -2,6 +2,7 @@
 """Tiny models that see images, each with its processor."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -98,13 +99,17 @@ def llava() -> Made:
     return Made(config, processor, "<image>")
 
 
-def idefics3() -> Made:
-    """An image is its tiles and the whole, 4 tokens each, and tokens that say which."""
+def idefics3(**text: int) -> Made:
+    """An image is its tiles and the whole, 4 tokens each, and tokens that say which.
+
+    Args:
+        text: of the language model's configuration.
+    """
     tiles = [f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2)]
     names = ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "\n")
     words = tokenizer(*tiles, *names, "<image>")
     config = Idefics3Config(
-        text_config=LlamaConfig(**GROUPED, **UNTIED),
+        text_config=LlamaConfig(**GROUPED | text, **UNTIED),
         vision_config=TOWER,
         image_token_id=words.convert_tokens_to_ids("<image>"),
         **UNTIED,
@@ -173,6 +178,7 @@ def qwen2_vl() -> Made:
 
 MADE: dict[str, Callable[[], Made]] = {
     "idefics3": idefics3,
+    "idefics3-split": partial(idefics3, num_attention_heads=4, num_key_value_heads=2),
     "llava": llava,
     "gemma3": gemma3,
     "qwen2-vl": qwen2_vl,

@@ -98,8 +98,9 @@ def replace_lora_calls(core: Any, deltas: Any) -> None:
     goes on (v1/engine/core.py:1741). An engine in the caller's process has no loop: it
     waits.
 
-    Why: vLLM reads an adapter within a step, and keys cached prefixes by its name and
-        not by its content. A request is bound before its blocks are hashed.
+    Why: vLLM reads an adapter within a step, and keys cached prefixes, and images that
+        an adapter encodes, by its name and not by its content. A request is bound
+        before its blocks are hashed.
     Where: ``EngineCore.preprocess_add_request``, ``add_lora`` and the calls beside it,
         v1/engine/core.py:1051 and 1089.
     Upstream: issues 42125 and 30931, pull request 48352 (keys by content); open.
@@ -108,10 +109,14 @@ def replace_lora_calls(core: Any, deltas: Any) -> None:
     from vllm.v1.engine.core import EngineCoreProc
 
     preprocess = find(core, "preprocess_add_request")
+    encodes = core.vllm_config.lora_config.enable_tower_connector_lora
 
     def preprocess_add_request(request: Any) -> Any:
         if request.lora_request:
-            request.lora_request = deltas.bind(request.lora_request)
+            bound = request.lora_request = deltas.bind(request.lora_request)
+            for image in (request.mm_features or ()) if encodes else ():
+                content = image.mm_hash or image.identifier
+                image.identifier = f"{bound.lora_name}:{content}"
         return preprocess(request)
 
     def add_lora(lora_request: LoRARequest) -> Any:

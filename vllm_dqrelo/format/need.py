@@ -50,8 +50,13 @@ class Need:
     added_tokens: int
 
     @classmethod
-    def of(cls, folder: Path) -> "Need":
+    def of(
+        cls, folder: Path, skips: Callable[[str], bool] = lambda name: False
+    ) -> "Need":
         """Read the headers of a delta folder.
+
+        Args:
+            skips: whether a parameter takes none of what is counted here.
 
         Raises:
             DqreloError: it is damaged. FileNotFoundError: it is not there.
@@ -63,7 +68,7 @@ class Need:
         for name in files:
             dtype, shape = files.spec(name)
             suffix = next((s for s in SUFFIXES if name.endswith(s)), None)
-            if suffix == SHAPE:
+            if suffix == SHAPE or skips(name.removesuffix(suffix or "")):
                 continue
             if name.endswith(ADDED):  # rows that have a place already
                 added = max(added, *shape[:1])

@@ -78,6 +78,11 @@ class MatrixDelta:
         """R."""
         return self.lora_a.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors("").values())
+
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The stored tensors of the matrix called ``name``."""
         stored = {name + SHAPE: torch.tensor(self.shape, dtype=torch.int64)}
@@ -116,6 +121,18 @@ class MatrixDelta:
             lora_a=take_columns(self.lora_a, k, columns),
             lora_b=self.lora_b[rows],
             lora_scale=self.lora_scale,
+        )
+
+    def to(self, device: torch.device) -> "MatrixDelta":
+        """The same with its tensors on ``device``."""
+        scale = self.lora_scale
+        return MatrixDelta(
+            shape=self.shape,
+            signs=self.signs.to(device),
+            scale=self.scale.to(device),
+            lora_a=self.lora_a.to(device),
+            lora_b=self.lora_b.to(device),
+            lora_scale=None if scale is None else scale.to(device),
         )
 
     def dense(self) -> torch.Tensor:

@@ -263,6 +263,24 @@ def multiplies_by_weight(method: Any) -> bool:
     return getattr(method, "_gemm_impl", None) is default_unquantized_gemm
 
 
+def multiply_by_weight(layer: Any, shape: tuple[int, int]) -> None:
+    """Let a linear layer on a CPU multiply by ``layer.weight``, made anew with a shape.
+
+    Why: vLLM packs the weights for its kernels on the CPU and keeps nothing else. What
+        the packed weights hold cannot be changed.
+    Where: ``dispatch_cpu_unquantized_gemm``, model_executor/layers/utils.py:470, which
+        some layers skip so (``_cpu_skip_gemm_dispatch``, linear.py:210).
+    Upstream: none.
+    Until: a layer on the CPU can be asked to skip the packing.
+    """
+    find(layer, "cpu_linear")
+    weight = torch.empty(shape, dtype=layer.params_dtype)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    layer.cpu_linear = torch.nn.functional.linear
+    if layer.bias is not None:  # one of vLLM's kernels takes float32
+        layer.bias.data = layer.bias.data.to(layer.params_dtype)
+
+
 # Mixtures of experts.
 
 

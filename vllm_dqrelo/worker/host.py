@@ -29,7 +29,7 @@ class HostTier:
     @property
     def size(self) -> int:
         """Bytes of all of them."""
-        return sum(packed.size for packed in self.packed.values())
+        return sum(packed.host_bytes for packed in self.packed.values())
 
     def get(self, digest: str) -> PackedDelta:
         """A delta, which is from now on the most recently used one."""
@@ -77,6 +77,6 @@ class HostTier:
         for digest in digests:
             if size <= self.limit:
                 break
-            size -= self.packed.pop(digest).size
+            size -= self.packed.pop(digest).host_bytes
             dropped.append(digest)
         return dropped

@@ -45,10 +45,12 @@ from vllm_dqrelo.worker.residency import Residency
 from vllm_dqrelo.worker.runner import NEW_WEIGHTS, attach
 from vllm_dqrelo.worker.sites import Sites
 from vllm_dqrelo.worker.step import NO_ROWS, Step
+from vllm_dqrelo.worker.tower import Tower
 
 logger = init_logger(f"vllm.{__name__}")
 
 SLACK = 2**20  # bytes that a delta's files may have besides tensors
+MOST_OF_TOWER = 2  # times the bytes of the base's: float32 over 16 bits
 
 
 class DeltaManager:
@@ -87,6 +89,9 @@ class DeltaManager:
             self.base.tied_embedding,
         )
         self.unlike = unlike(self.sites, self.base, self.device)
+        self.tower = None
+        if vllm_config.lora_config.enable_tower_connector_lora:
+            self.tower = Tower(self.sites, self.base, self.device)
         # A delta is in all stages, so that all are as large as the largest.
         typical = torch.tensor(limits.typical_bytes(self.sites))
         all_reduce(typical, ReduceOp.MAX, stages.cpu_group)
@@ -200,6 +205,22 @@ class DeltaManager:
         by_id = {request.lora_int_id: slots[request.lora_name] for request in requests}
         self.step.set(_slots_of(adapter_ids, by_id), tokens)
 
+    def encode_for(self, request: LoRARequest | None) -> None:
+        """Encode images with the weights of a request's model from now on.
+
+        Args:
+            request: its delta is in memory; None for the base.
+        """
+        assert self.tower is not None
+        packed = None
+        if request is not None:
+            resident = self.residency.resident.get(request.lora_name)
+            packed = resident.packed if resident else self.host.get(request.lora_name)
+        if packed is not None and packed.tower:
+            self.tower.use(packed.digest, packed.tower)
+        else:
+            self.tower.use(None, {})
+
     def set_active_adapters(
         self, requests: set[LoRARequest], mapping: LoRAMapping
     ) -> None:
@@ -254,7 +275,8 @@ class DeltaManager:
         """
         path, digest = split_path(request.lora_path)
         folder = str(path)
-        need = Need.of(path)
+        tower = self.tower
+        need = Need.of(path, tower.has if tower else lambda name: False)
         self._expect(need.config, folder, digest)
         beside = [size for key, size in others.items() if key != need.config.digest]
         beside = sorted(beside, reverse=True)[: self.max_loras - 1]
@@ -266,9 +288,10 @@ class DeltaManager:
         # of added tokens are elsewhere.
         added = sum(rows.rows[0].nbytes for rows in self.residency.added.values())
         most = int(1.05 * self.workers * self.memory.arena) + added + SLACK
+        most += MOST_OF_TOWER * tower.nbytes * self.workers if tower else 0
         delta = Delta(path, most)
         self._expect(delta.config, folder, digest)
-        packed = pack(delta, self.sites, self.device, self.unlike)
+        packed = pack(delta, self.sites, self.device, self.unlike, tower)
         delta.check_unchanged()  # the digest is of what was packed
         entries = packed.entries
         rank = max(  # that one row meets
@@ -355,7 +378,7 @@ class DeltaManager:
         _ask_the_engine()
 
     def supports_tower_connector_lora(self) -> bool:
-        """Deltas change language models only: every image is encoded by the base."""
+        """Whether rows of an encoder have adapters: never, see ``tower.py``."""
         return False
 
 

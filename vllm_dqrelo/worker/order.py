@@ -62,14 +62,14 @@ def _difference(
     module: Any = place.site.module
     if len(shape) == 1:
         found = place.site.base_vector(place.leaf, place.index)
-        return _compare(found, checkpoint.get(name)[place.rows])
+        return compare(found, checkpoint.get(name)[place.rows])
     # Of what this worker has; of the checkpoint these are others.
     rows, columns = _spread(len(place.rows)), _spread(len(place.columns))
     stored = torch.cat(list(checkpoint.rows(name, place.rows[rows].tolist())))
     stored = stored[:, place.columns[columns]]
     start = sum(place.site.sizes[: place.index])
     if not hasattr(module, "quant_method"):
-        return _compare(module.weight[rows][:, columns], stored)
+        return compare(module.weight[rows][:, columns], stored)
     amplitude = _amplitude(module)
     x = torch.zeros(len(columns), place.site.columns, dtype=module.params_dtype)
     x[range(len(columns)), columns] = amplitude
@@ -85,7 +85,7 @@ def _difference(
     unquantised = UnquantizedLinearMethod, UnquantizedEmbeddingMethod
     quantised = not isinstance(place.site, ExpertSite)
     quantised &= not isinstance(module.quant_method, unquantised)
-    return _compare(y, stored, quantised)
+    return compare(y, stored, quantised)
 
 
 def _spread(size: int) -> list[int]:
@@ -102,7 +102,7 @@ def _amplitude(module: Any) -> float:
     return 1.0 if scale is None else float(scale.detach().max())
 
 
-def _compare(
+def compare(
     loaded: torch.Tensor, stored: torch.Tensor, quantised: bool = False
 ) -> str | None:
     """How they differ by more than a rounding to the model's dtype; None: they do not.

@@ -23,6 +23,7 @@ from vllm_dqrelo.format.checkpoint import HEAD
 from vllm_dqrelo.format.errors import refuse
 from vllm_dqrelo.format.tensors import ADDED, MatrixDelta, take_columns
 from vllm_dqrelo.worker.sites import Place, Sites
+from vllm_dqrelo.worker.tower import Change, Tower, is_beside
 
 NORM_FIELDS = {"weight": Field.WEIGHT, "bias": Field.BIAS}
 
@@ -38,6 +39,7 @@ class PackedDelta:
         added: site -> rows [E, K] of tokens that are not the base's.
         vocab_size: tokens of its model; None for the base's.
         elsewhere: parameters that only another stage of a pipeline can have.
+        tower: changes of what encodes images, on the CPU.
     """
 
     digest: str
@@ -46,11 +48,17 @@ class PackedDelta:
     added: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     vocab_size: int | None = None
     elsewhere: frozenset[str] = frozenset()
+    tower: Mapping[str, Change] = dataclasses.field(default_factory=dict)
 
     @property
     def size(self) -> int:
         """Bytes it takes in the arena."""
         return self.extent.numel()
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes it takes in host memory."""
+        return self.size + sum(change.nbytes for change in self.tower.values())
 
 
 class Source(Protocol):
@@ -108,6 +116,7 @@ def pack(
     sites: Sites,
     device: torch.device,
     unlike: Mapping[str, str] = MappingProxyType({}),
+    tower: Tower | None = None,
 ) -> PackedDelta:
     """Lay a delta out for the sites of a model on ``device``.
 
@@ -115,6 +124,7 @@ def pack(
         delta: adds at most as many tokens as the sites have room for.
         unlike: parameters that vLLM has otherwise than the checkpoint, and how
             (order.py).
+        tower: what encodes images; None where the base encodes all of them.
 
     Raises:
         DqreloError: it has a parameter that no site takes, or of another shape; a
@@ -130,12 +140,22 @@ def pack(
             f"vocab_size is {vocab_size}, expected fewer than the base's {sites.tokens}"
         )
     added: dict[str, torch.Tensor] = {}
+    encoder: dict[str, Change] = {}
     elsewhere, beside = set(), []
     entries = empty_table(1, sites.count, "cpu")[0]
     for name in [*delta.matrices, *delta.exact]:
         tied = HEAD not in delta.matrices
         places = sites.places(name.removesuffix(ADDED), tied)
-        if not places and sites.is_beside(name.removesuffix(ADDED)):
+        if not places and tower is not None and tower.has(name):
+            change = (
+                delta.matrix(name) if name in delta.matrices else delta.parameter(name)
+            )
+            if problem := tower.problem(name, tuple(change.shape)):
+                problems.append(problem)
+            elif (mine := tower.cut(name, change)) is not None:
+                encoder[name] = mine
+            continue
+        if not places and is_beside(sites.model, name.removesuffix(ADDED)):
             beside.append(name)
             continue
         if not places and sites.is_stage:
@@ -173,8 +193,8 @@ def pack(
     if beside:
         problems.append(
             f"{len(beside)} of its parameters, such as {beside[0]}, are outside of the "
-            "language model, where all models of a server have the base's (vision "
-            "tower, projector): convert a fine-tune that left these parts as they were"
+            "language model (vision tower, projector), where all models of this server "
+            "have the base's: start it with --enable-tower-connector-lora"
         )
     for site in sites.by_name.values():
         mine = entries[site.first : site.first + len(site.sizes)]
@@ -183,7 +203,13 @@ def pack(
     refuse(f"{delta.folder} does not fit the served model:", problems)
     data = extent.bytes()
     return PackedDelta(
-        delta.config.digest, data, entries, added, vocab_size, frozenset(elsewhere)
+        delta.config.digest,
+        data,
+        entries,
+        added,
+        vocab_size,
+        frozenset(elsewhere),
+        encoder,
     )
 
 

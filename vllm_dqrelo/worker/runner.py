@@ -5,6 +5,7 @@ vLLM has two model runners: V2 on a GPU; V1 on a CPU, and on a GPU where V2 lack
 feature that the engine asks for.
 """
 
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import vllm
+from vllm.lora.request import LoRARequest
 
 from vllm_dqrelo.compat import find
 from vllm_dqrelo.worker.step import TESTED, Step
@@ -82,6 +84,12 @@ def _attach_v2(runner: Any, manager: Any) -> None:
         with step.sampled_rows(np.diff(input_batch.cu_num_logits_np)):
             return sample(hidden_states, input_batch, *args)
 
+    if manager.tower is not None:
+        model_state = find(runner, "model_state")
+        encode = find(model_state, "execute_mm_encoder")
+        model_state.execute_mm_encoder = _by_model(
+            encode, find(state, "lora_requests").get, manager
+        )
     state.make_lora_inputs = make_lora_inputs
     runner._set_active_loras = _set_active_loras
     runner.sample = sampled
@@ -123,11 +131,69 @@ def _attach_v1(runner: Any, manager: Any) -> None:
         with scope:
             return execute_model(*args, **kwargs)
 
+    if manager.tower is not None:
+        _encode_by_model(runner, manager)
     if runner.enable_prompt_embeds and not runner.supports_mm_inputs:
         _embed_some(runner, step)
     runner.set_active_loras = set_active_loras
     runner.execute_model = executed
     setattr(runner, prompt, _of_prompt(step, find(runner, prompt), 0))
+
+
+def _by_model(
+    encode: Callable[[dict], Any],
+    request_of: Callable[[str], LoRARequest | None],
+    manager: Any,
+) -> Callable[[dict], None]:
+    """``encode`` of the images of a step, once for each model that has some.
+
+    Args:
+        encode: takes the images of each request: its id -> their indices.
+        request_of: the LoRARequest of a request's id; None for the base.
+    """
+
+    def encode_each(inputs: dict[str, list[int]]) -> None:
+        by_model: dict[str, dict[str, list[int]]] = {}
+        for request_id, images in inputs.items():
+            request = request_of(request_id)
+            model = request.lora_name if request else ""
+            by_model.setdefault(model, {})[request_id] = images
+        for some in by_model.values():
+            manager.encode_for(request_of(next(iter(some))))
+            encode(some)
+
+    return encode_each
+
+
+def _encode_by_model(runner: Any, manager: Any) -> None:
+    """Encode each image with the weights of its request's model, on V1.
+
+    Why: vLLM gives each row of an encoder an adapter, for some layers of some models.
+    Where: ``_execute_mm_encoder``, v1/worker/gpu_model_runner.py:2787. What it returns
+        is of encoder-decoder models only. On V2 ``ModelState.execute_mm_encoder``,
+        v1/worker/gpu/model_states/interface.py:189.
+    Upstream: none.
+    Until: vLLM calls an encoder for one adapter at a time.
+    """
+    execute, batch = "_execute_mm_encoder", runner.input_batch
+    encode = find(runner, execute)
+
+    def request_of(request_id: str) -> LoRARequest | None:
+        number = batch.request_lora_mapping[batch.req_id_to_index[request_id]]
+        found: LoRARequest | None = batch.lora_id_to_lora_request.get(int(number))
+        return found
+
+    def executed(scheduled: Any) -> list:
+        def encode_some(inputs: dict) -> None:
+            some = copy.copy(scheduled)
+            some.scheduled_encoder_inputs = inputs
+            encode(some)
+
+        inputs = scheduled.scheduled_encoder_inputs
+        _by_model(encode_some, request_of, manager)(inputs)
+        return []
+
+    setattr(runner, execute, executed)
 
 
 def _embed_some(runner: Any, step: Step) -> None:

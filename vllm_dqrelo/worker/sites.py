@@ -4,8 +4,8 @@
 A fused module (q/k/v, gate/up) is one site with a slice for each checkpoint
 matrix. A tied LM head is a site of its own: the same stored change feeds it and
 the embedding, but it sees the sampled rows. The experts of a layer are two sites, with
-slices for each expert. Of a multimodal model only the language model has sites: the
-rows of its other parts are not tokens.
+slices for each expert. Of a multimodal model only the language model has sites for a
+batch: the rows of its other parts are not tokens, and ``tower.py`` has its own.
 """
 
 import functools
@@ -215,6 +215,7 @@ class Sites:
         fully_sharded: whether workers that share a layer share both factors.
         tied_embedding: the parameter that the LM head is, too. vLLM may have two
             matrices for it where the checkpoint has a copy.
+        beside: sites of the modules outside of the language model, and of no other.
 
     Attributes:
         by_name: module path -> site, in the order of the model.
@@ -230,6 +231,7 @@ class Sites:
         is_stage: bool = False,
         fully_sharded: bool = False,
         tied_embedding: str | None = None,
+        beside: bool = False,
     ) -> None:
         self.model = model
         self.tied_embedding = tied_embedding
@@ -245,9 +247,10 @@ class Sites:
             for name, shard in filter(None, mapped)
             if shard is None
         }
-        known = set(_language_model(model).modules())
+        known = set(language_model(model).modules())
         for name, module in model.named_modules():
-            if module not in known and not isinstance(module, ParallelLMHead):
+            is_head = isinstance(module, ParallelLMHead)
+            if (module not in known and not is_head) != beside:
                 continue
             if isinstance(module, RoutedExperts):
                 self._add_experts(name, module)
@@ -325,13 +328,6 @@ class Sites:
                 places.append(Place(head, 0, "weight"))
         return places
 
-    def is_beside(self, parameter: str) -> bool:
-        """Whether it is of a multimodal model, and not of its language model."""
-        language = _language_model(self.model)
-        path = next(p for p, m in self.model.named_modules() if m is language)
-        name, _ = compat.map_name(self.model, parameter) or (path, None)
-        return bool(path) and not f"{name}.".startswith(f"{path}.")
-
     def _own_place(self, parameter: str) -> Place | None:
         """Where the model's loader puts it."""
         mapped = compat.map_name(self.model, parameter)
@@ -363,7 +359,8 @@ def _ends(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return ends.to(dtype=torch.int32, device=device)
 
 
-def _language_model(model: Any) -> torch.nn.Module:
+def language_model(model: Any) -> torch.nn.Module:
+    """The part of a multimodal model whose rows are tokens; else the model."""
     return model.get_language_model() if supports_multimodal(model) else model
 
 
