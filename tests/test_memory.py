@@ -168,8 +168,8 @@ def test_decoding_goes_on_while_a_delta_is_read(
                     others[key] = output
         return seconds, others
 
-    def disturbance(number):
-        """Latency while another delta is read, by what it is before and after."""
+    def goes_on(number):
+        """Whether tokens come as before and after while another delta is read."""
         other = request("other", number, made.deltas[1])
         before, _ = decode(lambda seconds, _: len(seconds) >= 300)
         start = time.perf_counter()
@@ -185,12 +185,11 @@ def test_decoding_goes_on_while_a_delta_is_read(
         after, _ = decode(lambda seconds, _: len(seconds) >= 300)
         core.remove_lora(number)
         usual = max(statistics.median(before), statistics.median(after))
-        assert max(during) < DELAY / 2
-        assert len(during) > DELAY / usual / 2
-        return statistics.median(during) / usual
+        without_gap = max(during) < DELAY / 2 < usual * len(during)
+        return without_gap and statistics.median(during) < 1.2 * usual
 
     # More than once: others who use the machine make it slow for seconds at a time.
-    assert any(disturbance(number) < 1.2 for number in range(2, 7))
+    assert any(map(goes_on, range(2, 7)))
 
 
 THREADS = """

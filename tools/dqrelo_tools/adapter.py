@@ -11,7 +11,6 @@ from dqrelo_tools.adapter_change import Change, is_copy
 from dqrelo_tools.adapter_config import CONFIG, MERGE, AdapterConfig, is_within, selects
 from dqrelo_tools.adapter_names import Name, Role, parse
 from dqrelo_tools.left_out import BUFFER, VALUE_HEADS
-from dqrelo_tools.missing import BESIDE
 from dqrelo_tools.names import names_of, without_wrapper
 from vllm_dqrelo.format.checkpoint import (
     EMBEDDINGS,
@@ -22,6 +21,7 @@ from vllm_dqrelo.format.checkpoint import (
     locate,
 )
 from vllm_dqrelo.format.errors import refuse
+from vllm_dqrelo.format.need import BESIDE
 from vllm_dqrelo.format.tensors import ADDED, SUFFIXES, MatrixDelta
 
 STEM = "adapter_model"

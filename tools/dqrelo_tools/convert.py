@@ -18,7 +18,6 @@ from dqrelo_tools.card import write_card
 from dqrelo_tools.compress import BITS, METHODS, Method, Size, compress
 from dqrelo_tools.configs import config_differences
 from dqrelo_tools.journal import Journal, journal_of
-from dqrelo_tools.missing import BESIDE
 from dqrelo_tools.names import match_names
 from dqrelo_tools.pair import (
     Parameters,
@@ -56,6 +55,7 @@ from vllm_dqrelo.format.folder import (
     new_folder,
     require_free,
 )
+from vllm_dqrelo.format.need import BESIDE
 from vllm_dqrelo.format.tensors import ADDED, INT4
 
 logger = logging.getLogger(__name__)
@@ -204,8 +204,8 @@ def write(
     changed = [entry.name for entry in report.entries if entry.kind != "unchanged"]
     if beside := [name for name in changed if BESIDE.search(name)]:
         logger.warning(
-            "%d parameters outside of the language model changed, for instance %s: a "
-            "server refuses this delta, dqrelo export accepts it",
+            "%d parameters outside of the language model changed, for instance %s: "
+            "vllm serve needs --enable-tower-connector-lora for this delta",
             len(beside),
             beside[0],
         )

@@ -4,9 +4,10 @@
 import torch
 
 from dqrelo_tools.configs import config_differences
-from dqrelo_tools.missing import BESIDE, missing
+from dqrelo_tools.missing import missing
 from vllm_dqrelo.format.checkpoint import FLOAT_DTYPES, Checkpoint
 from vllm_dqrelo.format.errors import DqreloError
+from vllm_dqrelo.format.need import BESIDE
 from vllm_dqrelo.format.tensors import ADDED, SUFFIXES
 
 

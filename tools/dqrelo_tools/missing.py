@@ -5,11 +5,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 from vllm_dqrelo.format.checkpoint import Checkpoint
+from vllm_dqrelo.format.need import BESIDE
 from vllm_dqrelo.format.tensors import ADDED
 
-# Parts of a multimodal model other than its language model: a server refuses their
-# deltas, an exported model has them.
-BESIDE = re.compile(r"(^|\.)(vis|audio|connector|multi_modal_projector|mm_projector)")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 # What the name of a tensor tells of a fine-tune that has it and should not.
 TOLD_BY: tuple[tuple[str, str], ...] = (

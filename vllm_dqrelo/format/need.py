@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from vllm_dqrelo.format.delta import MODEL
 from vllm_dqrelo.format.tensor_file import nbytes
 from vllm_dqrelo.format.tensors import ADDED, LORA_A, PACKED, SCALE, SHAPE, SUFFIXES
 
+# Parts of a multimodal model other than its language model, by their names.
+BESIDE = re.compile(r"(^|\.)(vis|audio|connector|multi_modal_projector|mm_projector)")
 DEFAULT_MAX_DELTAS = 8  # that one step of a server can mix
 # Matrices that vLLM multiplies as one, by the ends of their names.
 FUSED = {
@@ -42,12 +45,14 @@ class Need:
             delta out: signs and factors as in the file, a scale for each row, float32
             for what is stored exactly, the start of each tensor aligned.
         added_tokens: that the fine-tune has beyond the base's vocabulary.
+        encodes: whether it changes what encodes images, as its names say.
     """
 
     config: DeltaConfig
     ranks: Mapping[str, int]
     size: int
     added_tokens: int
+    encodes: bool = False
 
     @classmethod
     def of(
@@ -79,7 +84,7 @@ class Need:
             if suffix == SCALE and planes in files:
                 shape = files.spec(planes)[1][:2]
             size += aligned(nbytes(dtype if suffix else "F32", shape))
-        return cls(config, ranks, size, added)
+        return cls(config, ranks, size, added, any(map(BESIDE.search, files)))
 
     def rank(self, layer: Callable[[str], Hashable | None] = layer_of) -> int:
         """The largest sum of ranks in one layer.

@@ -41,7 +41,8 @@ def make_room(arguments: argparse.Namespace) -> None:
 
     Args:
         arguments: of ``vllm serve``, as vLLM has parsed them. Mutated:
-            ``additional_config``, and "~" in ``lora_modules``.
+            ``additional_config``, ``enable_tower_connector_lora``, and "~" in
+            ``lora_modules``.
 
     Raises:
         DqreloError: a delta is not one of the base, or does not fit the user's options
@@ -87,6 +88,11 @@ def make_room(arguments: argparse.Namespace) -> None:
             "dqrelo: the deltas take more than the default: %s", option(options)
         )
         arguments.additional_config = {**config, "dqrelo": options}
+    if any(need.encodes for need in (*needs.values(), *later.values())):
+        logger.info(
+            "dqrelo: deltas change what encodes images: --enable-tower-connector-lora"
+        )
+        arguments.enable_tower_connector_lora = True
 
 
 def check_names(names: Sequence[str], served: Sequence[str]) -> None:
