@@ -49,7 +49,7 @@ def test_mixed_batch_equals_each_model_alone(kind, engine, load, tmp_path):
     if kind != "idefics3":
         pytest.importorskip("torchvision", reason=f"vLLM's {kind} needs it")
     models, deltas = make(kind, tmp_path, [LANGUAGE, LANGUAGE])
-    base, prompts = models[0], asked(images.MADE[kind]().image)
+    base, prompts = models[0], asked(*images.MADE[kind]()[2:])
     expected = [alone(model, prompts) for model in models]
     differ(expected)
 

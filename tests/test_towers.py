@@ -33,7 +33,7 @@ def test_each_image_is_encoded_by_its_model(kind, engine, load, tmp_path):
         pytest.importorskip("torchvision", reason=f"vLLM's {kind} needs it")
     parts = [EVERYTHING, EVERYTHING, LANGUAGE, BESIDE]
     models, deltas = make(kind, tmp_path, parts)
-    base, prompts = models[0], asked(images.MADE[kind]().image)
+    base, prompts = models[0], asked(*images.MADE[kind]()[2:])
     expected = [alone(model, prompts) for model in models]
     differ([some[1:] for some in expected])  # text alone is not encoded
 

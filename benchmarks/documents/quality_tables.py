@@ -273,9 +273,13 @@ def quantized_table(rows: list[Row]) -> str:
 
 def convert_table(rows: list[Row]) -> str:
     """Seconds and memory of conversions."""
-    keys = ("model", "method", "seconds", "peak_mib")
-    head = ["model", "method", "seconds", "peak memory, MiB"]
-    return table(head, [[row[key] for key in keys] for row in rows])
+    head = ["model", "by", "method", "ratio", "seconds", "peak memory, MiB"]
+    body = []
+    for row in rows:
+        ratio = str(Fraction(float(row["ratio"])))
+        case = [row["model"], f"`{row['way']}`", row["method"], ratio]
+        body.append([*case, row["seconds"], row["peak_mib"]])
+    return table(head, body)
 
 
 def demo_table(found: dict[str, Any]) -> str:

@@ -58,12 +58,23 @@ def amx_table(rows: list[Row]) -> str:
 
 def roofline_table(rows: list[Row]) -> str:
     """What roofline.py predicts of the linear layers of a step."""
-    keys = ("device", "deltas", "rows_per_delta", "base_ms", "delta_ms")
-    body = [
-        [row[key] for key in keys] + [row["merged_ms"] if prompt else ""]
+    shape = ("device", "deltas", "rows_per_delta")
+    half = {
+        tuple(row[key] for key in shape): row
         for row in rows
-        for prompt in [int(row["rows_per_delta"]) > 16]
-        if row["device"] == "H100" or not prompt
-    ]
-    head = ["device", "deltas", "rows of each", "base, ms", "the deltas, ms"]
-    return table([*head, "both, merged, ms"], body)
+        if float(row["ratio"]) == 1 / 16
+    }
+    body = []
+    for row in rows:
+        prompt = int(row["rows_per_delta"]) > 16
+        if float(row["ratio"]) != 1 / 8 or (prompt and row["device"] != "H100"):
+            continue
+        case = tuple(row[key] for key in shape)
+        both = [half[case], row]
+        body.append(
+            [*case, row["base_ms"], *(r["delta_ms"] for r in both)]
+            + [r["merged_ms"] if prompt else "" for r in both]
+        )
+    head = ["device", "deltas", "rows of each", "base, ms", "deltas of 1/16, ms"]
+    head += ["of 1/8, ms", "both, merged, at 1/16, ms", "at 1/8, ms"]
+    return table(head, body)

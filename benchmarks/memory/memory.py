@@ -4,13 +4,13 @@
     python -m benchmarks.memory.memory
 
 SmolLM2-135M in bfloat16. One sequence for each of n models decodes; a step gives each
-one more token. Three ways: deltas on one base; vLLM's own LoRA, adapters of as many
-bytes; full copies, whose steps come one after another, so that one model is timed and
-counted n times. Each way has a process of its own, and memory is what that process grew
-by (anonymous pages: no file mapping), beside what ``dqrelo plan --device cpu`` counts
-for the same files. What is measured was done before in the same process, so that
-modules are imported. A last table is ``dqrelo plan``'s alone: models on one card of
-80 GB.
+one more token. Ways: deltas of ratio 1/8 and 1/16 on one base; vLLM's own LoRA,
+adapters of as many bytes as the first; full copies, whose steps come one after another,
+so that one model is timed and counted n times. Each way has a process of its own, and
+memory is what that process grew by (anonymous pages: no file mapping), beside what
+``dqrelo plan --device cpu`` counts for the same files. What is measured was done before
+in the same process, so that modules are imported. A last table is ``dqrelo plan``'s
+alone: models on one card of 80 GB.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from benchmarks.table import Table
 from vllm_dqrelo.format.folder import file_bytes
 
 MODELS = (2, 4, 8, 16)
-SYSTEMS = ("deltas", "vLLM LoRA", "full copies")
+SYSTEMS = ("deltas", "deltas of 1/16", "vLLM LoRA", "full copies")
 COLUMNS = ("system", "models", "base_mb", "predicted_base_mb", "predicted_mb")
 COLUMNS += ("device_mb", "host_mb", "disk_mb", "step_ms", "memory_mb", *MACHINE)
 CARD_COLUMNS = ("stored_as", "model_gb", "models")
@@ -126,15 +126,15 @@ def worker_of(llm: Any) -> Any:
     return core.model_executor.driver_worker.worker.model_runner
 
 
-def deltas() -> list[Row]:
-    """One base and a delta for each model."""
+def deltas(*ratio: str) -> list[Row]:
+    """One base and a delta for each model; of the default ratio or another."""
     from benchmarks.models.smollm import base, delta
     from dqrelo_tools.footprint import base_bytes, delta_bytes
     from vllm_dqrelo import load_delta
     from vllm_dqrelo.format.delta import weight_files
 
     most = max(MODELS)
-    folders = [delta(i) for i in range(most)]
+    folders = [delta(i, *ratio) for i in range(most)]
     bytes_of = [delta_bytes(str(folder)) for folder in folders]
     room = {"delta_memory_gib": sum(bytes_of) / 2**30, "host_memory_gib": 8}
     llm, weights = engine(
@@ -287,11 +287,12 @@ def main() -> None:
             if (system, str(MODELS[-1])) not in table:
                 again = [sys.executable, "-m", "benchmarks.memory.memory"]
                 again += [f"--system={system}", f"--output-dir={path.parent}"]
-                plugins = "dqrelo" if system == "deltas" else ""
+                plugins = "dqrelo" if system.startswith("deltas") else ""
                 variables = {**ALONE, "VLLM_PLUGINS": plugins}
                 subprocess.run(again, env={**os.environ, **variables}, check=True)
         return
-    measure = dict(zip(SYSTEMS, (deltas, lora, copies), strict=True))
+    ways = (deltas, partial(deltas, "1/16"), lora, copies)
+    measure = dict(zip(SYSTEMS, ways, strict=True))
     for row in measure[arguments.system]():
         row["memory_mb"] = row["base_mb"] + row["device_mb"]
         shown = {

@@ -19,6 +19,7 @@ from dqrelo_kernels.table import (
     factor_bytes,
     place_ranks,
 )
+from vllm_dqrelo.format.config import DEFAULT_RATIO
 
 LINEARS = {  # output features of each slice, input features
     "qkv": ([4096, 1024, 1024], 4096),
@@ -32,13 +33,19 @@ LAYERS = 32  # of all but the last
 FACTORS = {"int4": INT4, "bfloat16": DTYPE}
 
 
+def planes_of(ratio: float) -> int:
+    """The sign planes of a delta: none below 1/8, as in ``compress.Method.size``."""
+    return int(ratio >= DEFAULT_RATIO)
+
+
 def ranks_of(sizes: list[int], k: int, ratio: float, factors: torch.dtype) -> list[int]:
-    """The rank of each slice, beside one sign plane in so many of the layer's bytes.
+    """The rank of each slice, with the sign planes in so many of the layer's bytes.
 
     Args:
         factors: dtype of the low-rank factors, INT4 (in whole blocks) or DTYPE.
     """
-    ranks = [math.ceil(n * k * (ratio - 1 / 16) / (n + k)) for n in sizes]
+    left = ratio - planes_of(ratio) / 16
+    ranks = [math.ceil(n * k * left / (n + k)) for n in sizes]
     if factors == INT4:
         ranks = [round(4 * r / INT4_BLOCK) * INT4_BLOCK for r in ranks]
     return ranks
@@ -75,9 +82,10 @@ class Site:
 
         for delta in range(deltas):
             for row, n, rank in zip(table[delta], sizes, self.ranks, strict=True):
-                row[Field.SIGNS] = place(2 * n * words_per_row(k))
-                row[Field.PLANES] = 1
-                row[Field.SCALE] = place(4 * n)
+                if planes_of(ratio):
+                    row[Field.SIGNS] = place(2 * n * words_per_row(k))
+                    row[Field.PLANES] = 1
+                    row[Field.SCALE] = place(4 * n)
                 if rank:
                     row[Field.RANK_A] = row[Field.RANK_B] = rank
                     row[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(factors)
@@ -93,7 +101,9 @@ class Site:
             for delta in table.tolist()
             for row, n, rank in zip(delta, sizes, self.ranks, strict=True)
         ):
-            values = [(Field.SCALE, torch.full((n,), 0.01, device=DEVICE))]
+            values = []
+            if planes_of(ratio):
+                values += [(Field.SCALE, torch.full((n,), 0.01, device=DEVICE))]
             if rank and factors == INT4:  # any bytes are integers; their RMS is 4.6
                 scale = torch.full((rank,), (k * rank) ** -0.5 / 21, device=DEVICE)
                 values += [(Field.LORA_SCALE, scale)]

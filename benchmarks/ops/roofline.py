@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.ops.linear_site import FACTORS, LAYERS, LINEARS, ranks_of
+from benchmarks.ops.linear_site import FACTORS, LAYERS, LINEARS, planes_of, ranks_of
 from dqrelo_tools.compress import SHAPE_BYTES, Size
 
 
@@ -49,11 +49,11 @@ TALL = 257
 
 
 def delta_bytes(
-    sizes: list[int], k: int, ranks: list[int], factors: torch.dtype
+    sizes: list[int], k: int, ranks: list[int], factors: torch.dtype, planes: int
 ) -> int:
     """What a delta of a linear layer takes in the arena, without alignment."""
     return sum(
-        Size(1, rank, factors).bytes(n, k) - SHAPE_BYTES
+        Size(planes, rank, factors).bytes(n, k) - SHAPE_BYTES
         for n, rank in zip(sizes, ranks, strict=True)
     )
 
@@ -70,7 +70,8 @@ def predict(
     sizes, k = LINEARS[name]
     n, m = sum(sizes), deltas * rows
     ranks = ranks_of(sizes, k, ratio, FACTORS[factors])
-    one = delta_bytes(sizes, k, ranks, FACTORS[factors])
+    planes = planes_of(ratio)
+    one = delta_bytes(sizes, k, ranks, FACTORS[factors], planes)
     factor = sum(rank * (k + size) for rank, size in zip(ranks, sizes, strict=True))
     tile = 64 if m >= TALL else 16
     tiles = -(-rows // tile) * deltas
@@ -80,9 +81,9 @@ def predict(
     )
     delta = max(
         moved / device.bytes_per_s,
-        2 * tiles * tile * (n * k + factor) / device.flops,
+        2 * tiles * tile * (planes * n * k + factor) / device.flops,
         tiles
-        * (PER_SIGN[tile] * n * k + PER_FACTOR[tile] * factor)
+        * (PER_SIGN[tile] * planes * n * k + PER_FACTOR[tile] * factor)
         / device.instructions,
     )
     product = 2 * k * sum(n * rank for n, rank in zip(sizes, ranks, strict=True))
@@ -129,14 +130,15 @@ def main() -> None:
     """Print the predictions, or write them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", choices=DEVICES, nargs="+", default=["H100"])
-    parser.add_argument("--ratio", type=float, default=1 / 8)
+    parser.add_argument("--ratio", type=float, nargs="+", default=[1 / 8, 1 / 16])
     parser.add_argument("--factors", choices=FACTORS, default="int4")
     parser.add_argument("--output", type=Path, help="a CSV file, not standard output")
     options = parser.parse_args()
     table = [
         row
         for device in options.device
-        for row in rows(device, options.ratio, options.factors)
+        for ratio in options.ratio
+        for row in rows(device, ratio, options.factors)
     ]
     with options.output.open("w", newline="") if options.output else sys.stdout as file:
         writer = csv.DictWriter(file, table[0])

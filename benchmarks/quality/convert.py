@@ -3,8 +3,9 @@
 
     python -m benchmarks.quality.convert [--output results.csv]
 
-Of SmolLM2-135M and a fine-tune of it, and of a random pair with the seven matrices of
-one layer of Llama-3.1-8B; a model of 32 such layers takes 32 times as long.
+SmolLM2-135M and a fine-tune of it, from folders and, by ``delta_of``, from a model in
+memory; and a random pair with the seven matrices of one layer of Llama-3.1-8B: a model
+of 32 such layers takes 32 times as long.
 """
 
 import argparse
@@ -22,6 +23,18 @@ from benchmarks.machine import machine
 from benchmarks.models import smollm
 from benchmarks.table import write
 
+SMOLLM, LAYER_OF_8B = "SmolLM2-135M", "one layer of an 8B model"
+CONVERT, DELTA_OF = "convert", "delta_of"
+CASES = (
+    (SMOLLM, CONVERT, "dqrelo", 1 / 8),
+    (SMOLLM, CONVERT, "dqrelo", 1 / 16),
+    (SMOLLM, CONVERT, "dqrelo-paper", 1 / 8),
+    (SMOLLM, DELTA_OF, "dqrelo", 1 / 8),
+    (SMOLLM, DELTA_OF, "dqrelo", 1 / 16),
+    (LAYER_OF_8B, CONVERT, "dqrelo", 1 / 8),
+    (LAYER_OF_8B, CONVERT, "dqrelo", 1 / 16),
+    (LAYER_OF_8B, CONVERT, "dqrelo-paper", 1 / 8),
+)
 LAYER = {
     "q_proj": (4096, 4096),
     "k_proj": (1024, 4096),
@@ -57,18 +70,43 @@ def layer(folder: Path) -> tuple[Path, Path]:
     return folders
 
 
-def measure(base: Path, model: Path, method: str) -> dict[str, float]:
-    """Convert in a process of its own."""
+# Prints the seconds of delta_of alone; a trainer has imported and loaded all of this.
+IN_MEMORY = """
+import sys, time, torch
+from transformers import AutoModelForCausalLM
+from vllm_dqrelo import delta_of
+base, model, method, ratio = sys.argv[1:]
+trained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+start = time.perf_counter()
+delta_of(base, trained, float(ratio), method=method)
+print(time.perf_counter() - start)
+"""
+
+
+def measure(
+    base: Path, model: Path, method: str, ratio: float, way: str
+) -> dict[str, float]:
+    """Convert in a process of its own.
+
+    Args:
+        way: CONVERT or DELTA_OF.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "dqrelo_tools.cli", "convert"]
         command += ["--base", str(base), "--model", str(model), "--method", method]
-        command += ["--output", f"{folder}/delta"]
+        command += ["--output", f"{folder}/delta", "--ratio", str(ratio)]
+        if way == DELTA_OF:
+            command = [sys.executable, "-c", IN_MEMORY]
+            command += [str(base), str(model), method, str(ratio)]
         start = os.times().elapsed
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        said = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         seconds = os.times().elapsed - start
         if status:
             raise SystemExit("the conversion failed; the reason is above")
+    seconds = float(said.split()[-1]) if way == DELTA_OF else seconds
     return {"seconds": round(seconds, 1), "peak_mib": round(usage.ru_maxrss / 1024)}
 
 
@@ -80,14 +118,14 @@ def main() -> None:
     about, rows = machine(), []
     with tempfile.TemporaryDirectory() as folder:
         pairs = {
-            "SmolLM2-135M": (smollm.base(), smollm.fine_tune("orders")),
-            "one layer of an 8B model": layer(Path(folder)),
+            SMOLLM: (smollm.base(), smollm.fine_tune("orders")),
+            LAYER_OF_8B: layer(Path(folder)),
         }
-        for name, (base, model) in pairs.items():
-            for method in ("dqrelo", "dqrelo-paper"):
-                found = measure(base, model, method)
-                rows.append({"model": name, "method": method, **found, **about})
-                print(f"{name:<26}{method:<14}", *found.values(), sep="\t")
+        for name, way, method, ratio in CASES:
+            found = measure(*pairs[name], method, ratio, way)
+            case = {"model": name, "way": way, "method": method, "ratio": ratio}
+            rows.append({**case, **found, **about})
+            print(f"{name:<26}", way, method, ratio, *found.values(), sep="\t")
     if output:
         write(output, rows)
 

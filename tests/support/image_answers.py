@@ -3,10 +3,11 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from support import images
-from support.images import picture
+from support.images import clip, picture
 from support.renamed import edit, renaming
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -62,15 +63,27 @@ def make(kind, folder, parts):
     return models, deltas
 
 
-def asked(image):
-    """Text and its images: without, with one, with two and text between them."""
+def asked(image, video=""):
+    """Text and its images: without, with one, with two and text between them.
+
+    With a video and an image, where there are videos.
+    """
     one, other = picture(1), picture(2, 30, 70)
+    seen = [(f"w2 {video} w4 {image} w6", [clip(3), one])] if video else []
     return [
         ("w1 w5 w9 w33 w200 w77 w3", []),
         (f"w5 {image} w7 w8", [one]),
         (f"{image} w4 w100 {image} w9 w10 w11", [other, one]),
         (" ".join(["w7"] * 40) + f" {image} w3 " + " ".join(["w6"] * 30), [other]),
+        *seen,
     ]
+
+
+def sorted_out(media):
+    """Images, and videos, as processors are given them: None where there are none."""
+    videos = [one for one in media if isinstance(one, np.ndarray)]
+    pictures = [one for one in media if not isinstance(one, np.ndarray)]
+    return pictures or None, videos or None
 
 
 def alone(folder, prompts, more=()):
@@ -83,7 +96,9 @@ def alone(folder, prompts, more=()):
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     found = []
     for text, pictures in prompts:
-        inputs = processor(text=text, images=pictures or None, return_tensors="pt")
+        shown, moving = sorted_out(pictures)
+        more_inputs = {"videos": moving} if moving else {}
+        inputs = processor(text=text, images=shown, return_tensors="pt", **more_inputs)
         made = torch.cat([inputs.pop("input_ids"), torch.tensor([[*more]]).long()], 1)
         inputs.pop("attention_mask")
         # Gemma 3's image tokens attend to each other, but not in vLLM on a CPU.
@@ -106,13 +121,13 @@ def batch(llm, prompts, requests, prompt_logprobs=0):
         max_tokens=TOKENS, temperature=0, logprobs=0, prompt_logprobs=prompt_logprobs
     )
     found = []
+    given = []
+    for text, media in prompts:
+        kinds = zip(("image", "video"), sorted_out(media), strict=True)
+        data = {kind: items for kind, items in kinds if items}
+        given.append({"prompt": text} | ({"multi_modal_data": data} if data else {}))
     for output in llm.generate(
-        [
-            {"prompt": text, "multi_modal_data": {"image": pictures}}
-            if pictures
-            else {"prompt": text}
-            for text, pictures in prompts
-        ],
+        given,
         sampling,
         lora_request=requests,
         use_tqdm=False,

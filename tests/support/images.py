@@ -59,11 +59,13 @@ class Made(NamedTuple):
     Attributes:
         config, processor: of transformers.
         image: an image in a prompt.
+        video: a video in a prompt; "" for a model without.
     """
 
     config: PretrainedConfig
     processor: ProcessorMixin
     image: str
+    video: str = ""
 
 
 def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
@@ -166,14 +168,14 @@ def qwen2_vl() -> Made:
         **UNTIED,
     )
     pixels = {"shortest_edge": 28 * 28 * 2, "longest_edge": 28 * 28 * 12}
-    shown = f"{names[0]}{names[3]}{names[1]}"
+    shown, moving = (f"{names[0]}{names[i]}{names[1]}" for i in (3, 2))
     processor = Qwen2VLProcessor(
         Qwen2VLImageProcessorPil(size=pixels),
         words,
         Qwen2VLVideoProcessor(size=pixels),
         chat_template=TEMPLATE.replace("IMAGE", shown),
     )
-    return Made(config, processor, shown)
+    return Made(config, processor, shown, moving)
 
 
 MADE: dict[str, Callable[[], Made]] = {
@@ -194,3 +196,8 @@ def picture(seed: int, width: int = 50, height: int = 40) -> Image.Image:
     """Noise."""
     pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
     return Image.fromarray(pixels)
+
+
+def clip(seed: int, frames: int = 4) -> np.ndarray:
+    """A video of noise: uint8 [frames, height, width, 3]."""
+    return np.stack([np.asarray(picture(seed * frames + i)) for i in range(frames)])
