@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tunes of SmolLM2-135M, and how far a model with other weights is from them."""
+"""Fine-tunes of small bases, and how far a model with other weights is from them."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.models import smollm
+from benchmarks.models.bases import fetch_base
 from benchmarks.models.finetune import LR, encode, finetune, generate
 from benchmarks.models.tasks import CODE, TASKS, Task
 from benchmarks.paths import CACHE
@@ -33,6 +34,7 @@ class Training:
         lora: rank of the adapters that are trained in place of all weights, and merged
             at the end; 0 for all weights.
         after: the fine-tune that it starts from; None for the base.
+        base: in bases.BASES.
     """
 
     task: str
@@ -40,11 +42,13 @@ class Training:
     lr: float = LR
     lora: int = 0
     after: "Training | None" = None
+    base: str = "smollm2"
 
     @property
     def name(self) -> str:
         """Names the folder and the rows of results."""
-        parts = [self.task, str(self.steps)]
+        parts = [self.base] * (self.base != "smollm2")
+        parts += [self.task, str(self.steps)]
         parts += [f"{self.lr:g}"] * (self.lr != LR) + ["lora"] * bool(self.lora)
         return "-".join(parts + (["after", self.after.name] if self.after else []))
 
@@ -57,10 +61,19 @@ class Training:
 
 
 class Bench:
-    """The base, one model in memory whose weights are replaced, and its tokenizer."""
+    """The base, one model in memory whose weights are replaced, and its tokenizer.
 
-    def __init__(self) -> None:
-        self.folder = smollm.base()
+    Args:
+        base: in bases.BASES.
+    """
+
+    def __init__(self, base: str = "smollm2") -> None:
+        self.name = base
+        self.folder = (
+            smollm.base()
+            if base == "smollm2"
+            else fetch_base(CACHE / "quality" / "bases" / base, base)
+        )
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, padding_side="left")
         self.model = AutoModelForCausalLM.from_pretrained(
             self.folder, dtype=torch.float32
@@ -146,7 +159,9 @@ class FineTune:
         expected, got = self.log_p, self.log_probabilities(state)
         for log_p, log_q, end in zip(expected, got, ("", "_off_task"), strict=True):
             found = Distance()
-            found.add(log_p, log_q)
+            # Some tokens at a time: a vocabulary may have 262,144 of them.
+            for some in zip(log_p.split(256), log_q.split(256), strict=True):
+                found.add(*some)
             columns[f"kl{end}"] = f"{found.to_dict()['kl']:.4e}"
             columns[f"top1{end}"] = f"{found.to_dict()['top1']:.4f}"
         return columns

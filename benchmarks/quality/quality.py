@@ -3,10 +3,10 @@
 
     python -m benchmarks.quality.quality [--output-dir benchmarks/results] [--short]
 
-Real fine-tunes of SmolLM2-135M (bench.py), of several tasks and ways to train. A
-method compresses every matrix of a fine-tune; vectors stay exact. Then the model
-answers held-out prompts, and its next-token distributions on them and on other text
-are compared with the fine-tune's. Rows that ``quality.csv`` has already are not
+Real fine-tunes of SmolLM2-135M and Gemma 3 270M (bench.py), of several tasks and ways
+to train. A method compresses every matrix of a fine-tune; vectors stay exact. Then the
+model answers held-out prompts, and its next-token distributions on them and on other
+text are compared with the fine-tune's. Rows that ``quality.csv`` has already are not
 measured again.
 """
 
@@ -38,7 +38,7 @@ from vllm_dqrelo.format.checkpoint import EMBEDDINGS, ends_with
 
 FINE_TUNES = [Training(task, steps) for steps in (10, 30) for task in TASKS]
 # Other lengths, learning rates, tasks and ways to train. Nothing in the converter was
-# chosen by the last three.
+# chosen by the last five.
 OTHERS = [
     Training("orders", 90),
     Training("orders", 20, lr=1e-3),
@@ -46,6 +46,8 @@ OTHERS = [
     Training("code", 24),
     Training("queries", 30, lr=1e-3, lora=16),
     Training("tickets", 10, after=Training("orders", 30)),
+    Training("orders", 20, base="gemma3"),
+    Training("queries", 60, lr=5e-5, base="gemma3"),
 ]
 HALF = torch.bfloat16
 
@@ -249,6 +251,8 @@ def main() -> None:
     total, bench = sum(len(methods) for _, methods in plan), Bench()
     with tqdm(total=total, desc="quality", unit=" rows") as progress:
         for training, methods in plan:
+            if bench.name != training.base:
+                bench = Bench(training.base)
             model = FineTune(bench, training)
             if (model.name,) not in scales:
                 scales.add(scale(model))
