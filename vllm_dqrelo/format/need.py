@@ -45,7 +45,8 @@ class Need:
             delta out: signs and factors as in the file, a scale for each row, float32
             for what is stored exactly, the start of each tensor aligned.
         added_tokens: that the fine-tune has beyond the base's vocabulary.
-        encodes: whether it changes what encodes images, as its names say.
+        encodes: whether it changes what encodes images, as its names say; that takes
+            none of the arena.
     """
 
     config: DeltaConfig
@@ -55,13 +56,8 @@ class Need:
     encodes: bool = False
 
     @classmethod
-    def of(
-        cls, folder: Path, skips: Callable[[str], bool] = lambda name: False
-    ) -> "Need":
+    def of(cls, folder: Path) -> "Need":
         """Read the headers of a delta folder.
-
-        Args:
-            skips: whether a parameter takes none of what is counted here.
 
         Raises:
             DqreloError: it is damaged. FileNotFoundError: it is not there.
@@ -69,11 +65,14 @@ class Need:
         config = DeltaConfig.read(folder)
         files = SafetensorsFiles(locate(folder, MODEL))
         ranks: dict[str, int] = {}
-        size = added = 0
+        size, added, encodes = 0, 0, False
         for name in files:
             dtype, shape = files.spec(name)
             suffix = next((s for s in SUFFIXES if name.endswith(s)), None)
-            if suffix == SHAPE or skips(name.removesuffix(suffix or "")):
+            if BESIDE.search(name):
+                encodes = True
+                continue
+            if suffix == SHAPE:
                 continue
             if name.endswith(ADDED):  # rows that have a place already
                 added = max(added, *shape[:1])
@@ -84,7 +83,7 @@ class Need:
             if suffix == SCALE and planes in files:
                 shape = files.spec(planes)[1][:2]
             size += aligned(nbytes(dtype if suffix else "F32", shape))
-        return cls(config, ranks, size, added, any(map(BESIDE.search, files)))
+        return cls(config, ranks, size, added, encodes)
 
     def rank(self, layer: Callable[[str], Hashable | None] = layer_of) -> int:
         """The largest sum of ranks in one layer.

@@ -21,7 +21,7 @@ from dqrelo_kernels.table import aligned
 from vllm_dqrelo.format.checkpoint import EMBEDDINGS, Checkpoint, resolve
 from vllm_dqrelo.format.config import CONFIG_NAME, DEFAULT_RATIO
 from vllm_dqrelo.format.errors import DqreloError
-from vllm_dqrelo.format.need import Need, gib, layer_of, option
+from vllm_dqrelo.format.need import BESIDE, Need, gib, layer_of, option
 from vllm_dqrelo.frontend.catalogue import Catalogue
 from vllm_dqrelo.host_memory import available
 from vllm_dqrelo.options import Options, is_dqrelo, max_deltas
@@ -145,7 +145,7 @@ def default_room(base: Checkpoint, max_loras: int) -> Room:
     size = 0
     for name in base:
         shape = base.spec(name)[1]
-        if not name.endswith(".weight") or not shape:
+        if not name.endswith(".weight") or not shape or BESIDE.search(name):
             continue
         *experts, n, k = shape if len(shape) > 1 else (*shape, 0)
         # A tied LM head is a place of its own.

@@ -275,8 +275,7 @@ class DeltaManager:
         """
         path, digest = split_path(request.lora_path)
         folder = str(path)
-        tower = self.tower
-        need = Need.of(path, tower.has if tower else lambda name: False)
+        need = Need.of(path)
         self._expect(need.config, folder, digest)
         beside = [size for key, size in others.items() if key != need.config.digest]
         beside = sorted(beside, reverse=True)[: self.max_loras - 1]
@@ -288,10 +287,11 @@ class DeltaManager:
         # of added tokens are elsewhere.
         added = sum(rows.rows[0].nbytes for rows in self.residency.added.values())
         most = int(1.05 * self.workers * self.memory.arena) + added + SLACK
-        most += MOST_OF_TOWER * tower.nbytes * self.workers if tower else 0
+        if self.tower is not None:
+            most += MOST_OF_TOWER * self.tower.nbytes * self.workers
         delta = Delta(path, most)
         self._expect(delta.config, folder, digest)
-        packed = pack(delta, self.sites, self.device, self.unlike, tower)
+        packed = pack(delta, self.sites, self.device, self.unlike, self.tower)
         delta.check_unchanged()  # the digest is of what was packed
         entries = packed.entries
         rank = max(  # that one row meets
