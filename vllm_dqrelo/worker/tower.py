@@ -116,13 +116,14 @@ class Tower:
 
     def _keep(self, name: str, part: Part, stored: torch.Tensor) -> None:
         """Keep the base's weights, or note why a delta cannot change them."""
+        if not _is_plain(part.module, self._device):
+            self._unlike[name] = OTHER_FORM
+            return
         weights = part.module.get_parameter(part.leaf)
         if part.rows is None and (
             weights.shape != part.shape or compare(weights.data, stored)
         ):
             self._unlike[name] = REARRANGED
-        if not _is_plain(part.module, self._device):
-            self._unlike.setdefault(name, OTHER_FORM)
         base = part.cut(stored)
         assert isinstance(base, torch.Tensor)
         dtype = getattr(part.module, "params_dtype", weights.dtype)
@@ -130,17 +131,19 @@ class Tower:
 
     def _make_plain(self) -> None:
         """Let linear layers on a CPU multiply by weights that can be written."""
-        packed = {
-            part.module
-            for name, part in self._parts.items()
-            if hasattr(part.module, "cpu_linear") and name not in self._unlike
-        }
-        for module in packed:
+        packed: dict[Any, list[str]] = {}
+        for name, part in self._parts.items():
+            if hasattr(part.module, "cpu_linear"):
+                packed.setdefault(part.module, []).append(name)
+        for module, names in packed.items():
+            if not self._unlike.keys().isdisjoint(names):
+                # The weights of the layer cannot be made of the checkpoint's.
+                self._unlike = dict.fromkeys(names, OTHER_FORM) | self._unlike
+                continue
             sizes, columns = shards.sizes_here(module, 0)
             compat.multiply_by_weight(module, (sum(sizes), columns))
-        for name, part in self._parts.items():
-            if part.module in packed:
-                part.write(self._base[name])
+            for name in names:
+                self._parts[name].write(self._base[name])
 
     def has(self, name: str) -> bool:
         """Whether the base's parameter ``name`` is the encoder's."""
