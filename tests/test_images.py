@@ -86,16 +86,20 @@ def pair(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_as_vllm_does_by_default(engine, load, pair):
+def test_compiled_as_vllm_does_by_default(engine, load, pair, tmp_path):
     """Steps of the base alone run other code than steps with deltas."""
     base, delta, merged = pair
+    tuned = save("idefics3", tmp_path / "everything", 3, EVERYTHING)
+    (folder := tmp_path / "tower").mkdir()
+    tower, merged_tower = compressed(base, tuned, folder)
     prompts = asked("<image>")
-    expected = [alone(model, prompts) for model in (base, merged)]
-    llm = start(engine, base, enforce_eager=False)
+    expected = [alone(model, prompts) for model in (base, merged, merged_tower)]
+    options = {"enforce_eager": False, "enable_tower_connector_lora": True}
+    llm = start(engine, base, **options)
     mode = llm.llm_engine.vllm_config.compilation_config.mode
     assert mode != vllm.config.CompilationMode.NONE
-    requests = [None, load(llm, "delta", delta)]
-    for models in ([0], [1], [0, 1], [0]):
+    requests = [None, load(llm, "delta", delta), load(llm, "tower", tower)]
+    for models in ([0], [1], [2, 0, 1], [0]):
         order = [(p, m) for p in range(len(prompts)) for m in models]
         given = [prompts[p] for p, _ in order]
         found = batch(llm, given, [requests[m] for _, m in order])
