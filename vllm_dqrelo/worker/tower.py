@@ -111,6 +111,11 @@ class Tower:
             self._unlike |= dict.fromkeys(self._unused, reason)
         self._make_plain()
         self.nbytes = sum(tensor.nbytes for tensor in self._base.values())
+        logger.info(
+            "dqrelo: deltas may change what encodes images, %.2f GiB of the base, which "
+            "are kept twice",
+            self.nbytes / 2**30,
+        )
         self._model: str | None = None
         self._changed: set[str] = set()
 
