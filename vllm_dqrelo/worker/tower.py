@@ -112,8 +112,8 @@ class Tower:
         self._make_plain()
         self.nbytes = sum(tensor.nbytes for tensor in self._base.values())
         logger.info(
-            "dqrelo: deltas may change what encodes images, %.2f GiB of the base, which "
-            "are kept twice",
+            "dqrelo: deltas may change what encodes images: %.2f GiB of the base, kept "
+            "twice",
             self.nbytes / 2**30,
         )
         self._model: str | None = None
