@@ -27,7 +27,8 @@ def write(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(columns) or list(rows[0]))
+        names = list(columns) or list(rows[0])
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

@@ -141,7 +141,7 @@ def main() -> None:
         for row in rows(device, ratio, options.factors)
     ]
     with options.output.open("w", newline="") if options.output else sys.stdout as file:
-        writer = csv.DictWriter(file, table[0])
+        writer = csv.DictWriter(file, table[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
 
