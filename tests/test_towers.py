@@ -2,6 +2,8 @@
 """Images of models whose vision tower is their own, against transformers."""
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from support import images
 from support.image_answers import (
     BESIDE,
@@ -13,8 +15,12 @@ from support.image_answers import (
     check,
     differ,
     make,
+    save,
     start,
 )
+from transformers import AutoModelForImageTextToText
+
+from dqrelo_tools.convert import convert
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -76,6 +82,30 @@ def test_workers_share_an_encoder(split, kind, engine, load, tmp_path, monkeypat
     workers = {f"{split}_parallel_size": 2}
     llm = start(engine, models[0], enable_tower_connector_lora=True, **workers)
     requests = [None, *(load(llm, f"delta-{i}", d) for i, d in enumerate(deltas))]
+    order = [(p, m) for p in range(len(prompts)) for m in range(len(models))]
+    given = [prompts[p] for p, _ in order]
+    found = batch(llm, given, [requests[m] for _, m in order])
+    for (p, m), got in zip(order, found, strict=True):
+        check(got, expected[m][p])
+
+
+@pytest.mark.slow
+def test_an_adapter_of_all_linear_layers(engine, load, tmp_path):
+    """PEFT's "all-linear" has those of the tower, too; against the merged model."""
+    base = save("idefics3", tmp_path / "base", 1)
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(2)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    tuned = get_peft_model(model, config)
+    tuned.save_pretrained(tmp_path / "adapter")
+    tuned.merge_and_unload().save_pretrained(tmp_path / "merged")
+    images.MADE["idefics3"]().processor.save_pretrained(tmp_path / "merged")
+    convert(str(base), str(tmp_path / "adapter"), tmp_path / "delta")
+    models, prompts = [base, tmp_path / "merged"], asked("<image>")
+    expected = [alone(model, prompts) for model in models]
+    differ(expected)
+    llm = start(engine, base, enable_tower_connector_lora=True)
+    requests = [None, load(llm, "adapter", tmp_path / "delta")]
     order = [(p, m) for p in range(len(prompts)) for m in range(len(models))]
     given = [prompts[p] for p, _ in order]
     found = batch(llm, given, [requests[m] for _, m in order])
