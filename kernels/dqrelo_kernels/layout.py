@@ -66,14 +66,15 @@ def pack_signs(positive: torch.Tensor) -> torch.Tensor:
     out = torch.empty(
         rows, words_per_row(columns), dtype=torch.int16, device=positive.device
     )
-    weights = (1 << torch.arange(WORD_BITS, device=positive.device)).to(torch.int32)
     for first, words in _blocks(columns):
         width = min(words, WORD_BITS)
         bits = positive[:, first * WORD_BITS : (first + words) * WORD_BITS]
         missing = words * WORD_BITS - bits.shape[1]
         bits = torch.nn.functional.pad(bits, (0, missing))
         planes = bits.reshape(rows, words // width, WORD_BITS, width)
-        packed = (planes * weights[:, None]).sum(dim=2, dtype=torch.int32)
+        packed = torch.zeros_like(planes[:, :, 0], dtype=torch.int32)
+        for bit in range(WORD_BITS):
+            packed |= planes[:, :, bit].int() << bit
         out[:, first : first + words] = packed.reshape(rows, words).to(torch.int16)
     return out
 

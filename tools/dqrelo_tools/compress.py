@@ -163,6 +163,7 @@ def compress(
     best, least = (planes, part), squared_norm(rest - kept) if sweeps else 0.0
     for _ in range(sweeps):
         part = Factors.of(rest, size.rank, size.dtype, part)
+        del rest
         kept = part.dense()
         planes = Planes.of(delta - kept, size)
         rest = delta - planes.dense()

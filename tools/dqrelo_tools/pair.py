@@ -77,7 +77,7 @@ def read_ahead(
         first = 0 if added == name else before.spec(added)[1][0]
         for side, values in (("base", old), ("fine-tune", tensor)):
             refuse_not_finite(added, side, values, first)
-        return tensor, tensor.float() - old.float()
+        return tensor, tensor.to(torch.float32, copy=True).sub_(old)
 
     with ThreadPoolExecutor(1) as reader:
         coming = None

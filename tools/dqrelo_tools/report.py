@@ -55,7 +55,7 @@ def matrix_entry(
         matrix.rank,
         matrix.planes,
         squared_norm(change),
-        squared_norm(change - matrix.dense()),
+        squared_norm(matrix.dense().sub_(change)),
     )
 
 

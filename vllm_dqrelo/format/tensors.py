@@ -144,7 +144,7 @@ class MatrixDelta:
         out = b @ (a if self.lora_scale is None else self.lora_scale[:, None] * a)
         for signs, scale in zip(self.signs, self.scale, strict=True):
             plane = unpack_signs(signs, self.shape[1], torch.float32)
-            out += scale[:, None] * plane
+            out.addcmul_(scale[:, None], plane)
         return out
 
 
