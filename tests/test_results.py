@@ -115,6 +115,7 @@ def test_a_figure_shows_its_rows():
         for s, n, mb, ms in [
             ("deltas", 2, 500, 40),
             ("deltas", 4, 600, 50),
+            ("deltas of 1/16", 2, 400, 45),
             ("vLLM LoRA", 2, 700, 100),
             ("full copies", 2, 900, 80),
         ]

@@ -149,7 +149,7 @@ def memory_figure(rows: list[Row]) -> Figure:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     memory, speed = figure.subplots(1, 2)
     systems = dict.fromkeys(row["system"] for row in rows)
-    for system, marker in zip(systems, "o^sD", strict=False):
+    for system, marker in zip(systems, "o^sD", strict=True):
         mine = [row for row in rows if row["system"] == system]
         models = [int(row["models"]) for row in mine]
         held = [float(r["memory_mb"]) / 1000 for r in mine]

@@ -126,15 +126,16 @@ def worker_of(llm: Any) -> Any:
     return core.model_executor.driver_worker.worker.model_runner
 
 
-def deltas(*ratio: str) -> list[Row]:
-    """One base and a delta for each model; of the default ratio or another."""
-    from benchmarks.models.smollm import base, delta
+def deltas(half: bool = False) -> list[Row]:
+    """One base and a delta for each model, of ratio 1/8 or of half of that."""
+    from benchmarks.models.smollm import HALF_RATIO, RATIO, base, delta
     from dqrelo_tools.footprint import base_bytes, delta_bytes
     from vllm_dqrelo import load_delta
     from vllm_dqrelo.format.delta import weight_files
 
     most = max(MODELS)
-    folders = [delta(i, *ratio) for i in range(most)]
+    ratio = HALF_RATIO if half else RATIO
+    folders = [delta(i, ratio) for i in range(most)]
     bytes_of = [delta_bytes(str(folder)) for folder in folders]
     room = {"delta_memory_gib": sum(bytes_of) / 2**30, "host_memory_gib": 8}
     llm, weights = engine(
@@ -291,7 +292,7 @@ def main() -> None:
                 variables = {**ALONE, "VLLM_PLUGINS": plugins}
                 subprocess.run(again, env={**os.environ, **variables}, check=True)
         return
-    ways = (deltas, partial(deltas, "1/16"), lora, copies)
+    ways = (deltas, partial(deltas, half=True), lora, copies)
     measure = dict(zip(SYSTEMS, ways, strict=True))
     for row in measure[arguments.system]():
         row["memory_mb"] = row["base_mb"] + row["device_mb"]

@@ -19,7 +19,8 @@ from dqrelo_kernels.table import (
     factor_bytes,
     place_ranks,
 )
-from vllm_dqrelo.format.config import DEFAULT_RATIO
+from dqrelo_tools.compress import METHODS
+from vllm_dqrelo.format.config import DQRELO
 
 LINEARS = {  # output features of each slice, input features
     "qkv": ([4096, 1024, 1024], 4096),
@@ -34,8 +35,8 @@ FACTORS = {"int4": INT4, "bfloat16": DTYPE}
 
 
 def planes_of(ratio: float) -> int:
-    """The sign planes of a delta: none below 1/8, as in ``compress.Method.size``."""
-    return int(ratio >= DEFAULT_RATIO)
+    """The sign planes of a delta of large matrices."""
+    return METHODS[DQRELO].size(4096, 4096, ratio, DTYPE).planes
 
 
 def ranks_of(sizes: list[int], k: int, ratio: float, factors: torch.dtype) -> list[int]:
@@ -71,6 +72,7 @@ class Site:
         factors: torch.dtype,
     ) -> None:
         self.sizes, self.k, self.n = sizes, k, sum(sizes)
+        planes = planes_of(ratio)
         self.ranks = ranks_of(sizes, k, ratio, factors)
         table = empty_table(deltas, len(sizes), "cpu")
         size = 0
@@ -82,10 +84,10 @@ class Site:
 
         for delta in range(deltas):
             for row, n, rank in zip(table[delta], sizes, self.ranks, strict=True):
-                if planes_of(ratio):
-                    row[Field.SIGNS] = place(2 * n * words_per_row(k))
-                    row[Field.PLANES] = 1
-                    row[Field.SCALE] = place(4 * n)
+                if planes:
+                    row[Field.SIGNS] = place(2 * planes * n * words_per_row(k))
+                    row[Field.PLANES] = planes
+                    row[Field.SCALE] = place(4 * planes * n)
                 if rank:
                     row[Field.RANK_A] = row[Field.RANK_B] = rank
                     row[Field.FACTOR_DTYPE] = FACTOR_DTYPES.index(factors)
@@ -102,8 +104,9 @@ class Site:
             for row, n, rank in zip(delta, sizes, self.ranks, strict=True)
         ):
             values = []
-            if planes_of(ratio):
-                values += [(Field.SCALE, torch.full((n,), 0.01, device=DEVICE))]
+            if planes:
+                scale = torch.full((planes * n,), 0.01, device=DEVICE)
+                values += [(Field.SCALE, scale)]
             if rank and factors == INT4:  # any bytes are integers; their RMS is 4.6
                 scale = torch.full((rank,), (k * rank) ** -0.5 / 21, device=DEVICE)
                 values += [(Field.LORA_SCALE, scale)]
