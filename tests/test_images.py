@@ -14,6 +14,7 @@ from support import images
 from support.image_answers import (
     BESIDE,
     EVERYTHING,
+    KINDS,
     LANGUAGE,
     TOKENS,
     alone,
@@ -36,18 +37,11 @@ from vllm.exceptions import VLLMValidationError  # noqa: E402
 
 pytestmark = pytest.mark.vllm
 
-KINDS = [
-    pytest.param(kind, marks=pytest.mark.v2 if kind == "idefics3" else ())
-    for kind in ("idefics3", "llava", "gemma3", "qwen2-vl")
-]
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_mixed_batch_equals_each_model_alone(kind, engine, load, tmp_path):
     """The same images asked of the base and of two deltas; the tower is the base's."""
-    if kind != "idefics3":
-        pytest.importorskip("torchvision", reason=f"vLLM's {kind} needs it")
     models, deltas = make(kind, tmp_path, [LANGUAGE, LANGUAGE])
     base, prompts = models[0], asked(*images.MADE[kind]()[2:])
     expected = [alone(model, prompts) for model in models]

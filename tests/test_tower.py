@@ -122,7 +122,7 @@ def test_what_vllm_does_not_load(model, start, tmp_path):
     tower = start(vision__post__weight=torch.ones(8))
     assert tower.has("vision.post.weight")
     assert tower.problem("vision.post.weight", (8,)) is None
-    assert tower.cut("vision.post.weight", torch.ones(8)) is None
+    assert not tower.uses("vision.post.weight")
     model.vision.made = torch.nn.Parameter(torch.ones(8))
     base = Checkpoint(tmp_path)
     tower = Tower(Sites(model, base), base, CPU)

@@ -8,6 +8,7 @@ from support import images
 from support.image_answers import (
     BESIDE,
     EVERYTHING,
+    KINDS,
     LANGUAGE,
     alone,
     asked,
@@ -25,18 +26,11 @@ from dqrelo_tools.convert import convert
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-KINDS = [
-    pytest.param(kind, marks=pytest.mark.v2 if kind == "idefics3" else ())
-    for kind in ("idefics3", "llava", "gemma3", "qwen2-vl")
-]
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_image_is_encoded_by_its_model(kind, engine, load, tmp_path):
     """The same images asked at once of models with towers of their own, and without."""
-    if kind != "idefics3":
-        pytest.importorskip("torchvision", reason=f"vLLM's {kind} needs it")
     parts = [EVERYTHING, EVERYTHING, LANGUAGE, BESIDE]
     models, deltas = make(kind, tmp_path, parts)
     base, prompts = models[0], asked(*images.MADE[kind]()[2:])

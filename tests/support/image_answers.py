@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models that see images: saved, changed, asked in vLLM and in transformers."""
 
+import importlib.util
 import itertools
 
 import numpy as np
@@ -16,6 +17,16 @@ from dqrelo_tools.export import export
 
 vllm = pytest.importorskip("vllm")
 
+WITHOUT_TORCHVISION = pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None,
+    reason="vLLM's processors of these models need torchvision",
+)
+KINDS = [
+    pytest.param("idefics3", marks=pytest.mark.v2),
+    pytest.param("llava", marks=WITHOUT_TORCHVISION),
+    pytest.param("gemma3", marks=WITHOUT_TORCHVISION),
+    pytest.param("qwen2-vl", marks=WITHOUT_TORCHVISION),
+]
 # fp32 sums of up to 320 terms in another order, through two layers.
 TOLERANCE = 1e-4
 TOKENS = 6  # of an answer

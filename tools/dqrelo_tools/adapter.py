@@ -13,6 +13,7 @@ from dqrelo_tools.adapter_names import Name, Role, parse
 from dqrelo_tools.left_out import BUFFER, VALUE_HEADS
 from dqrelo_tools.names import names_of, without_wrapper
 from vllm_dqrelo.format.checkpoint import (
+    BESIDE,
     EMBEDDINGS,
     HEAD,
     Checkpoint,
@@ -21,7 +22,6 @@ from vllm_dqrelo.format.checkpoint import (
     locate,
 )
 from vllm_dqrelo.format.errors import refuse
-from vllm_dqrelo.format.need import BESIDE
 from vllm_dqrelo.format.tensors import ADDED, SUFFIXES, MatrixDelta
 
 STEM = "adapter_model"

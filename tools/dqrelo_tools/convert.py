@@ -34,6 +34,7 @@ from dqrelo_tools.spectrum import Spectrum
 from dqrelo_tools.vocabulary import smaller_vocabulary
 from vllm_dqrelo import __version__
 from vllm_dqrelo.format.checkpoint import (
+    BESIDE,
     EMBEDDINGS,
     HEADS,
     Checkpoint,
@@ -55,7 +56,6 @@ from vllm_dqrelo.format.folder import (
     new_folder,
     require_free,
 )
-from vllm_dqrelo.format.need import BESIDE
 from vllm_dqrelo.format.tensors import ADDED, INT4
 
 logger = logging.getLogger(__name__)
@@ -204,8 +204,9 @@ def write(
     changed = [entry.name for entry in report.entries if entry.kind != "unchanged"]
     if beside := [name for name in changed if BESIDE.search(name)]:
         logger.warning(
-            "%d parameters outside of the language model changed, for instance %s: "
-            "vllm serve needs --enable-tower-connector-lora for this delta",
+            "%d parameters outside of the language model changed, for instance %s: a "
+            "server that loads this delta later than at its start needs "
+            "--enable-tower-connector-lora",
             len(beside),
             beside[0],
         )

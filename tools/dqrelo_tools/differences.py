@@ -5,9 +5,8 @@ import torch
 
 from dqrelo_tools.configs import config_differences
 from dqrelo_tools.missing import missing
-from vllm_dqrelo.format.checkpoint import FLOAT_DTYPES, Checkpoint
+from vllm_dqrelo.format.checkpoint import BESIDE, FLOAT_DTYPES, Checkpoint
 from vllm_dqrelo.format.errors import DqreloError
-from vllm_dqrelo.format.need import BESIDE
 from vllm_dqrelo.format.tensors import ADDED, SUFFIXES
 
 

@@ -4,8 +4,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from vllm_dqrelo.format.checkpoint import Checkpoint
-from vllm_dqrelo.format.need import BESIDE
+from vllm_dqrelo.format.checkpoint import BESIDE, Checkpoint
 from vllm_dqrelo.format.tensors import ADDED
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")

@@ -4,6 +4,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -36,6 +37,8 @@ EMBEDDINGS = (
     "word_embeddings.weight",
     "wte.weight",
 )
+# Parts of a multimodal model other than its language model, by their names.
+BESIDE = re.compile(r"(^|\.)(vis|audio|connector|multi_modal_projector|mm_projector)")
 
 
 def resolve(name_or_path: str, revision: str | None = None) -> Path:

@@ -3,7 +3,6 @@
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -11,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dqrelo_kernels.table import aligned
-from vllm_dqrelo.format.checkpoint import SafetensorsFiles, locate
+from vllm_dqrelo.format.checkpoint import BESIDE, SafetensorsFiles, locate
 from vllm_dqrelo.format.config import DeltaConfig
 from vllm_dqrelo.format.delta import MODEL
 from vllm_dqrelo.format.tensor_file import nbytes
 from vllm_dqrelo.format.tensors import ADDED, LORA_A, PACKED, SCALE, SHAPE, SUFFIXES
 
-# Parts of a multimodal model other than its language model, by their names.
-BESIDE = re.compile(r"(^|\.)(vis|audio|connector|multi_modal_projector|mm_projector)")
 DEFAULT_MAX_DELTAS = 8  # that one step of a server can mix
 # Matrices that vLLM multiplies as one, by the ends of their names.
 FUSED = {
@@ -53,7 +50,7 @@ class Need:
     ranks: Mapping[str, int]
     size: int
     added_tokens: int
-    encodes: bool = False
+    encodes: bool
 
     @classmethod
     def of(cls, folder: Path) -> "Need":

@@ -18,10 +18,10 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from dqrelo_kernels.table import aligned
-from vllm_dqrelo.format.checkpoint import EMBEDDINGS, Checkpoint, resolve
+from vllm_dqrelo.format.checkpoint import BESIDE, EMBEDDINGS, Checkpoint, resolve
 from vllm_dqrelo.format.config import CONFIG_NAME, DEFAULT_RATIO
 from vllm_dqrelo.format.errors import DqreloError
-from vllm_dqrelo.format.need import BESIDE, Need, gib, layer_of, option
+from vllm_dqrelo.format.need import Need, gib, layer_of, option
 from vllm_dqrelo.frontend.catalogue import Catalogue
 from vllm_dqrelo.host_memory import available
 from vllm_dqrelo.options import Options, is_dqrelo, max_deltas
@@ -88,7 +88,8 @@ def make_room(arguments: argparse.Namespace) -> None:
             "dqrelo: the deltas take more than the default: %s", option(options)
         )
         arguments.additional_config = {**config, "dqrelo": options}
-    if any(need.encodes for need in (*needs.values(), *later.values())):
+    encodes = any(need.encodes for need in (*needs.values(), *later.values()))
+    if encodes and not arguments.enable_tower_connector_lora:
         logger.info(
             "dqrelo: deltas change what encodes images: --enable-tower-connector-lora"
         )

@@ -205,19 +205,19 @@ class DeltaManager:
         by_id = {request.lora_int_id: slots[request.lora_name] for request in requests}
         self.step.set(_slots_of(adapter_ids, by_id), tokens)
 
-    def encode_for(self, request: LoRARequest | None) -> None:
-        """Encode images with the weights of a request's model from now on.
+    def encode_for(self, digest: str | None) -> None:
+        """Encode images with the weights of one model from now on.
 
         Args:
-            request: its delta is in memory; None for the base.
+            digest: of a delta in memory; None for the base.
         """
         assert self.tower is not None
         packed = None
-        if request is not None:
-            resident = self.residency.resident.get(request.lora_name)
-            packed = resident.packed if resident else self.host.get(request.lora_name)
+        if digest is not None:
+            resident = self.residency.resident.get(digest)
+            packed = resident.packed if resident else self.host.get(digest)
         if packed is not None and packed.tower:
-            self.tower.use(packed.digest, packed.tower)
+            self.tower.use(digest, packed.tower)
         else:
             self.tower.use(None, {})
 

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 
 from dqrelo_kernels.layout import side_by_side
@@ -24,6 +25,8 @@ from vllm_dqrelo.format.errors import refuse
 from vllm_dqrelo.format.tensors import ADDED, MatrixDelta, take_columns
 from vllm_dqrelo.worker.sites import Place, Sites
 from vllm_dqrelo.worker.tower import Change, Tower, is_beside
+
+logger = init_logger(f"vllm.{__name__}")
 
 NORM_FIELDS = {"weight": Field.WEIGHT, "bias": Field.BIAS}
 
@@ -141,7 +144,7 @@ def pack(
         )
     added: dict[str, torch.Tensor] = {}
     encoder: dict[str, Change] = {}
-    elsewhere, beside = set(), []
+    elsewhere, beside, unused = set(), [], []
     entries = empty_table(1, sites.count, "cpu")[0]
     for name in [*delta.matrices, *delta.exact]:
         tied = HEAD not in delta.matrices
@@ -152,8 +155,10 @@ def pack(
             )
             if problem := tower.problem(name, tuple(change.shape)):
                 problems.append(problem)
-            elif (mine := tower.cut(name, change)) is not None:
-                encoder[name] = mine
+            elif tower.uses(name):
+                encoder[name] = tower.cut(name, change)
+            else:
+                unused.append(name)
             continue
         if not places and is_beside(sites.model, name.removesuffix(ADDED)):
             beside.append(name)
@@ -201,6 +206,13 @@ def pack(
         place_ranks(mine.view(site.experts, -1, len(Field)))
     _complete_norms(entries, sites, extent)
     refuse(f"{delta.folder} does not fit the served model:", problems)
+    if unused:
+        logger.info(
+            "dqrelo: %s changes %d parameters that vLLM does not load, such as %s",
+            delta.folder,
+            len(unused),
+            unused[0],
+        )
     data = extent.bytes()
     return PackedDelta(
         delta.config.digest,

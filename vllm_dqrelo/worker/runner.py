@@ -153,13 +153,13 @@ def _by_model(
     """
 
     def encode_each(inputs: dict[str, list[int]]) -> None:
-        by_model: dict[str, dict[str, list[int]]] = {}
+        by_digest: dict[str | None, dict[str, list[int]]] = {}
         for request_id, images in inputs.items():
             request = request_of(request_id)
-            model = request.lora_name if request else ""
-            by_model.setdefault(model, {})[request_id] = images
-        for some in by_model.values():
-            manager.encode_for(request_of(next(iter(some))))
+            digest = request.lora_name if request else None
+            by_digest.setdefault(digest, {})[request_id] = images
+        for digest, some in by_digest.items():
+            manager.encode_for(digest)
             encode(some)
 
     return encode_each

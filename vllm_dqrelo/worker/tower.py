@@ -163,15 +163,15 @@ class Tower:
             return f"{name} is {list(shape)}, expected {list(expected)}"
         return None
 
-    def cut(self, name: str, change: Change) -> Change | None:
-        """What this worker has of a delta's change.
+    def uses(self, name: str) -> bool:
+        """Whether vLLM loads the base's parameter ``name``.
 
-        None for a parameter that vLLM does not load, because the model does not compute
-        with it: the last layers of a tower whose middle feeds the language model.
+        The last layers of a tower whose middle feeds the language model are not loaded.
         """
-        if name in self._unused:
-            logger.info("dqrelo: vLLM does not use %s, nor a change of it", name)
-            return None
+        return name in self._parts
+
+    def cut(self, name: str, change: Change) -> Change:
+        """What this worker has of a delta's change of a parameter that is used."""
         return self._parts[name].cut(change)
 
     def use(self, digest: str | None, changes: Mapping[str, Change]) -> None:
