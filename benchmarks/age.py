@@ -11,7 +11,7 @@ FILES = ("vllm_dqrelo/format",)
 WORKER = ("vllm_dqrelo/worker",)
 SERVED = (*OPS, *FILES, *WORKER, "vllm_dqrelo/engine", "vllm_dqrelo/frontend")
 COMPRESSION = ("tools/dqrelo_tools/compress.py", "tools/dqrelo_tools/allocate.py")
-COMPRESSION += ("tools/dqrelo_tools/svd.py",)
+COMPRESSION += ("tools/dqrelo_tools/method.py", "tools/dqrelo_tools/svd.py")
 # A results file and the code that its numbers depend on.
 MEASURES = {
     "amx.csv": OPS,
@@ -36,6 +36,7 @@ MEASURES = {
     "router.csv": SERVED,
     "serving.csv": SERVED,
     "serving_compare.csv": SERVED,
+    "shares.csv": COMPRESSION,
     "strength.csv": COMPRESSION,
     "vectors.csv": OPS,
     "versions.csv": SERVED,

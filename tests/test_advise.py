@@ -18,8 +18,8 @@ from support.killed import killed
 from dqrelo_kernels.table import ALIGNMENT
 from dqrelo_tools import convert
 from dqrelo_tools.advise import Advice, figure, survey
-from dqrelo_tools.compress import Method
 from dqrelo_tools.cost import TYPICAL_KL
+from dqrelo_tools.method import Method
 from dqrelo_tools.spectrum import EPS, RHO
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError

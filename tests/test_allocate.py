@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dqrelo_tools.allocate import allocate, files_bytes, hull, options
-from dqrelo_tools.compress import Method, Size, compress
+from dqrelo_tools.compress import compress
+from dqrelo_tools.method import Method, Size
 from dqrelo_tools.spectrum import EPS, RHO, TOP, Spectrum
 from dqrelo_tools.svd import EXACT_SVD
 from vllm_dqrelo.format.tensors import INT4

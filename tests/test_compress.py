@@ -8,19 +8,15 @@ import torch
 
 from dqrelo_kernels.layout import pack_int4, unpack_int4
 from dqrelo_tools.compress import (
-    METHODS,
-    PAPER,
     Factors,
-    Method,
     Planes,
-    Size,
     compress,
     four_levels,
-    rank_of,
     squared_norm,
     strength,
 )
 from dqrelo_tools.convert import convert_parameter
+from dqrelo_tools.method import METHODS, PAPER, Method, Size, rank_of
 from dqrelo_tools.spectrum import Spectrum
 from dqrelo_tools.svd import truncated_svd
 from vllm_dqrelo.format.tensors import INT4

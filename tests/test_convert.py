@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from support.command import run
 from transformers import AutoModelForCausalLM
 
+from dqrelo_tools.method import Method
 from vllm_dqrelo.format.checkpoint import Checkpoint
 from vllm_dqrelo.format.delta import Delta
 
@@ -69,13 +70,14 @@ def test_a_delta_takes_its_ratio_and_no_more(family, ratio, index):
     stored = load_file(made.deltas[index] / "delta_model.safetensors")
     size, header = (0, 0), 0
     path = made.deltas[index] / "delta_model.safetensors"
-    for name, tensor in load_file(made.base / "model.safetensors").items():
+    base = load_file(made.base / "model.safetensors")
+    ratios = Method().ratios(ratio, {name: t.numel() for name, t in base.items()})
+    for name, tensor in base.items():
         own = {k: v for k, v in stored.items() if k == name or k.startswith(name + "_")}
         taken = sum(v.nbytes for v in own.values())
         if tensor.ndim == 2:
-            budget = ratio * 2 * tensor.numel()
-            pair = tensor.shape[0] + tensor.shape[1] + 8
-            assert budget - pair < taken <= budget
+            budget = ratios[name] * 2 * tensor.numel()
+            assert budget - sum(tensor.shape) - 8 < taken <= budget
         size = (size[0] + taken, size[1] + 1)
     header = int.from_bytes(path.read_bytes()[:8], "little") + 8
     assert path.stat().st_size == size[0] + header

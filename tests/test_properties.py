@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from dqrelo_tools.compress import METHODS, Method, Size, compress
+from dqrelo_tools.compress import compress
 from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
+from dqrelo_tools.method import METHODS, Method, Size
 from vllm_dqrelo.format.delta import Delta
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.tensors import INT4, matrix_problems

@@ -159,7 +159,7 @@ def test_bytes_of_a_delta_in_each_of_two_workers(worker, tmp_path, fully_sharded
 @pytest.mark.parametrize("fully_sharded", [False, True])
 def test_room_for_a_delta_of_the_default_ratio(worker, tmp_path, fully_sharded):
     """A delta of every matrix fits, and little of the room is left."""
-    from dqrelo_tools.compress import METHODS
+    from dqrelo_tools.method import METHODS
     from vllm_dqrelo.format.config import DEFAULT_RATIO
     from vllm_dqrelo.worker.limits import typical_bytes
     from vllm_dqrelo.worker.packed import pack

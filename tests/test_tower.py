@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 pytest.importorskip("vllm")
-from dqrelo_tools.compress import Method, compress
+from dqrelo_tools.compress import compress
+from dqrelo_tools.method import Method
 from vllm_dqrelo.format.checkpoint import Checkpoint
 from vllm_dqrelo.worker.order import REARRANGED
 from vllm_dqrelo.worker.sites import Sites

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.gpu.part import DEVICE, DTYPE, Sizes, options
 from dqrelo_kernels.layout import int4_bytes, words_per_row
-from dqrelo_tools.compress import METHODS
+from dqrelo_tools.method import METHODS
 from vllm_dqrelo.format.checkpoint import Checkpoint
 from vllm_dqrelo.format.config import CONFIG_NAME, DQRELO, DeltaConfig
 from vllm_dqrelo.format.delta import Delta, write_delta

@@ -236,7 +236,7 @@ def cards() -> list[Row]:
     """How many fine-tunes of Llama-3.1-8B one card holds, as ``dqrelo plan`` counts."""
     import torch
 
-    from dqrelo_tools.compress import METHODS
+    from dqrelo_tools.method import METHODS
     from dqrelo_tools.simulate import Fleet
 
     h, kv, wide, vocab, layers = 4096, 1024, 14336, 128256, 32

@@ -37,7 +37,7 @@ from dqrelo_kernels.table import (
     factor_bytes,
     place_ranks,
 )
-from dqrelo_tools.compress import METHODS
+from dqrelo_tools.method import METHODS
 
 LAYERS, HIDDEN, VOCAB = 30, 576, 49152
 LINEARS = [  # K, and N of each slice

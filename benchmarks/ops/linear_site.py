@@ -19,7 +19,7 @@ from dqrelo_kernels.table import (
     factor_bytes,
     place_ranks,
 )
-from dqrelo_tools.compress import METHODS
+from dqrelo_tools.method import METHODS
 from vllm_dqrelo.format.config import DQRELO
 
 LINEARS = {  # output features of each slice, input features

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.ops.linear_site import FACTORS, LAYERS, LINEARS, planes_of, ranks_of
-from dqrelo_tools.compress import SHAPE_BYTES, Size
+from dqrelo_tools.method import SHAPE_BYTES, Size
 
 
 class Device(NamedTuple):

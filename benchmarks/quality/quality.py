@@ -21,16 +21,11 @@ from tqdm import tqdm
 from benchmarks.machine import MACHINE, machine
 from benchmarks.models.tasks import TASKS
 from benchmarks.paths import RESULTS
-from benchmarks.quality.bench import Bench, FineTune, Training
+from benchmarks.quality.bench import Bench, FineTune, State, Training
 from benchmarks.table import Table
 from dqrelo_tools.advise import RATIOS, survey
-from dqrelo_tools.compress import (
-    BITS,
-    METHODS,
-    Factors,
-    Method,
-    compress,
-)
+from dqrelo_tools.compress import Factors, compress
+from dqrelo_tools.method import BITS, METHODS, Method
 from dqrelo_tools.report import relative_error
 from dqrelo_tools.spectrum import Spectrum
 from dqrelo_tools.svd import truncated_svd
@@ -51,17 +46,19 @@ OTHERS = [
 ]
 HALF = torch.bfloat16
 
-# A matrix, and whether its rows are tokens' -> what stands for it, and its bytes.
-Compressor = Callable[[torch.Tensor, bool], tuple[torch.Tensor, int]]
+# A matrix's name, and the changes of all -> what stands for its change, and the bytes.
+Compressor = Callable[[str, State], tuple[torch.Tensor, int]]
 
 
 def of(method: Method, ratio: float) -> Compressor:
     """A method of the converter."""
 
-    def run(delta: torch.Tensor, of_tokens: bool) -> tuple[torch.Tensor, int]:
-        n, k = delta.shape
-        size = method.size(n, k, ratio, HALF)
-        return compress(delta, size, method, of_tokens).dense(), size.bytes(n, k)
+    def run(name: str, changes: State) -> tuple[torch.Tensor, int]:
+        n, k = changes[name].shape
+        ratios = method.ratios(ratio, {m: c.numel() for m, c in changes.items()})
+        size = method.size(n, k, ratios[name], HALF)
+        kept = compress(changes[name], size, method, ends_with(name, EMBEDDINGS))
+        return kept.dense(), size.bytes(n, k)
 
     return run
 
@@ -74,7 +71,8 @@ def mixed_precision_svd(ratio: float) -> Compressor:
     scale a side. 2 vectors of 8 bits, 32 of 3, and of 2 bits as many as fit.
     """
 
-    def run(delta: torch.Tensor, _: bool) -> tuple[torch.Tensor, int]:
+    def run(name: str, changes: State) -> tuple[torch.Tensor, int]:
+        delta = changes[name]
         n, k = delta.shape
         left = ratio * 16 * n * k
         bits: list[int] = []
@@ -112,7 +110,8 @@ def row_and_column_scales(ratio: float) -> Compressor:
     is lower by what the columns' scales take.
     """
 
-    def run(delta: torch.Tensor, _: bool) -> tuple[torch.Tensor, int]:
+    def run(name: str, changes: State) -> tuple[torch.Tensor, int]:
+        delta = changes[name]
         n, k = delta.shape
         size = OURS.size(n, k, ratio - 4 / (BITS / 8 * n), HALF)
         signs, part = torch.zeros_like(delta), None
@@ -169,25 +168,35 @@ SCALE_COLUMNS += ("entropy_bits", "exact_match", "kl_of_base")
 PREDICTED_COLUMNS = ("fine_tune", "ratio", "predicted_error")
 
 
-def row(model: FineTune, name: str, method: Compressor) -> dict[str, object]:
-    """Compress a fine-tune, and compare."""
+def approximated(
+    model: FineTune, method: Compressor
+) -> tuple[State, dict[str, object]]:
+    """The weights that stand for a fine-tune's, their bits and their error."""
     base, changes = model.bench.base, model.changes
     state, missed, whole, size, weights = dict(base), 0.0, 0.0, 0, 0
-    start = time.process_time()
     for parameter, change in changes.items():
         kept = change
         if change.ndim == 2:
-            kept, taken = method(change, ends_with(parameter, EMBEDDINGS))
+            kept, taken = method(parameter, changes)
             size, weights = size + taken, weights + change.numel()
             missed += float((change - kept).square().sum())
             whole += float(change.square().sum())
         state[parameter] = base[parameter] + kept
+    return state, {
+        "bits_per_weight": round(8 * size / weights, 4),
+        "relative_error": round((missed / whole) ** 0.5, 5),
+    }
+
+
+def row(model: FineTune, name: str, method: Compressor) -> dict[str, object]:
+    """Compress a fine-tune, and compare."""
+    start = time.process_time()
+    state, numbers = approximated(model, method)
     seconds = time.process_time() - start
     return {
         "fine_tune": model.name,
         "method": name,
-        "bits_per_weight": round(8 * size / weights, 4),
-        "relative_error": round((missed / whole) ** 0.5, 5),
+        **numbers,
         **model.distances(state),
         "exact_match": round(model.exact_match(), 4),
         "cpu_seconds": round(seconds, 1),

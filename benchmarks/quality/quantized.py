@@ -21,8 +21,7 @@ from benchmarks.paths import RESULTS
 from benchmarks.quality.bench import Bench, FineTune, State, Training
 from benchmarks.quality.quality import of
 from benchmarks.table import Table
-from dqrelo_tools.compress import METHODS
-from vllm_dqrelo.format.checkpoint import EMBEDDINGS, ends_with
+from dqrelo_tools.method import METHODS
 
 RATIO = 1 / 8
 STEPS = 30
@@ -52,12 +51,12 @@ def quantised(base: State, name: str) -> State:
 
 def change(model: FineTune, reference: State) -> State:
     """What the delta of a fine-tune from ``reference`` adds to each parameter."""
-    method, found = of(METHODS["dqrelo"], RATIO), {}
-    for name, tensor in model.state.items():
-        found[name] = exact = tensor - reference[name]
-        if exact.ndim == 2 and exact.any():
-            found[name], _ = method(exact, ends_with(name, EMBEDDINGS))
-    return found
+    method = of(METHODS["dqrelo"], RATIO)
+    exact = {name: tensor - reference[name] for name, tensor in model.state.items()}
+    return {
+        name: method(name, exact)[0] if change.ndim == 2 and change.any() else change
+        for name, change in exact.items()
+    }
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from dqrelo_tools.adapter import is_adapter
 from dqrelo_tools.allocate import allocate, exact_bytes, files_bytes, matrix_bytes
-from dqrelo_tools.compress import Method, Size
 from dqrelo_tools.cost import TYPICAL_KL, Cost, cost_table
+from dqrelo_tools.method import Method, Size
 from dqrelo_tools.pair import always_stored, fine_tune, half_of, read_ahead
 from dqrelo_tools.plot import layer_of
 from dqrelo_tools.report import Entry, Report, relative_error
@@ -86,10 +86,6 @@ class Look:
             "entropy": self.entropy,
         }
 
-    def uniform(self, ratio: float) -> Size:
-        """What ``convert --ratio`` gives this matrix."""
-        return Method().size(*self.spectrum.shape, ratio, self.half)
-
     def predicted(self, size: Size) -> Entry:
         """The entry that a conversion to ``size`` should report."""
         taken, missed = self.spectrum.taken(size), self.spectrum.error(size)
@@ -150,7 +146,14 @@ class Survey:
 
     def uniform(self, ratio: float) -> Report:
         """What ``convert --ratio`` should report."""
-        return self.predicted({x.entry.name: x.uniform(ratio) for x in self.looks})
+        method = Method()
+        entries = [*self.others, *(look.entry for look in self.looks)]
+        ratios = method.ratios(ratio, {entry.name: entry.weights for entry in entries})
+        sizes = {}
+        for look in self.looks:
+            name, shape = look.entry.name, look.spectrum.shape
+            sizes[name] = method.size(*shape, ratios[name], look.half)
+        return self.predicted(sizes)
 
     def allocated(self, budget: int) -> Report:
         """What ``convert --budget`` should report."""

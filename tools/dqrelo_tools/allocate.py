@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
-from dqrelo_tools.compress import LOW_RANK_BITS, MAX_PLANES, Size
+from dqrelo_tools.method import LOW_RANK_BITS, MAX_PLANES, Size
 from dqrelo_tools.spectrum import Spectrum
 from vllm_dqrelo.format.errors import DqreloError
 from vllm_dqrelo.format.tensors import INT4, LORA_SCALE

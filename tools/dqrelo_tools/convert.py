@@ -4,7 +4,7 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,10 @@ from tqdm import tqdm
 from dqrelo_tools.adapter import Adapter, is_adapter
 from dqrelo_tools.allocate import allocate
 from dqrelo_tools.card import write_card
-from dqrelo_tools.compress import BITS, METHODS, Method, Size, compress
+from dqrelo_tools.compress import compress
 from dqrelo_tools.configs import config_differences
 from dqrelo_tools.journal import Journal, journal_of
+from dqrelo_tools.method import BITS, METHODS, Method, Size
 from dqrelo_tools.names import match_names
 from dqrelo_tools.pair import (
     Parameters,
@@ -94,7 +95,7 @@ def convert(
         ratio: size of the delta as a fraction of 16 bits per weight, at most 1.
         max_shard_size: of the files with the tensors, in bytes.
         device: where to compute.
-        method: a name in ``compress.METHODS``.
+        method: a name in ``method.METHODS``.
         budget: in place of ``ratio``: bytes of all files with tensors, for
             ``allocate`` to divide.
         base_quantized: a quantised copy of the base, to serve the delta with. The
@@ -152,16 +153,20 @@ def convert(
             vocab_size=after.vocab_size,
         )
         compressed, tokens = after.dense, after.tokens
+        ratios = dict.fromkeys(after, ratio)
     else:
         after = fine_tune(model, folder, base, before)
         config = replace(config, vocab_size=smaller_vocabulary(before, after))
         compressed, tokens = list(after), after.model_config.vocab_size
+        weights = {name: math.prod(after.spec(name)[1]) for name in after}
+        if budget is not None:
+            ratio = budget / (2 * sum(weights.values()))
+            config = replace(config, ratio=ratio)
+        ratios = how.ratios(min(ratio, 1), weights)
     others = side_files(before.folder, folder, tokens)
     warn_of_images(before.folder, folder)
-    if budget is not None:
-        ratio = budget / (2 * sum(math.prod(after.spec(name)[1]) for name in after))
-        config = replace(config, ratio=ratio)
-    size = predicted_bytes(after, compressed, min(ratio, 1), how) + copied_bytes(after)
+    size = predicted_bytes(after, {name: ratios[name] for name in compressed}, how)
+    size += copied_bytes(after)
     require_free(output, 2 * size, before.folder, folder)
     limits = None if budget is None else (budget, max_shard_size)
     mark = identity(config, before, after, device, limits)
@@ -169,7 +174,7 @@ def convert(
         plan = planned(before, after, device, journal, *limits) if limits else {}
         if isinstance(after, Adapter):
             keep_factors(after, journal)
-        entries = convert_all(before, after, ratio, how, device, journal, plan)
+        entries = convert_all(before, after, ratios, how, device, journal, plan)
         if not journal:
             raise DqreloError(f"{model} has the weights of {base}: nothing to store")
         journal.complete = True
@@ -261,7 +266,7 @@ def planned(
 def convert_all(
     before: Checkpoint,
     after: Parameters,
-    ratio: float,
+    ratios: Mapping[str, float],
     method: Method,
     device: str,
     journal: Journal,
@@ -287,7 +292,7 @@ def convert_all(
                 name,
                 tensor,
                 change.to(device),
-                ratio,
+                ratios[name],
                 method,
                 plan.get(name),
                 always_stored(name, before),
@@ -359,15 +364,15 @@ def copied_bytes(model: Parameters) -> int:
 
 
 def predicted_bytes(
-    model: Parameters, names: Iterable[str], ratio: float, method: Method
+    model: Parameters, ratios: Mapping[str, float], method: Method
 ) -> int:
     """An upper bound of the delta's size, before anything is computed.
 
     Args:
-        names: of the parameters that are compressed, or stored as they are.
+        ratios: of the parameters that are compressed, or stored as they are.
     """
     total = 1 << 20  # headers and side files
-    for name in names:
+    for name, ratio in ratios.items():
         _, shape = model.spec(name)
         if len(shape) == 2 and not name.endswith(ADDED):
             n, k = shape

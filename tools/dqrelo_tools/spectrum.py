@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 
-from dqrelo_tools.compress import Size
+from dqrelo_tools.method import Size
 from dqrelo_tools.svd import EXACT_SVD, largest_singular_vectors
 from vllm_dqrelo.format.tensors import INT4
 
