@@ -255,6 +255,28 @@ def halves_table(rows: list[Row]) -> str:
     return table(head, body)
 
 
+def shares_table(rows: list[Row]) -> str:
+    """KL at one ratio for all matrices, and relative to it with less for tokens'."""
+    found: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        found[row["ratio"], row["fine_tune"]][row["most_of_tokens"]] = row
+    limits = sorted({row["most_of_tokens"] for row in rows} - {"1"}, reverse=True)
+    body: list[list[str]] = []
+    for (ratio, name), some in sorted(found.items(), key=lambda one: -float(one[0][0])):
+        cells = []
+        for column in ("kl", "kl_off_task"):
+            same = float(some["1"][column])
+            less = (
+                f"{float(some[limit][column]) / same:.2f}" if limit in some else ""
+                for limit in limits
+            )
+            cells += [f"{same:.2e}", *less]
+        body.append([ratio, name, *cells])
+    heads = [f"at most {float(limit):.0%}" for limit in limits]
+    head = ["ratio", "fine-tune", "KL, task", *heads, "KL, other text", *heads]
+    return table(head, body)
+
+
 def quantized_table(rows: list[Row]) -> str:
     """KL on a rounded base: of a delta made without it, and of one made from it."""
     found = {(row["fine_tune"], row["base"], row["delta_of"]): row for row in rows}

@@ -20,6 +20,7 @@ def tables() -> dict[str, str]:
         "methods": quality.method_table(rows, names),
         "sizes": quality.method_table(rows, quality.detailed(rows), seconds=True),
         "halves": quality.halves_table(read("halves.csv")),
+        "shares": quality.shares_table(read("shares.csv")),
         "strength": quality.strength_table(read("strength.csv")),
         "quantized": quality.quantized_table(read("quantized.csv")),
         "convert": quality.convert_table(read("convert.csv")),

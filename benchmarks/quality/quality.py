@@ -33,7 +33,7 @@ from vllm_dqrelo.format.checkpoint import EMBEDDINGS, ends_with
 
 FINE_TUNES = [Training(task, steps) for steps in (10, 30) for task in TASKS]
 # Other lengths, learning rates, tasks and ways to train. Nothing in the converter was
-# chosen by the last five.
+# chosen by the first, the third and the sixth.
 OTHERS = [
     Training("orders", 90),
     Training("orders", 20, lr=1e-3),

@@ -246,8 +246,8 @@ class Advice:
             same = self.survey.uniform(self.ratio)
             first = (
                 f"{self.budget:,} bytes, divided among the matrices by what a byte "
-                f"gains, should leave a relative error of {self.error:.3f}; the same "
-                f"ratio for each, {relative_error(same.entries):.3f} with "
+                f"gains, should leave a relative error of {self.error:.3f}; --ratio "
+                f"{self.ratio:g}, {relative_error(same.entries):.3f} with "
                 f"{same.delta_bytes:,} bytes."
             )
         elif self.error < GOOD:

@@ -17,12 +17,12 @@ from vllm_dqrelo.format.checkpoint import EMBEDDINGS, HEADS, ends_with
 # we tried tells by how much (docs/benchmarks.md). Ratios that few fine-tunes were
 # measured at are relative to 1/8.
 TYPICAL_KL = {
-    1 / 32: 6.0e-3,
-    1 / 16: 1.3e-3,
-    3 / 32: 7.0e-4,
-    1 / 8: 4.0e-4,
-    3 / 16: 8.0e-5,
-    1 / 4: 3.0e-5,
+    1 / 32: 4.9e-3,
+    1 / 16: 1.2e-3,
+    3 / 32: 6.3e-4,
+    1 / 8: 3.6e-4,
+    3 / 16: 7.2e-5,
+    1 / 4: 2.7e-5,
 }
 Shapes = Mapping[str, tuple[int, int]]
 
