@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.command import run
 from support.killed import killed
+from support.shapes import GROUPED, UNTIED
+from transformers import LlamaConfig
 
 from dqrelo_kernels.table import ALIGNMENT
 from dqrelo_tools import convert
@@ -285,6 +287,26 @@ def test_what_is_advised_is_what_convert_does(models, tmp_path, capsys):
         )
         ratio = advice["relative_error"] / (missed / change) ** 0.5
         assert 0.97 < ratio < 1.25
+
+
+@pytest.mark.parametrize("added_tokens", [0, 3])
+def test_both_divide_where_tokens_are_most(save_model, tmp_path, added_tokens):
+    """Planes and ranks by name, and the bytes, of a small model with its vocabulary."""
+    shape = GROUPED | {"intermediate_size": 32, "num_hidden_layers": 1}
+    base = save_model(LlamaConfig(**shape, **UNTIED), tmp_path / "base", 1)
+    config = LlamaConfig(**shape, **UNTIED)
+    model = save_model(config, tmp_path / "model", 2, added_tokens=added_tokens)
+    made = convert.convert(str(base), str(model), tmp_path / "delta", 1 / 8)
+    predicted = survey(str(base), str(model)).uniform(1 / 8)
+    sizes = [
+        {e.name: (e.kind, e.planes, e.rank) for e in report.entries}
+        for report in (made, predicted)
+    ]
+    assert sizes[0] == sizes[1]
+    planes = {name: size[1] for name, size in sizes[0].items() if size[0] == "matrix"}
+    assert planes.pop("lm_head.weight") == planes.pop("model.embed_tokens.weight") == 0
+    assert 2 in planes.values()  # narrow matrices have ranks alone
+    assert file_bytes(tmp_path / "delta") <= predicted.delta_bytes
 
 
 def test_the_text_names_what_stands_out(tmp_path, capsys):

@@ -17,6 +17,7 @@ from benchmarks.paths import RESULTS
 from benchmarks.quality.bench import Bench, FineTune, Training
 from benchmarks.quality.quality import OURS, approximated, of
 from benchmarks.table import Table
+from dqrelo_tools import method
 
 FINE_TUNES = {
     Training("orders", 20, base="gemma3"): (1.0, 0.35, 0.25, 0.15),
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "shares.csv")
     parser.add_argument("--only", help="one fine-tune, such as gemma3-orders-20")
     arguments = parser.parse_args()
+    method.MANY = 0.0  # every share is divided
     keys = ("fine_tune", "ratio", "most_of_tokens")
     table, bench = Table(arguments.output, keys, COLUMNS), None
     for training, shares in FINE_TUNES.items():
@@ -50,8 +52,8 @@ def main() -> None:
                 key = (model.name, f"{ratio:g}", f"{share:g}")
                 if key in table:
                     continue
-                method = replace(OURS, most_of_tokens=share)
-                state, numbers = approximated(model, of(method, ratio))
+                divided = of(replace(OURS, most_of_tokens=share), ratio)
+                state, numbers = approximated(model, divided)
                 row = dict(zip(keys, key, strict=True)) | numbers
                 row |= model.distances(state)
                 print(*row.values(), flush=True)

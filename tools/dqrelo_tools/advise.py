@@ -14,7 +14,13 @@ from dqrelo_tools.adapter import is_adapter
 from dqrelo_tools.allocate import allocate, exact_bytes, files_bytes, matrix_bytes
 from dqrelo_tools.cost import TYPICAL_KL, Cost, cost_table
 from dqrelo_tools.method import Method, Size
-from dqrelo_tools.pair import always_stored, fine_tune, half_of, read_ahead
+from dqrelo_tools.pair import (
+    always_stored,
+    fine_tune,
+    half_of,
+    is_exact,
+    read_ahead,
+)
 from dqrelo_tools.plot import layer_of
 from dqrelo_tools.report import Entry, Report, relative_error
 from dqrelo_tools.sizes import format_size
@@ -194,7 +200,7 @@ def survey(base: str, model: str, device: str = "cpu") -> Survey:
     pairs = read_ahead(before, after, list(after))
     for name, (tensor, change) in zip(names, pairs, strict=True):
         changed = bool(change.any()) or always_stored(name, before)
-        if changed and tensor.ndim == 2:
+        if changed and not is_exact(name, tensor):
             looks.append(Look.of(name, tensor, change.to(device)))
         else:
             kind = "exact" if changed else "unchanged"
@@ -243,11 +249,12 @@ class Advice:
     def reasons(self) -> list[str]:
         """The reasons, in sentences."""
         if self.budget is not None:
-            same = self.survey.uniform(self.ratio)
+            ratio = min(self.ratio, 1)
+            same = self.survey.uniform(ratio)
             first = (
                 f"{self.budget:,} bytes, divided among the matrices by what a byte "
                 f"gains, should leave a relative error of {self.error:.3f}; --ratio "
-                f"{self.ratio:g}, {relative_error(same.entries):.3f} with "
+                f"{ratio:g}, {relative_error(same.entries):.3f} with "
                 f"{same.delta_bytes:,} bytes."
             )
         elif self.error < GOOD:
@@ -325,7 +332,7 @@ def figure(advice: Advice) -> "Figure":
     left, right = drawn.subplots(1, 2)
     sizes = [cost.delta_bytes for cost in advice.costs]
     errors = [cost.relative_error for cost in advice.costs]
-    left.plot(sizes, errors, "o-", label="one ratio for all")
+    left.plot(sizes, errors, "o-", label="by --ratio")
     label = "recommended" if advice.budget is None else "the budget, divided"
     left.plot(advice.report.delta_bytes, advice.error, "r*", ms=14, label=label)
     left.axhline(GOOD, color="gray", linestyle=":")

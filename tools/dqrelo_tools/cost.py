@@ -13,7 +13,7 @@ from vllm_dqrelo.format.checkpoint import EMBEDDINGS, HEADS, ends_with
 
 # KL from the fine-tune as a share of the base's KL from it, on the fine-tune's task:
 # geometric means of the full fine-tunes of benchmarks/results/quality.csv. It differs
-# between fine-tunes by up to 5 times either way, and no number of the weights that
+# between fine-tunes by up to 7 times either way, and no number of the weights that
 # we tried tells by how much (docs/benchmarks.md). Ratios that few fine-tunes were
 # measured at are relative to 1/8.
 TYPICAL_KL = {

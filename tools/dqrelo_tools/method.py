@@ -19,11 +19,14 @@ SHAPE_BYTES = 16  # of the stored shape of each matrix
 # would buy it earlier, but does not order by KL: at 1.5 bits a plane leaves less error
 # than none (0.29, 0.35), and more KL (4.8e-3, 1.4e-3; docs/benchmarks.md).
 LOW_RANK_BITS = 1.0
-# A ratio of linear layers that is enough, as long as the embedding has less. At 1/8 the
-# KL of two fine-tunes of Gemma 3 270M is 5.2e-4 and 1.03e-3 with 0.23 for their linear
-# layers, 5.1e-4 and 1.12e-3 with 0.25, 6.8e-4 and 1.34e-3 with 0.28.
-ENOUGH = 1 / 4
 MAX_PLANES = 2
+# The share of the weights above which embedding and LM head have a smaller ratio than
+# the other matrices. With less, as in most models, their bytes help the others little,
+# and at 1/8 the embedding would lose its signs (benchmarks/results/shares.csv).
+MANY = 1 / 2
+# The most that the others are given: at 1/8 the KL of Gemma 3 270M on the task is lower
+# with 0.22 for its linear layers than with 0.25 (shares.csv).
+ENOUGH = 1 / 4
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,9 @@ class Method:
         sweeps: how often both are taken again, each from what the other leaves.
         round_up: whether the rank is the paper's, which exceeds the ratio by a part
             of one rank, and counts factors of 16 bits next to one plane.
-        most_of_tokens: the largest share of a delta's bytes that embedding and LM head
-            take, where they have more of the weights. Most of their rows are of tokens
-            that a text does not use: Gemma 3 270M has five eighths of its weights
-            there (benchmarks/results/shares.csv).
+        most_of_tokens: the share of a delta's bytes for embedding and LM head, where
+            they have more than MANY of the weights. Most of their rows are of tokens
+            that a text does not use.
     """
 
     planes: int | None = None
@@ -81,9 +83,10 @@ class Method:
     def ratios(self, ratio: float, weights: Mapping[str, int]) -> dict[str, float]:
         """The ratio of each parameter, in a delta of ``ratio``.
 
-        Semantics: with ``s`` the share of the weights that embedding and LM head have,
-        and ``m = min(s, most_of_tokens)``, ``ratio m / s`` of these two, and of the
-        others ``ratio (1 - m) / (1 - s)``, but at most ENOUGH: in the mean ``ratio``.
+        Semantics: ``ratio``, unless embedding and LM head have a share ``s`` of the
+        weights that is above MANY and ``m = most_of_tokens``. Then ``others = min(ratio
+        (1 - m) / (1 - s), max(ratio, ENOUGH))``, and for these two what is left:
+        ``(ratio - others (1 - s)) / s``. The mean over all weights is ``ratio``.
 
         Args:
             ratio: at most 1.
@@ -91,7 +94,7 @@ class Method:
         """
         of_tokens = {name for name in weights if ends_with(name, EMBEDDINGS + HEADS)}
         share = sum(weights[name] for name in of_tokens) / sum(weights.values())
-        if not self.most_of_tokens < share < 1:
+        if not max(self.most_of_tokens, MANY) < share < 1:
             return dict.fromkeys(weights, ratio)
         others = ratio * (1 - self.most_of_tokens) / (1 - share)
         others = min(others, max(ratio, ENOUGH))
