@@ -24,7 +24,7 @@ test: .venv/ready
 	$(V2) $(PYTEST) -m "v2 and not slow"
 
 test-slow: .venv/ready
-	$(PYTEST) -m "slow and not timing"
+	$(PYTEST) -m "slow and not timing" --durations 20
 	$(V2) $(PYTEST) -m "v2 and slow"
 
 test-v2: .venv/ready
