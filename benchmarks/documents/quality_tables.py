@@ -196,85 +196,62 @@ def kl_prediction_table(rows: list[Row], scales: list[Row]) -> str:
 
 
 def strength_table(rows: list[Row]) -> str:
-    """KL of low-rank parts as fitted, and relative to it with limits of strength."""
-    found: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
-    for row in rows:
-        found[row["ratio"], row["fine_tune"]][row["limit"]] = row
-    limits = [
-        limit for limit in dict.fromkeys(r["limit"] for r in rows) if limit != "1"
-    ]
-    body: list[list[str]] = []
-    relative: dict[str, list[list[float]]] = defaultdict(list)
-    for (ratio, name), some in sorted(found.items(), key=lambda one: -float(one[0][0])):
-        cells, values = [], []
-        for column in ("kl", "kl_off_task"):
-            first = float(some["1"][column])
-            less = [float(some[limit][column]) / first for limit in limits]
-            cells += [f"{first:.2e}", *(f"{value:.2f}" for value in less)]
-            values += [first, *less]
-        body.append([ratio, name, *cells])
-        relative[ratio].append(values)
-    for ratio, some_values in relative.items():
-        means = [geometric_mean(list(v)) for v in zip(*some_values, strict=True)]
-        cells = [
-            f"{v:.2e}" if i % (len(limits) + 1) == 0 else f"{v:.2f}"
-            for i, v in enumerate(means)
-        ]
-        body.append([ratio, "geometric mean", *cells])
-    heads = [f"at most {limit}" for limit in limits]
-    head = ["ratio", "fine-tune", "KL, task", *heads, "KL, other text", *heads]
-    return table(head, body)
+    """KL of low-rank parts as fitted, and with limits of strength."""
+    limits = dict.fromkeys(row["limit"] for row in rows if row["limit"] != "1")
+    heads = {limit: f"at most {limit}" for limit in limits}
+    return relative_table(rows, "limit", "1", heads)
 
 
 def halves_table(rows: list[Row]) -> str:
-    """KL of low-rank parts fitted at once, and relative to it of others in halves."""
-    found: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
-    for row in rows:
-        found[row["ratio"], row["fine_tune"]][row["in_halves"]] = row
-    columns, others = ("kl", "kl_off_task"), ("embedding", "all")
-    body: list[list[str]] = []
-    values: dict[str, list[list[float]]] = defaultdict(list)
-    for (ratio, name), some in sorted(found.items(), key=lambda one: -float(one[0][0])):
-        values[ratio].append(
-            [
-                float(some[which][column]) / float(some["none"][column])
-                for column in columns
-                for which in others
-            ]
-        )
-        less = [f"{value:.2f}" for value in values[ratio][-1]]
-        task, other = (f"{float(some['none'][column]):.2e}" for column in columns)
-        body.append([ratio, name, task, *less[:2], other, *less[2:]])
-    for ratio, some_values in values.items():
-        less = [
-            f"{geometric_mean(list(v)):.2f}" for v in zip(*some_values, strict=True)
-        ]
-        body.append([ratio, "geometric mean", "", *less[:2], "", *less[2:]])
-    heads = ["embedding in halves", "all in halves"]
-    head = ["ratio", "fine-tune", "KL, task", *heads, "KL, other text", *heads]
-    return table(head, body)
+    """KL of low-rank parts fitted at once, and of others in halves."""
+    heads = {which: f"{which} in halves" for which in ("embedding", "all")}
+    return relative_table(rows, "in_halves", "none", heads)
 
 
 def shares_table(rows: list[Row]) -> str:
-    """KL at one ratio for all matrices, and relative to it with less for tokens'."""
+    """KL at one ratio for all matrices, and with shares for embedding and LM head."""
+    shares = sorted({row["most_of_tokens"] for row in rows} - {"1"}, reverse=True)
+    heads = {share: f"share {float(share):.0%}" for share in shares}
+    return relative_table(rows, "most_of_tokens", "1", heads, means=False)
+
+
+def relative_table(
+    rows: list[Row], choice: str, first: str, heads: dict[str, str], means: bool = True
+) -> str:
+    """KL on the task and on other text: of one choice, and of others relative to it.
+
+    Args:
+        choice: the column that names a row's choice.
+        first: the choice that the others are relative to.
+        heads: the other choices -> what stands above them.
+        means: whether the fine-tunes of a ratio have their geometric mean below them.
+    """
     found: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
     for row in rows:
-        found[row["ratio"], row["fine_tune"]][row["most_of_tokens"]] = row
-    limits = sorted({row["most_of_tokens"] for row in rows} - {"1"}, reverse=True)
+        found[row["ratio"], row["fine_tune"]][row[choice]] = row
     body: list[list[str]] = []
+    values: dict[str, list[list[float]]] = defaultdict(list)
     for (ratio, name), some in sorted(found.items(), key=lambda one: -float(one[0][0])):
-        cells = []
+        numbers, cells = [], []
         for column in ("kl", "kl_off_task"):
-            same = float(some["1"][column])
-            less = (
-                f"{float(some[limit][column]) / same:.2f}" if limit in some else ""
-                for limit in limits
-            )
-            cells += [f"{same:.2e}", *less]
+            same = float(some[first][column])
+            less = {o: float(some[o][column]) / same for o in heads if o in some}
+            numbers += [same, *less.values()]
+            cells += [
+                f"{same:.2e}",
+                *(f"{less[o]:.2f}" if o in less else "" for o in heads),
+            ]
         body.append([ratio, name, *cells])
-    heads = [f"at most {float(limit):.0%}" for limit in limits]
-    head = ["ratio", "fine-tune", "KL, task", *heads, "KL, other text", *heads]
-    return table(head, body)
+        values[ratio].append(numbers)
+    for ratio, some_values in values.items() if means else ():
+        mean = [geometric_mean(list(v)) for v in zip(*some_values, strict=True)]
+        cells = [
+            f"{v:.2f}" if i % (len(heads) + 1) else f"{v:.2e}"
+            for i, v in enumerate(mean)
+        ]
+        body.append([ratio, "geometric mean", *cells])
+    head = ["ratio", "fine-tune", "KL, task", *heads.values()]
+    return table([*head, "KL, other text", *heads.values()], body)
 
 
 def quantized_table(rows: list[Row]) -> str:
