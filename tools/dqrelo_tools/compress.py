@@ -19,6 +19,9 @@ from vllm_dqrelo.format.tensors import INT4, MatrixDelta
 # pulls every matrix back to the base, and the pulls add up. KL falls until about here
 # (benchmarks/results/strength.csv).
 MAX_STRENGTH = 1.05
+# Of a factor, rounded at a time: 788 x 14336 takes 0.06 s, and 0.6 s in one piece
+# (AMD EPYC, 2 cores).
+ROWS = 32
 
 
 def compress(
@@ -252,6 +255,15 @@ def integers(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]
     Returns:
         int8 [R, K] and float32 [R].
     """
+    rounded = [integers_of_some(some, bits) for some in rows.split(ROWS)]
+    values, scales = zip(*rounded, strict=True)
+    return torch.cat(values), torch.cat(scales)
+
+
+def integers_of_some(
+    rows: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``integers`` of so few rows that a cache holds them."""
     largest = 2 ** (bits - 1) - 1
     peak = rows.abs().amax(dim=1, keepdim=True) / largest
     best, scale = torch.zeros_like(rows), torch.ones_like(peak)

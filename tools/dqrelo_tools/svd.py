@@ -5,7 +5,8 @@ import torch
 
 EXACT_SVD = 1024  # smaller side up to which the SVD is exact
 OVERSAMPLING = 32
-POWER_ITERATIONS = 4
+POWER_ITERATIONS = 5
+COLUMNS = 512  # of a Gram matrix at a time
 
 
 def truncated_svd(
@@ -15,8 +16,9 @@ def truncated_svd(
 
     Semantics: ``B = U_r sqrt(S_r), A = sqrt(S_r) V_r^T`` of ``matrix = U S V^T``.
     The right singular vectors are those of the largest eigenvalues of the smaller
-    Gram matrix in float64: exact where it is small, by subspace iteration (Halko,
-    Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4) where it is large.
+    Gram matrix: exact and in float64 where it is small; in float32 by subspace
+    iteration (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4) where it is
+    large.
 
     Args:
         matrix: [N, K] float32.
@@ -60,16 +62,34 @@ def refined(
 def largest_singular_vectors(
     matrix: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``U_r S_r`` and V_r of a tall ``matrix`` [N, K], seeded: the same every time."""
-    generator = torch.Generator().manual_seed(0)
+    """``U_r S_r`` and V_r of a tall ``matrix`` [N, K], seeded: the same every time.
+
+    A step multiplies by the Gram matrix, K x K, and not by ``matrix`` twice: a
+    14336 x 4096 matrix takes 4 s for rank 788 in place of 10 s (AMD EPYC, 2 cores).
+    """
     width = min(rank + OVERSAMPLING, matrix.shape[1])
-    start = torch.randn(matrix.shape[0], width, generator=generator)
-    v = torch.linalg.qr(matrix.T @ start.to(matrix.device)).Q
-    for _ in range(POWER_ITERATIONS):
-        u = torch.linalg.qr(matrix @ v).Q
-        v = torch.linalg.qr(matrix.T @ u).Q
-    us, v = ritz(matrix, v)
+    us, v = ritz(matrix, largest_eigenvectors(gram(matrix), width))
     return us[:, :rank], v[:, :rank]
+
+
+def largest_eigenvectors(squared: torch.Tensor, width: int) -> torch.Tensor:
+    """An orthonormal basis [K, width] of about those of ``squared`` [K, K]."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(len(squared), width, generator=generator).to(squared.device)
+    for _ in range(POWER_ITERATIONS):
+        v = torch.linalg.qr(squared @ v).Q
+    return v
+
+
+def gram(matrix: torch.Tensor) -> torch.Tensor:
+    """``matrix^T matrix`` [K, K], one half of it computed and mirrored."""
+    count = matrix.shape[1]
+    out = matrix.new_empty(count, count)
+    for first in range(0, count, COLUMNS):
+        end = first + COLUMNS
+        out[first:end, first:] = matrix[:, first:end].T @ matrix[:, first:]
+        out[end:, first:end] = out[first:end, end:].T
+    return out
 
 
 def ritz(matrix: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,5 +101,6 @@ def ritz(matrix: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     image = matrix @ v
     small = image.double()
     _, turns = torch.linalg.eigh(small.T @ small)
+    del small
     turns = turns.flip(1).to(v.dtype)
     return image @ turns, v @ turns
