@@ -107,7 +107,7 @@ def test_the_operators_are_native_or_slow(screen, monkeypatch, tmp_path):
         assert screen()[1]["operators"] == (expected, True)
         assert not (tmp_path / "cache").exists()
     monkeypatch.setenv("DQRELO_NATIVE", "0")
-    slow = "plain torch, several times slower: "
+    slow = "plain torch, many times slower: "
     assert screen()[1]["operators"] == (f"{slow}DQRELO_NATIVE=0", True)
     monkeypatch.delenv("DQRELO_NATIVE")
     monkeypatch.delenv("CXX", raising=False)

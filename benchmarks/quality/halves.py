@@ -46,7 +46,7 @@ def measure(model: FineTune, table: Table) -> None:
             part = fit(change, size.rank, size.dtype).dense()
             missed += float((change - part).square().sum())
             whole += float(change.square().sum())
-            factor = compress.strength(change, part)
+            factor = compress.strength(change, change - part)
             approximate[parameter] = base[parameter] + factor * part
         row = {"fine_tune": name, "ratio": f"{ratio:g}", "in_halves": which}
         row["relative_error"] = f"{(missed / whole) ** 0.5:.5f}"

@@ -46,7 +46,8 @@ def measure(model: FineTune, table: Table) -> None:
         for limit in LIMITS:
             compress.MAX_STRENGTH = limit
             approximate = {
-                n: model.bench.base[n] + compress.strength(changes[n], part) * part
+                n: model.bench.base[n]
+                + compress.strength(changes[n], changes[n] - part) * part
                 for n, part in kept.items()
             }
             row = {"fine_tune": name, "ratio": f"{ratio:g}", "limit": f"{limit:g}"}

@@ -70,7 +70,8 @@ def pack_signs(positive: torch.Tensor) -> torch.Tensor:
         width = min(words, WORD_BITS)
         bits = positive[:, first * WORD_BITS : (first + words) * WORD_BITS]
         missing = words * WORD_BITS - bits.shape[1]
-        bits = torch.nn.functional.pad(bits, (0, missing))
+        if missing:
+            bits = torch.nn.functional.pad(bits, (0, missing))
         planes = bits.reshape(rows, words // width, WORD_BITS, width)
         packed = torch.zeros_like(planes[:, :, 0], dtype=torch.int32)
         for bit in range(WORD_BITS):

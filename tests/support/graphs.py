@@ -131,14 +131,14 @@ class Graphs:
         hook = create_lora_capture_hook(config, runner)
         self.cases = get_lora_capture_cases(config, runner.compilation_config)
         step = runner.lora_manager.step
-        step.is_ready = False  # as where vLLM captures, before a server starts
+        step.may_skip = False  # as where vLLM captures, before a server starts
         step.set(NO_ROWS)
         with torch.inference_mode(), runner.maybe_setup_dummy_loras(config):
             for size in sizes:
                 for case in self.cases:
                     hook((dummies or {}).get(case, case), size, size)
                     self._capture(size, case, (step.tokens.num_active,))
-        step.is_ready = True
+        step.may_skip = True
 
     def _capture(self, size, case, host):
         from vllm.forward_context import set_forward_context

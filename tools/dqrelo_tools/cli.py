@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     Returns:
-        0, or 1 after an error that one line on stderr explains. argparse exits
+        0, or 1 after an error that stderr explains. argparse exits
         with 2 when the command line itself is wrong.
     """
     log_to_stderr()

@@ -62,7 +62,7 @@ from vllm_dqrelo.format.tensors import ADDED, INT4
 logger = logging.getLogger(__name__)
 
 # Elements of a matrix that is compressed by one thread while others are, too. It takes
-# up to 150 MB of float32 copies, and parallel.MOST of them about a GB.
+# up to 80 MB of float32 copies, and parallel.MOST of them about 0.6 GB.
 SMALL = 5_000_000
 
 Converted = tuple[Entry, dict[str, torch.Tensor]]
@@ -320,7 +320,7 @@ def convert_parameter(
 
     Args:
         name: of the parameter.
-        tensor: as the fine-tune has it.
+        tensor: as the fine-tune has it; of a matrix, dtype and shape are enough.
         change: fine-tune minus base, float32, on the device to compute on.
         ratio: as for :func:`convert`.
         method: how to compress a matrix.

@@ -12,6 +12,7 @@ import torch
 from dqrelo_tools.differences import differences, refuse_placeholders
 from dqrelo_tools.heads import settle_heads
 from dqrelo_tools.names import match_names
+from dqrelo_tools.pieces import pieces
 from dqrelo_tools.vocabulary import match_vocabularies
 from vllm_dqrelo.format.checkpoint import HEAD, Checkpoint
 from vllm_dqrelo.format.errors import DqreloError, refuse
@@ -68,7 +69,10 @@ def fine_tune(model: str, folder: Path, base: str, before: Checkpoint) -> Checkp
 def read_ahead(
     before: Checkpoint, after: Parameters, names: list[str]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each parameter of the fine-tune and its change; reads the next one ahead."""
+    """Each parameter of the fine-tune and its change; reads the next one ahead.
+
+    A matrix that is compressed is on device meta: dtype and shape, without values.
+    """
 
     def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         tensor = after.get(name)
@@ -77,7 +81,11 @@ def read_ahead(
         first = 0 if added == name else before.spec(added)[1][0]
         for side, values in (("base", old), ("fine-tune", tensor)):
             refuse_not_finite(added, side, values, first)
-        return tensor, tensor.to(torch.float32, copy=True).sub_(old)
+        change = tensor.to(torch.float32, copy=True)
+        both = (pieces(torch.atleast_1d(side)) for side in (change, old))
+        for rows, others in zip(*both, strict=True):
+            rows -= others
+        return tensor if is_exact(name, tensor) else tensor.to("meta"), change
 
     with ThreadPoolExecutor(1) as reader:
         coming = None

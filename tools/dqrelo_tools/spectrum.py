@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 
 from dqrelo_tools.method import Size
-from dqrelo_tools.svd import EXACT_SVD, largest_singular_vectors
+from dqrelo_tools.svd import EXACT_SVD, gram_in_double, largest_singular_vectors
 from vllm_dqrelo.format.tensors import INT4
 
 TOP = 512  # singular values of a matrix with more than EXACT_SVD of them
@@ -37,8 +37,7 @@ class Spectrum:
         tall = change if n >= k else change.T
         count = tall.shape[1]
         if count <= EXACT_SVD:
-            tall = tall.double()
-            squares = torch.linalg.eigvalsh(tall.T @ tall).flip(0).clamp_min(0)
+            squares = torch.linalg.eigvalsh(gram_in_double(tall)).flip(0).clamp_min(0)
             return cls((n, k), squares.cpu())
         total = torch.linalg.vector_norm(tall, dtype=torch.float64).square()
         largest, _ = largest_singular_vectors(tall, TOP)

@@ -46,6 +46,7 @@ ADDED = "_added"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INT4 = torch.uint8  # two a byte
 FACTOR_DTYPES = (*FLOATS, torch.int8, INT4)
+ROWS = 1024  # of signs, unpacked at a time
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,10 @@ class MatrixDelta:
         a, b = a.float(), b.float()
         out = b @ (a if self.lora_scale is None else self.lora_scale[:, None] * a)
         for signs, scale in zip(self.signs, self.scale, strict=True):
-            plane = unpack_signs(signs, self.shape[1], torch.float32)
-            out.addcmul_(scale[:, None], plane)
+            sides = (side.split(ROWS) for side in (out, signs, scale.expand(len(out))))
+            for rows, words, sizes in zip(*sides, strict=True):
+                plane = unpack_signs(words, self.shape[1], torch.float32)
+                rows.addcmul_(sizes[:, None], plane)
         return out
 
 

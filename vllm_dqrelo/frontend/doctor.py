@@ -123,7 +123,7 @@ def operators() -> str:
         return f"Triton {metadata.version('triton')}"
     from dqrelo_kernels.cpu.build import plan
 
-    slow = "plain torch, several times slower"
+    slow = "plain torch, many times slower"
     if os.environ.get("DQRELO_NATIVE", "1") == "0":
         return f"{slow}: DQRELO_NATIVE=0"
     try:

@@ -3,7 +3,7 @@
 
 ``ops.cpp`` is compiled for this machine with the C++ compiler that vLLM's CPU build
 needs anyway, once, into a cache folder; without a compiler the ops are computed in
-plain torch, several times slower, which one warning says.
+plain torch, 5 to 200 times slower (benchmarks/results/cpu.csv), which one warning says.
 """
 
 import ctypes
@@ -39,14 +39,14 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(build()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning(
-            "dqrelo: deltas are computed in plain torch, several times slower, "
+            "dqrelo: deltas are computed in plain torch, many times slower, "
             "because native code is missing: %s",
             getattr(error, "stderr", None) or error,
         )
         return None
     if not loaded.dqrelo_prepare():
         logger.warning(
-            "dqrelo: deltas are computed in plain torch, several times slower: the "
+            "dqrelo: deltas are computed in plain torch, many times slower: the "
             "system does not let this process use the CPU's matrix unit (AMX)"
         )
         return None
