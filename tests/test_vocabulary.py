@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.command import run
-from transformers import AutoModelForCausalLM
+from support.shapes import SHAPE
+from transformers import AutoModelForCausalLM, PhiConfig
 
 from dqrelo_tools.convert import convert
 from dqrelo_tools.export import export
@@ -46,6 +47,19 @@ def test_added_tokens_are_exact_and_the_rest_is_a_delta(pair, tmp_path):
         assert (mine - theirs).norm() < 0.05 * change.norm()
     words = json.loads((merged / "tokenizer.json").read_text())["model"]["vocab"]
     assert len(words) == want.config.vocab_size
+
+
+def test_added_tokens_of_an_lm_head_with_a_bias_are_refused(
+    tmp_path, save_model, capsys
+):
+    config = PhiConfig(**SHAPE)
+    base = save_model(config, tmp_path / "base", seed=1)
+    model = save_model(config, tmp_path / "model", seed=2, added_tokens=ADDED)
+    options = ("--base", base, "--model", model, "--output", tmp_path / "delta")
+    assert run("convert", *options) == 1
+    error = capsys.readouterr().err
+    assert f"has {ADDED} tokens more than the base" in error and "lm_head.bias" in error
+    assert not (tmp_path / "delta").exists()
 
 
 def test_with_a_budget_too(pair, tmp_path):

@@ -160,7 +160,7 @@ class Soak:
             self.open = [contents for contents in self.open if contents is not allowed]
             if time.monotonic() - start > STUCK_S:
                 self.complain(f"a request to {model} was stuck")
-        self.counts[kind] += 1
+        self.counts["whole" if kind == "timed out" else kind] += 1  # it was in time
         if kind == "cancelled":
             return
         self.check(model, prompt, allowed, tokens, logprobs, body)

@@ -17,8 +17,9 @@ def match_vocabularies(base: Checkpoint, model: Checkpoint) -> None:
         model: the fine-tune. Mutated.
 
     Raises:
-        DqreloError: only some of these parameters were resized, or config.json has
-            another vocab_size than they have rows, which transformers does not load.
+        DqreloError: only some of these parameters were resized, config.json has
+            another vocab_size than they have rows, which transformers does not load,
+            or tokens were added where an LM head has a bias.
     """
     tokens, sizes = [], _sizes(base, model)
     for name in sorted(set(base) & set(model)):
@@ -56,10 +57,17 @@ def match_vocabularies(base: Checkpoint, model: Checkpoint) -> None:
                 f"Set vocab_size to {count}, or save the model again with "
                 "save_pretrained"
             )
+    vectors = [name for name in rows if len(model.spec(name)[1]) == 1]
+    if own > old and vectors:
+        raise DqreloError(
+            f"{model.folder} has {own - old} tokens more than the base, and "
+            f"{vectors[0]} has an element for each token: a delta holds added rows of "
+            "matrices only. Train without added tokens, or serve the fine-tune itself"
+        )
     for name in rows:
         if own < old:
             model.fill(name, base)
-        elif len(model.spec(name)[1]) == 2:
+        else:
             model.split(name, old)
 
 
