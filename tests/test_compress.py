@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dqrelo_kernels.layout import pack_int4, unpack_int4
+from dqrelo_tools import pieces
 from dqrelo_tools.compress import (
     Factors,
     Planes,
@@ -19,6 +20,7 @@ from dqrelo_tools.convert import convert_parameter
 from dqrelo_tools.method import METHODS, PAPER, Method, Size, rank_of
 from dqrelo_tools.spectrum import Spectrum
 from dqrelo_tools.svd import truncated_svd
+from vllm_dqrelo.format import tensors
 from vllm_dqrelo.format.tensors import INT4
 
 SHAPES = [(48, 80), (80, 48), (33, 33), (1, 40), (40, 1)]
@@ -280,6 +282,25 @@ def test_the_change_of_a_merged_adapter_keeps_its_few_ranks(ratio):
     assert spectrum.taken(size) == replace(size, rank=matrix.rank, dtype=torch.int8)
     left = squared_norm(delta - matrix.dense())
     assert 0.8 < spectrum.error(size) / left < 1.25
+
+
+@pytest.mark.parametrize("ratio", [1 / 16, 1 / 8, 1 / 4])
+@pytest.mark.parametrize("method", ["dqrelo", "dqrelo-paper"])
+def test_a_matrix_in_pieces_is_the_matrix_at_once(method, ratio, monkeypatch):
+    """The last piece has fewer rows. Sums of float64 are rounded in another order."""
+    delta = change(70, 90)
+    size = METHODS[method].size(70, 90, ratio, torch.bfloat16)
+    whole = compress(delta, size, METHODS[method])
+    dense, spectrum = whole.dense(), Spectrum.of(delta)
+    monkeypatch.setattr(tensors, "ROWS", 16)
+    assert torch.equal(whole.dense(), dense)
+    monkeypatch.setattr(pieces, "ELEMENTS", 16 * 90)
+    assert len(pieces.pieces(delta)) == 5
+    cut = compress(delta, size, METHODS[method])
+    slack = 8 * torch.finfo(torch.float32).eps * float(delta.abs().max())
+    torch.testing.assert_close(cut.dense(), dense, rtol=1e-6, atol=slack)
+    assert torch.equal(cut.signs, whole.signs)
+    torch.testing.assert_close(Spectrum.of(delta).squares, spectrum.squares)
 
 
 def randn(seed: int, *shape: int) -> torch.Tensor:

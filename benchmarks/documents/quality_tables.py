@@ -85,7 +85,7 @@ def method_table(rows: list[Row], fine_tunes: set[str], seconds: bool = False) -
     return table(head, body)
 
 
-def quality_table(rows: list[Row], fine_tunes: set[str]) -> str:
+def quality_table(rows: list[Row], scales: list[Row], fine_tunes: set[str]) -> str:
     """Bytes and KL of a few methods, for the README."""
     methods = by_method(rows, fine_tunes)
     names = (OURS, "dqrelo 1/16", PAPER, "SVD 1/8", "BitDelta")
@@ -95,6 +95,8 @@ def quality_table(rows: list[Row], fine_tunes: set[str]) -> str:
         + [f"{mean(methods[name], 'exact_match'):.0%}"]
         for name in names
     ]
+    own = [row for row in scales if row["fine_tune"] in fine_tunes]
+    body.append(["the fine-tunes", "16", "0", "0", f"{mean(own, 'exact_match'):.0%}"])
     head = ["method", "bits per weight", "KL", "KL / the published method's"]
     return table([*head, "exact match"], body)
 

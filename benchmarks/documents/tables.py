@@ -16,7 +16,7 @@ def tables() -> dict[str, str]:
     return {
         "scale": quality.scale_table(scales),
         "fine-tunes": quality.fine_tune_table(rows, scales),
-        "quality": quality.quality_table(rows, names),
+        "quality": quality.quality_table(rows, scales, names),
         "methods": quality.method_table(rows, names),
         "sizes": quality.method_table(rows, quality.detailed(rows), seconds=True),
         "halves": quality.halves_table(read("halves.csv")),

@@ -62,7 +62,7 @@ from vllm_dqrelo.format.tensors import ADDED, INT4
 logger = logging.getLogger(__name__)
 
 # Elements of a matrix that is compressed by one thread while others are, too. It takes
-# up to 80 MB of float32 copies, and parallel.MOST of them about 0.6 GB.
+# about four float32 copies, 80 MB, and parallel.MOST of them 0.6 GB.
 SMALL = 5_000_000
 
 Converted = tuple[Entry, dict[str, torch.Tensor]]
