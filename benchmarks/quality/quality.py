@@ -114,9 +114,10 @@ def row_and_column_scales(ratio: float) -> Compressor:
         delta = changes[name]
         n, k = delta.shape
         size = OURS.size(n, k, ratio - 4 / (BITS / 8 * n), HALF)
-        signs, part = torch.zeros_like(delta), None
+        signs = torch.zeros_like(delta)
+        part = Factors.of(delta, size.rank, size.dtype, refit=False)
         for _ in range(1 + OURS.sweeps):
-            part = Factors.of(delta - signs, size.rank, size.dtype, part)
+            part = part.refitted(delta - signs)
             left = delta - part.dense()
             column = left.abs().mean(0, keepdim=True)
             for _ in range(4):

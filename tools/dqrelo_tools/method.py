@@ -64,7 +64,8 @@ class Method:
         by_row: whether each row of a plane has its own scale.
         dtype: of the factors; None for 16-bit floats of the fine-tune's own kind.
         low_rank_first: whether the low-rank part is taken before the signs.
-        sweeps: how often both are taken again, each from what the other leaves.
+        sweeps: how often both are taken again, each from what the other leaves;
+            only with factors of integers.
         round_up: whether the rank is the paper's, which exceeds the ratio by a part
             of one rank, and counts factors of 16 bits next to one plane.
         most_of_tokens: the share of a delta's bytes for embedding and LM head, where

@@ -11,9 +11,7 @@ POWER_ITERATIONS = 5
 COLUMNS = 512  # of a Gram matrix at a time
 
 
-def truncated_svd(
-    matrix: torch.Tensor, rank: int, start: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The best approximation ``B A`` of rank at most ``rank``.
 
     Semantics: ``B = U_r sqrt(S_r), A = sqrt(S_r) V_r^T`` of ``matrix = U S V^T``.
@@ -25,16 +23,12 @@ def truncated_svd(
     Args:
         matrix: [N, K] float32.
         rank: at most min(N, K).
-        start: [K, rank], right singular vectors of a similar matrix: one iteration
-            from there is enough, and exactness is not needed.
 
     Returns:
         B [N, rank] and A [rank, K], float64 (float32 where iterated).
     """
     if not rank:
         return matrix[:, :0], matrix[:0]
-    if start is not None:
-        return balanced(*refined(matrix, start))
     tall = matrix.shape[0] >= matrix.shape[1]
     m = matrix if tall else matrix.T
     if m.shape[1] <= EXACT_SVD:
@@ -53,14 +47,6 @@ def balanced(us: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """B and A of ``truncated_svd`` from ``U_r S_r`` [N, rank] and V_r [K, rank]."""
     root = us.norm(dim=0).sqrt()
     return us / root.clamp_min(torch.finfo(root.dtype).tiny), (v * root).T
-
-
-def refined(
-    matrix: torch.Tensor, start: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``U S`` and V after one power iteration from ``start`` [K, rank]."""
-    u = torch.linalg.qr(matrix @ start).Q
-    return ritz(matrix, torch.linalg.qr(matrix.T @ u).Q)
 
 
 def largest_singular_vectors(
