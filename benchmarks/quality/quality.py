@@ -13,6 +13,7 @@ measured again.
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -113,7 +114,8 @@ def row_and_column_scales(ratio: float) -> Compressor:
     def run(name: str, changes: State) -> tuple[torch.Tensor, int]:
         delta = changes[name]
         n, k = delta.shape
-        size = OURS.size(n, k, ratio - 4 / (BITS / 8 * n), HALF)
+        method = replace(OURS, planes=1)
+        size = method.size(n, k, ratio - 4 / (BITS / 8 * n), HALF)
         signs = torch.zeros_like(delta)
         part = Factors.of(delta, size.rank, size.dtype, refit=False)
         for _ in range(1 + OURS.sweeps):
