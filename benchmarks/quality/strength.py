@@ -45,11 +45,12 @@ def measure(model: FineTune, table: Table) -> None:
                 kept[parameter] = Factors.of(change, size.rank, size.dtype).dense()
         for limit in LIMITS:
             compress.MAX_STRENGTH = limit
-            approximate = {
-                n: model.bench.base[n]
-                + compress.strength(changes[n], changes[n] - part) * part
-                for n, part in kept.items()
-            }
+            approximate = dict(model.bench.base)
+            for parameter, part in kept.items():
+                change, factor = changes[parameter], 1.0
+                if change.ndim == 2:
+                    factor = compress.strength(change, change - part)
+                approximate[parameter] = approximate[parameter] + factor * part
             row = {"fine_tune": name, "ratio": f"{ratio:g}", "limit": f"{limit:g}"}
             row |= model.distances(approximate)
             print(*row.values(), flush=True)
