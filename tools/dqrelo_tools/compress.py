@@ -283,9 +283,9 @@ class Factors:
 
         Semantics: ``||left||^2 - (||matrix||^2 - sum s_i^2) > sum_{i > R/2} s_i^2`` for
         the R largest singular values s_i: rounding to INT4 loses more than the last
-        half of the ranks holds. Of linear layers of four full fine-tunes the left side
-        was at most 0.6 of the right one, of nine in ten of a merged LoRA adapter of
-        rank 16 it was larger, up to 17 times.
+        half of the ranks holds. At a ratio of 1/8 the left side of the linear layers
+        of four full fine-tunes was at most 0.83 of the right one; of 94 in 100 layers
+        of a merged LoRA adapter of rank 16 it was larger, up to 19 times.
 
         Args:
             matrix: [N, K] float32, which this part was fitted to.

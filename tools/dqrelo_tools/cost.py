@@ -19,10 +19,10 @@ from vllm_dqrelo.format.checkpoint import EMBEDDINGS, HEADS, ends_with
 TYPICAL_KL = {
     1 / 32: 4.9e-3,
     1 / 16: 1.2e-3,
-    3 / 32: 6.3e-4,
-    1 / 8: 3.6e-4,
-    3 / 16: 7.2e-5,
-    1 / 4: 2.7e-5,
+    3 / 32: 6.4e-4,
+    1 / 8: 3.4e-4,
+    3 / 16: 7.0e-5,
+    1 / 4: 4.3e-5,
 }
 Shapes = Mapping[str, tuple[int, int]]
 
