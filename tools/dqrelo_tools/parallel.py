@@ -19,7 +19,7 @@ def results(jobs: Iterable[tuple[bool, Callable[[], T]]]) -> Iterator[T]:
 
     torch's threads help little with a small matrix. So small jobs run at the same time,
     each with one thread, and every other job runs alone with all threads: a conversion
-    of SmolLM2-135M takes 20 s in place of 30 (two cores, AMD EPYC).
+    of SmolLM2-135M takes 15 s in place of 24 (two cores, AMD EPYC).
 
     Args:
         jobs: whether a job is small, and the job. They are taken a few ahead.
