@@ -24,8 +24,8 @@ test: .venv/ready
 	$(V2) $(PYTEST) -m "v2 and not slow"
 
 test-slow: .venv/ready
-	$(PYTEST) -n 3 -m "slow and not timing" --durations 20
-	$(V2) $(PYTEST) -n 3 -m "v2 and slow"
+	$(PYTEST) -m "slow and not timing" --durations 20
+	$(V2) $(PYTEST) -m "v2 and slow"
 
 test-v2: .venv/ready
 	$(V2) $(PYTEST) -m "vllm and not timing"
