@@ -12,8 +12,8 @@ from benchmarks.table import Table
 
 METHODS = MAIN | ALSO
 BITS = {"BitDelta": 1, "BitDelta, scale per row": 1, "2-bit Lloyd per row": 2}
-SHAPES = {"model.embed_tokens.weight": (200, 96), "a.weight": (96, 160)}
-SHAPES |= {"b.weight": (160, 96), "norm.weight": (96,)}
+SHAPES = {"model.embed_tokens.weight": (1200, 576), "a.weight": (576, 960)}
+SHAPES |= {"b.weight": (960, 576), "norm.weight": (576,)}
 
 
 @pytest.fixture
@@ -49,8 +49,11 @@ def test_a_method_takes_the_bytes_of_its_name(model, name):
     *_, ratio = name.rsplit(maxsplit=1)
     top, _, bottom = ratio.partition("/")
     of_name = 16 * int(top) / int(bottom) if bottom else BITS.get(name, 2)
-    # Scales, shapes and a rank that is rounded up count for more in a small matrix.
-    assert 0.5 * of_name < numbers["bits_per_weight"] < 1.3 * of_name + 0.4
+    shapes = [shape for shape in SHAPES.values() if len(shape) == 2]
+    # Bytes: two scales a row, one a column, a shape, and two ranks of 16 bits.
+    slack = sum(8 * n + 4 * k + 16 + 2 * 2 * (n + k) for n, k in shapes)
+    weights = sum(n * k for n, k in shapes)
+    assert abs(numbers["bits_per_weight"] - of_name) <= 8 * slack / weights
     assert 0 < numbers["relative_error"] < 0.9
     torch.testing.assert_close(state["norm.weight"], model.state["norm.weight"])
 
@@ -59,7 +62,7 @@ def test_a_scale_for_each_column_gains_nothing_where_columns_are_alike(model):
     """It would, if its sign plane were not counted."""
     names = ("+ scale per column", "dqrelo 1/8")
     column, ours = (approximated(model, METHODS[name])[1] for name in names)
-    assert column["relative_error"] > 0.95 * ours["relative_error"]
+    assert column["relative_error"] > ours["relative_error"]
 
 
 @pytest.mark.parametrize("script", [strength, halves])

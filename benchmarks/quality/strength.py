@@ -39,18 +39,16 @@ def measure(model: FineTune, table: Table) -> None:
             continue
         kept: State = {}
         for parameter, change in changes.items():
-            kept[parameter] = change
             if change.ndim == 2:
                 size = OURS.size(*change.shape, ratio, HALF)
                 kept[parameter] = Factors.of(change, size.rank, size.dtype).dense()
         for limit in LIMITS:
             compress.MAX_STRENGTH = limit
-            approximate = dict(model.bench.base)
+            approximate = dict(model.state)
             for parameter, part in kept.items():
-                change, factor = changes[parameter], 1.0
-                if change.ndim == 2:
-                    factor = compress.strength(change, change - part)
-                approximate[parameter] = approximate[parameter] + factor * part
+                change = changes[parameter]
+                factor = compress.strength(change, change - part)
+                approximate[parameter] = model.bench.base[parameter] + factor * part
             row = {"fine_tune": name, "ratio": f"{ratio:g}", "limit": f"{limit:g}"}
             row |= model.distances(approximate)
             print(*row.values(), flush=True)

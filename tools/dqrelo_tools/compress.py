@@ -57,8 +57,8 @@ def fitted(
     integral = size.rank and not size.dtype.is_floating_point
     sweeps = method.sweeps if size.planes and integral else 0
     if method.low_rank_first:
-        few = size.rank <= min(delta.shape) * FEW_RANKS
-        size, part, left = low_rank(delta, size, of_tokens, not (sweeps and few))
+        refit = not sweeps or size.rank > FEW_RANKS * min(delta.shape)
+        size, part, left = low_rank(delta, size, of_tokens, refit)
         planes = Planes.of(left, size)
     else:
         planes = Planes.of(delta, size)
